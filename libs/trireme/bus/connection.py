@@ -1,0 +1,130 @@
+"""Connections to Redis, and the names of everything kept there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import BusyLoadingError, ConnectionError, TimeoutError
+
+log = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+AWAY = (ConnectionError, TimeoutError, BusyLoadingError, OSError)
+"""What the client raises while Redis is away or replays its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Redis keys of one fleet; fleets that share a server differ in `prefix`."""
+
+    prefix: str
+
+    @property
+    def requests(self) -> str:
+        return f"{self.prefix}:requests"
+
+    @property
+    def events(self) -> str:
+        return f"{self.prefix}:events"
+
+    @property
+    def measurements(self) -> str:
+        return f"{self.prefix}:measurements"
+
+    @property
+    def directives(self) -> str:
+        return f"{self.prefix}:directives"
+
+    @property
+    def residency(self) -> str:
+        return f"{self.prefix}:residency"
+
+    def assignments(self, worker_id: str) -> str:
+        return f"{self.prefix}:assignments:{worker_id}"
+
+    def hints(self, node: str) -> str:
+        return f"{self.prefix}:hints:{node}"
+
+    def request(self, request_id: str) -> str:
+        """Hash: the record of one request."""
+        return f"{self.prefix}:request:{request_id}"
+
+    def decisions(self, request_id: str) -> str:
+        """List: the scheduler's decisions for one request."""
+        return f"{self.prefix}:decisions:{request_id}"
+
+    def load(self, worker_id: str) -> str:
+        """Hash: requests and tokens assigned to a worker and not ended."""
+        return f"{self.prefix}:load:{worker_id}"
+
+    @property
+    def assigned_workers(self) -> str:
+        """Set: workers that may hold assignments."""
+        return f"{self.prefix}:assigned-workers"
+
+    @property
+    def virtual_tokens(self) -> str:
+        """Hash: weighted tokens served, by tenant."""
+        return f"{self.prefix}:virtual-tokens"
+
+    @property
+    def processes(self) -> str:
+        """Sorted set: ids of registered processes, scored by the end of their lease."""
+        return f"{self.prefix}:processes"
+
+    def process(self, process_id: str) -> str:
+        """String with a time to live: the ProcessRecord of a living process."""
+        return f"{self.prefix}:process:{process_id}"
+
+    def lock(self, name: str) -> str:
+        return f"{self.prefix}:lock:{name}"
+
+    def ledger(self, name: str) -> str:
+        return f"{self.prefix}:ledger:{name}"
+
+
+@asynccontextmanager
+async def open_redis(url: str, *, max_connections: int = 64) -> AsyncIterator[Redis]:
+    """A client that retries a command for about two seconds while Redis is away.
+
+    A repeated command may run twice; the fleet's scripts are idempotent by attempt number.
+    """
+    client = Redis.from_url(
+        url,
+        max_connections=max_connections,
+        socket_connect_timeout=2.0,
+        socket_keepalive=True,
+        health_check_interval=0,
+        retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), retries=8),
+        retry_on_error=[ConnectionError, TimeoutError, BusyLoadingError],
+    )
+    try:
+        yield client
+    finally:
+        await client.aclose()
+
+
+async def persistently(action: Callable[[], Awaitable[R]], *, what: str, pause_s: float = 0.25) -> R:
+    """Repeat `action` until Redis answers; logs the first failure and the recovery."""
+    failures = 0
+    while True:
+        try:
+            result = await action()
+        except AWAY as error:
+            if failures == 0:
+                log.warning("redis_away", extra={"during": what, "error": str(error)})
+            failures += 1
+            await asyncio.sleep(pause_s)
+        else:
+            if failures:
+                log.info("redis_back", extra={"during": what, "failures": failures})
+            return result

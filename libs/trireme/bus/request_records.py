@@ -1,0 +1,283 @@
+"""The record of each request, and the atomic steps of its life.
+
+A record's `attempt` fences the past: a step that names an older attempt has no effect.
+States: queued -> assigned -> finished | failed | cancelled | quarantined; assigned -> queued
+when a worker is lost.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from redis.asyncio import Redis
+
+from trireme.bus.connection import Keys
+from trireme.bus.streams import FACT
+from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, Assignment, Decision
+
+SCHEDULERS = "scheduler"
+"""Consumer group on `requests`."""
+WORKERS = "worker"
+"""Consumer group on each worker's assignments."""
+
+MAX_CRASHES = 2
+"""A request that was in an engine at so many crashes is quarantined."""
+RECORD_S = 6 * 3600
+"""A record outlives its last change by so long while the request is open."""
+RETENTION_S = 120
+"""A record outlives its request's end by so long: a client may still come back."""
+
+_ADMIT = """
+local known = redis.call('HMGET', KEYS[1], 'state', 'worker', 'attempt')
+if known[1] then return {0, known[1], known[2] or '', known[3]} end
+local waiting = redis.call('XLEN', KEYS[2])
+if waiting >= tonumber(ARGV[2]) then return {-1, tostring(waiting), '', '0'} end
+redis.call('HSET', KEYS[1], 'state', 'queued', 'attempt', 1, 'crashes', 0, 'body', ARGV[1])
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+redis.call('XADD', KEYS[2], '*', 'f', ARGV[1])
+return {1, 'queued', '', '1'}
+"""
+
+_ASSIGN = """
+local known = redis.call('HMGET', KEYS[1], 'state', 'attempt')
+local assigned = 0
+if known[1] == 'queued' and known[2] == ARGV[3] then
+  redis.call('HSET', KEYS[1], 'state', 'assigned', 'worker', ARGV[4])
+  redis.call('RPUSH', KEYS[5], ARGV[6])
+  redis.call('EXPIRE', KEYS[5], ARGV[8])
+  redis.call('HINCRBY', KEYS[4], 'requests', 1)
+  redis.call('HINCRBY', KEYS[4], 'tokens', ARGV[7])
+  redis.call('SADD', KEYS[6], ARGV[4])
+  redis.call('XADD', KEYS[3], '*', 'f', ARGV[5])
+  assigned = 1
+end
+redis.call('XACK', KEYS[2], ARGV[2], ARGV[1])
+redis.call('XDEL', KEYS[2], ARGV[1])
+return assigned
+"""
+
+_REQUEUE = """
+local known = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'crashes')
+if known[1] ~= 'assigned' or known[2] ~= ARGV[1] then return 0 end
+if tonumber(ARGV[3]) >= tonumber(ARGV[4]) then
+  redis.call('HSET', KEYS[1], 'state', 'quarantined', 'crashes', ARGV[3])
+  return -1
+end
+redis.call('HSET', KEYS[1], 'state', 'queued', 'attempt', tonumber(ARGV[1]) + 1,
+           'crashes', ARGV[3], 'body', ARGV[2], 'worker', '')
+redis.call('XADD', KEYS[2], '*', 'f', ARGV[2])
+return 1
+"""
+
+_END = """
+redis.call('XACK', KEYS[2], ARGV[2], ARGV[1])
+if redis.call('XDEL', KEYS[2], ARGV[1]) == 1 and redis.call('EXISTS', KEYS[3]) == 1 then
+  redis.call('HINCRBY', KEYS[3], 'requests', -1)
+  redis.call('HINCRBY', KEYS[3], 'tokens', -tonumber(ARGV[5]))
+end
+local known = redis.call('HMGET', KEYS[1], 'state', 'attempt')
+if known[1] == 'assigned' and known[2] == ARGV[3] then
+  redis.call('HSET', KEYS[1], 'state', ARGV[4])
+  redis.call('HDEL', KEYS[1], 'body')
+  redis.call('EXPIRE', KEYS[1], ARGV[6])
+  redis.call('EXPIRE', KEYS[4], ARGV[6])
+  return 1
+end
+return 0
+"""
+
+_SETTLE = """
+local known = redis.call('HMGET', KEYS[1], 'state', 'worker')
+if known[1] ~= 'queued' and known[1] ~= 'assigned' then return {0, known[1] or '', ''} end
+redis.call('HSET', KEYS[1], 'state', ARGV[1])
+redis.call('HDEL', KEYS[1], 'body')
+redis.call('EXPIRE', KEYS[1], ARGV[2])
+return {1, known[1], known[2] or ''}
+"""
+
+
+class State(enum.StrEnum):
+    """Where a request is in its life."""
+
+    QUEUED = "queued"
+    ASSIGNED = "assigned"
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    QUARANTINED = "quarantined"
+
+    @property
+    def is_open(self) -> bool:
+        return self in (State.QUEUED, State.ASSIGNED)
+
+
+class Admission(enum.Enum):
+    """What `admit` found."""
+
+    ADMITTED = 1
+    KNOWN = 0
+    FULL = -1
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionResult:
+    """The outcome of `admit`; `state` and `worker_id` describe a request that was known."""
+
+    admission: Admission
+    state: State | None
+    worker_id: str
+    waiting: int
+
+
+class Requeue(enum.Enum):
+    """What `requeue` did."""
+
+    REQUEUED = 1
+    STALE = 0
+    QUARANTINED = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A record at one moment."""
+
+    state: State
+    attempt: int
+    crashes: int
+    worker_id: str
+
+
+class RequestRecords:
+    """The records of one fleet."""
+
+    def __init__(self, redis: Redis, keys: Keys) -> None:
+        self._redis = redis
+        self._keys = keys
+        self._admit = redis.register_script(_ADMIT)
+        self._assign = redis.register_script(_ASSIGN)
+        self._requeue = redis.register_script(_REQUEUE)
+        self._end = redis.register_script(_END)
+        self._settle = redis.register_script(_SETTLE)
+
+    async def admit(self, request: AdmittedRequest, *, max_waiting: int) -> AdmissionResult:
+        """Make a request durable and queue it, unless it is known or the queue is full."""
+        code, state, worker, _ = await self._admit(
+            keys=[self._keys.request(request.request_id), self._keys.requests],
+            args=[request.SerializeToString(), max_waiting, RECORD_S],
+        )
+        admission = Admission(code)
+        if admission is Admission.FULL:
+            return AdmissionResult(admission, None, "", int(state))
+        return AdmissionResult(admission, State(state.decode()), worker.decode(), 0)
+
+    async def assign(
+        self, entry_id: bytes, assignment: Assignment, decision: Decision, *, tokens: int
+    ) -> bool:
+        """Hand a queued request to a worker and take it off the queue; False where it was stale.
+
+        `tokens` is the work it adds to the worker's load; `end` takes the same off again.
+        """
+        request = assignment.request
+        return bool(
+            await self._assign(
+                keys=[
+                    self._keys.request(request.request_id),
+                    self._keys.requests,
+                    self._keys.assignments(assignment.worker_id),
+                    self._keys.load(assignment.worker_id),
+                    self._keys.decisions(request.request_id),
+                    self._keys.assigned_workers,
+                ],
+                args=[
+                    entry_id,
+                    SCHEDULERS,
+                    request.attempt,
+                    assignment.worker_id,
+                    assignment.SerializeToString(),
+                    decision.SerializeToString(),
+                    tokens,
+                    RECORD_S,
+                ],
+            )
+        )
+
+    async def requeue(self, request: AdmittedRequest, *, crashed: bool) -> Requeue:
+        """Queue an assigned request again, as its next attempt.
+
+        `request` is as it was assigned, with `delivered` and `avoid_worker_ids` brought up to date;
+        `crashed` says that a worker died with it in its engine.
+        """
+        crashes = request.crashes + int(crashed)
+        again = AdmittedRequest()
+        again.CopyFrom(request)
+        again.attempt = request.attempt + 1
+        again.crashes = crashes
+        return Requeue(
+            await self._requeue(
+                keys=[self._keys.request(request.request_id), self._keys.requests],
+                args=[request.attempt, again.SerializeToString(), crashes, MAX_CRASHES],
+            )
+        )
+
+    async def end(self, entry_id: bytes, assignment: Assignment, state: State, *, tokens: int) -> bool:
+        """Acknowledge an assignment whose output was delivered; False where it was stale."""
+        request = assignment.request
+        return bool(
+            await self._end(
+                keys=[
+                    self._keys.request(request.request_id),
+                    self._keys.assignments(assignment.worker_id),
+                    self._keys.load(assignment.worker_id),
+                    self._keys.decisions(request.request_id),
+                ],
+                args=[entry_id, WORKERS, request.attempt, state.value, tokens, RETENTION_S],
+            )
+        )
+
+    async def settle(self, request_id: str, state: State) -> tuple[bool, str]:
+        """End an open request whoever holds it (cancel, deadline); returns (was open, its worker)."""
+        done, _, worker = await self._settle(
+            keys=[self._keys.request(request_id)], args=[state.value, RETENTION_S]
+        )
+        return bool(done), worker.decode()
+
+    async def standing(self, request_id: str) -> Standing | None:
+        """The record now; None where it never was or its retention ended."""
+        state, attempt, crashes, worker = await self._redis.hmget(
+            self._keys.request(request_id), ["state", "attempt", "crashes", "worker"]
+        )
+        if state is None:
+            return None
+        return Standing(State(state.decode()), int(attempt), int(crashes), (worker or b"").decode())
+
+    async def body(self, request_id: str) -> AdmittedRequest | None:
+        """The request as last queued; None once it ended."""
+        raw = await self._redis.hget(self._keys.request(request_id), "body")
+        return AdmittedRequest.FromString(raw) if raw else None
+
+    async def decisions(self, request_id: str) -> list[Decision]:
+        """All decisions about a request, oldest first."""
+        rows = await self._redis.lrange(self._keys.decisions(request_id), 0, -1)
+        return [Decision.FromString(row) for row in rows]
+
+
+def work_tokens(request: AdmittedRequest) -> int:
+    """Prompt and answer tokens that a request may cost, an upper estimate."""
+    choices = max(1, request.sampling.n)
+    return len(request.prompt_token_ids) + choices * request.sampling.max_tokens
+
+
+__all__ = [
+    "FACT",
+    "MAX_CRASHES",
+    "SCHEDULERS",
+    "WORKERS",
+    "Admission",
+    "AdmissionResult",
+    "Requeue",
+    "RequestRecords",
+    "Standing",
+    "State",
+    "work_tokens",
+]

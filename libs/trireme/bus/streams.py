@@ -1,0 +1,126 @@
+"""Typed Redis streams: one protobuf message type per stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from google.protobuf.message import DecodeError, Message
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from trireme.bus.connection import AWAY
+
+M = TypeVar("M", bound=Message)
+
+FACT = b"f"
+"""The one field of a stream entry."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry(Generic[M]):
+    """One fact and its place in the stream."""
+
+    entry_id: bytes
+    fact: M
+
+
+class Stream(Generic[M]):
+    """One stream, for publishing, for tailing and for a consumer group."""
+
+    def __init__(self, redis: Redis, key: str, fact_type: type[M], *, max_entries: int | None = None) -> None:
+        self.key = key
+        self._redis = redis
+        self._fact_type = fact_type
+        self._max_entries = max_entries
+
+    async def publish(self, fact: M, *, via: Any = None) -> None:
+        """Append a fact; trims to about `max_entries`. `via` may be a pipeline."""
+        await (via or self._redis).xadd(
+            self.key, {FACT: fact.SerializeToString()}, maxlen=self._max_entries, approximate=True
+        )
+
+    async def tail(self, *, after: bytes | str = "$", block_ms: int = 1000) -> AsyncIterator[Entry[M]]:
+        """All facts appended from now on (or after an entry id), for ever, also across restarts of Redis."""
+        last: bytes | str = after
+        if last == "$":
+            last = await self.last_id()
+        while True:
+            try:
+                found = await self._redis.xread({self.key: last}, count=512, block=block_ms)
+            except AWAY:
+                await asyncio.sleep(0.25)
+                continue
+            for entry in self._decode(found):
+                last = entry.entry_id
+                yield entry
+
+    async def last_id(self) -> bytes:
+        """The id of the newest entry, or the stream's beginning."""
+        newest = await self._redis.xrevrange(self.key, count=1)
+        return newest[0][0] if newest else b"0-0"
+
+    async def create_group(self, group: str) -> None:
+        """Make the consumer group, from the stream's beginning, unless it is there."""
+        try:
+            await self._redis.xgroup_create(self.key, group, id="0", mkstream=True)
+        except ResponseError as error:
+            if "BUSYGROUP" not in str(error):
+                raise
+
+    async def read_group(
+        self, group: str, consumer: str, *, count: int, block_ms: int | None
+    ) -> list[Entry[M]]:
+        """New facts for this consumer; recreates a group that was lost. Empty while Redis is away."""
+        try:
+            found = await self._redis.xreadgroup(group, consumer, {self.key: ">"}, count=count, block=block_ms)
+        except ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            await self.create_group(group)
+            return []
+        except AWAY:
+            await asyncio.sleep(0.1)
+            return []
+        return list(self._decode(found))
+
+    async def claim(self, group: str, consumer: str, *, idle_ms: int, count: int = 256) -> list[Entry[M]]:
+        """Facts that another consumer read and held for longer than `idle_ms` without acknowledging."""
+        try:
+            reply = await self._redis.xautoclaim(
+                self.key, group, consumer, min_idle_time=idle_ms, start_id="0-0", count=count
+            )
+        except ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            return []
+        return list(self._decode([(self.key, reply[1])]))
+
+    async def acknowledge(self, group: str, entry_ids: Sequence[bytes], *, delete: bool = False) -> None:
+        """Say that the facts' effects are durable; `delete` also frees the entries."""
+        if not entry_ids:
+            return
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.xack(self.key, group, *entry_ids)
+            if delete:
+                pipe.xdel(self.key, *entry_ids)
+            await pipe.execute()
+
+    async def everything(self) -> list[Entry[M]]:
+        """All entries now in the stream."""
+        return list(self._decode([(self.key, await self._redis.xrange(self.key))]))
+
+    def _decode(self, found: Any) -> list[Entry[M]]:
+        entries = []
+        for _, rows in found.items() if isinstance(found, dict) else found or ():
+            flat = rows[0] if rows and isinstance(rows[0], list) else rows
+            for entry_id, fields in flat:
+                fact = self._fact_type()
+                try:
+                    fact.ParseFromString((fields or {}).get(FACT, b""))
+                except DecodeError:
+                    continue
+                entries.append(Entry(entry_id, fact))
+        return entries

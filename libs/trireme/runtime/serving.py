@@ -1,0 +1,125 @@
+"""A gRPC server with health, reflection, limits and the mapping of errors to statuses."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from trireme.errors import TriremeError
+from trireme.runtime.health import HealthReporter
+from trireme.runtime.status import GRPC_CODE
+
+log = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 16 * 2**20
+"""Largest gRPC message that a server takes; docs/security.md lists the limits."""
+
+Register = Callable[[grpc.aio.Server], None]
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Ends a call with the status of the TriremeError that its handler raised."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler_call_details.method.startswith("/grpc."):
+            return handler
+        if handler.response_streaming:
+            wrap = grpc.stream_stream_rpc_method_handler if handler.request_streaming else (
+                grpc.unary_stream_rpc_method_handler
+            )
+            inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
+            return wrap(_guard_stream(inner), handler.request_deserializer, handler.response_serializer)
+        wrap = grpc.stream_unary_rpc_method_handler if handler.request_streaming else (
+            grpc.unary_unary_rpc_method_handler
+        )
+        inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
+        return wrap(_guard_unary(inner), handler.request_deserializer, handler.response_serializer)
+
+
+def _guard_unary(inner: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            return await inner(request, context)
+        except TriremeError as error:
+            await abort(context, error)
+
+    return call
+
+
+def _guard_stream(inner: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+    async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        try:
+            async for response in inner(request, context):
+                yield response
+        except TriremeError as error:
+            await abort(context, error)
+
+    return call
+
+
+async def abort(context: grpc.aio.ServicerContext, error: TriremeError) -> None:
+    """End the call with the error's status; its code and hints travel as trailing metadata."""
+    metadata = [("trireme-error-code", error.code)]
+    if error.param is not None:
+        metadata.append(("trireme-error-param", error.param))
+    if error.retry_after_s is not None:
+        metadata.append(("retry-after-ms", str(int(error.retry_after_s * 1000))))
+    await context.abort(GRPC_CODE[error.kind], error.message, tuple(metadata))
+
+
+@asynccontextmanager
+async def grpc_server(
+    listen: str,
+    registrations: Sequence[Register],
+    *,
+    service_names: Sequence[str],
+    health: HealthReporter,
+    drain_s: float = 5.0,
+    max_concurrent_rpcs: int | None = None,
+) -> AsyncIterator[str]:
+    """Serve until the block ends; yields the bound host:port (port 0 picks a free one).
+
+    On leaving, health says NOT_SERVING first, then calls have `drain_s` to end.
+    """
+    server = grpc.aio.server(
+        interceptors=[ErrorInterceptor()],
+        maximum_concurrent_rpcs=max_concurrent_rpcs,
+        options=[
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_metadata_size", 16 * 1024),
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.so_reuseport", 0),
+        ],
+    )
+    for register in registrations:
+        register(server)
+    health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+    names = [*service_names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
+    reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
+    port = server.add_insecure_port(listen)
+    host = listen.rpartition(":")[0]
+    await server.start()
+    await health.refresh()
+    refresher = asyncio.create_task(health.run())
+    try:
+        yield f"{host}:{port}"
+    finally:
+        refresher.cancel()
+        await health.stop_serving()
+        await server.stop(drain_s)
