@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import cast
 
 from redis.asyncio import Redis
 
@@ -60,10 +61,11 @@ class Registry:
 
     async def living(self, service: str | None = None) -> list[ProcessRecord]:
         """The records of all processes whose lease holds, of one service or of all, by id."""
-        ids = await self._redis.zrange(self._keys.processes, 0, -1)
+        ids = cast(list[bytes], await self._redis.zrange(self._keys.processes, 0, -1))
         if not ids:
             return []
-        values = await self._redis.mget([self._keys.process(name.decode()) for name in ids])
+        names = [self._keys.process(name.decode()) for name in ids]
+        values = cast(list[bytes | None], await self._redis.mget(names))
         gone = [name for name, value in zip(ids, values, strict=True) if value is None]
         if gone:
             await self._redis.zrem(self._keys.processes, *gone)

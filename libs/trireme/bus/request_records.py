@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import cast
 
 from redis.asyncio import Redis
 
 from trireme.bus.connection import Keys
-from trireme.bus.streams import FACT
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, Assignment, Decision
 
 SCHEDULERS = "scheduler"
@@ -244,21 +244,21 @@ class RequestRecords:
 
     async def standing(self, request_id: str) -> Standing | None:
         """The record now; None where it never was or its retention ended."""
-        state, attempt, crashes, worker = await self._redis.hmget(
-            self._keys.request(request_id), ["state", "attempt", "crashes", "worker"]
-        )
-        if state is None:
+        fields = ["state", "attempt", "crashes", "worker"]
+        row = cast(list[bytes | None], await self._redis.hmget(self._keys.request(request_id), fields))
+        state, attempt, crashes, worker = (value or b"" for value in row)
+        if not state:
             return None
-        return Standing(State(state.decode()), int(attempt), int(crashes), (worker or b"").decode())
+        return Standing(State(state.decode()), int(attempt), int(crashes), worker.decode())
 
     async def body(self, request_id: str) -> AdmittedRequest | None:
         """The request as last queued; None once it ended."""
-        raw = await self._redis.hget(self._keys.request(request_id), "body")
+        raw = cast(bytes | None, await self._redis.hget(self._keys.request(request_id), "body"))
         return AdmittedRequest.FromString(raw) if raw else None
 
     async def decisions(self, request_id: str) -> list[Decision]:
         """All decisions about a request, oldest first."""
-        rows = await self._redis.lrange(self._keys.decisions(request_id), 0, -1)
+        rows = cast(list[bytes], await self._redis.lrange(self._keys.decisions(request_id), 0, -1))
         return [Decision.FromString(row) for row in rows]
 
 
@@ -266,18 +266,3 @@ def work_tokens(request: AdmittedRequest) -> int:
     """Prompt and answer tokens that a request may cost, an upper estimate."""
     choices = max(1, request.sampling.n)
     return len(request.prompt_token_ids) + choices * request.sampling.max_tokens
-
-
-__all__ = [
-    "FACT",
-    "MAX_CRASHES",
-    "SCHEDULERS",
-    "WORKERS",
-    "Admission",
-    "AdmissionResult",
-    "Requeue",
-    "RequestRecords",
-    "Standing",
-    "State",
-    "work_tokens",
-]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from google.protobuf.message import DecodeError, Message
 from redis.asyncio import Redis
@@ -60,7 +60,7 @@ class Stream(Generic[M]):
     async def last_id(self) -> bytes:
         """The id of the newest entry, or the stream's beginning."""
         newest = await self._redis.xrevrange(self.key, count=1)
-        return newest[0][0] if newest else b"0-0"
+        return cast(bytes, newest[0][0]) if newest else b"0-0"
 
     async def create_group(self, group: str) -> None:
         """Make the consumer group, from the stream's beginning, unless it is there."""
@@ -75,7 +75,9 @@ class Stream(Generic[M]):
     ) -> list[Entry[M]]:
         """New facts for this consumer; recreates a group that was lost. Empty while Redis is away."""
         try:
-            found = await self._redis.xreadgroup(group, consumer, {self.key: ">"}, count=count, block=block_ms)
+            found = await self._redis.xreadgroup(
+                group, consumer, {self.key: ">"}, count=count, block=block_ms
+            )
         except ResponseError as error:
             if "NOGROUP" not in str(error):
                 raise
@@ -98,6 +100,23 @@ class Stream(Generic[M]):
             return []
         return list(self._decode([(self.key, reply[1])]))
 
+    async def take_from(self, group: str, consumer: str, *, dead_consumer: str) -> list[Entry[M]]:
+        """All facts that `dead_consumer` held; it is removed from the group once it holds none."""
+        taken: list[Entry[M]] = []
+        while True:
+            pending = await self._redis.xpending_range(
+                self.key, group, min="-", max="+", count=512, consumername=dead_consumer
+            )
+            if not pending:
+                await self._redis.xgroup_delconsumer(self.key, group, dead_consumer)
+                return taken
+            ids = [cast(bytes, row["message_id"]) for row in pending]
+            rows = await self._redis.xclaim(self.key, group, consumer, min_idle_time=0, message_ids=list(ids))
+            taken.extend(self._decode([(self.key, rows)]))
+            if len(rows) < len(ids):
+                # Entries deleted since they were read stay pending until someone acknowledges them.
+                await self._redis.xack(self.key, group, *(set(ids) - {row[0] for row in rows}))
+
     async def acknowledge(self, group: str, entry_ids: Sequence[bytes], *, delete: bool = False) -> None:
         """Say that the facts' effects are durable; `delete` also frees the entries."""
         if not entry_ids:
@@ -107,6 +126,12 @@ class Stream(Generic[M]):
             if delete:
                 pipe.xdel(self.key, *entry_ids)
             await pipe.execute()
+
+    async def unread(self, group: str) -> int:
+        """Entries that no consumer of the group has read."""
+        entries = await self._redis.xlen(self.key)
+        pending = await self._redis.xpending(self.key, group)
+        return max(0, int(entries) - int(pending["pending"]))
 
     async def everything(self) -> list[Entry[M]]:
         """All entries now in the stream."""

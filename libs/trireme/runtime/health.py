@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from grpc_health.v1 import health_pb2
-from grpc_health.v1.health import aio as health_aio
+from grpc_health.v1._async import HealthServicer
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class HealthReporter:
     """Keeps the `grpc.health.v1` servicer in step with the probes."""
 
     def __init__(self, probes: Mapping[str, Probe], *, period_s: float = 0.5) -> None:
-        self.servicer = health_aio.HealthServicer()
+        self.servicer = HealthServicer()
         self._probes = dict(probes)
         self._period_s = period_s
         self._last: dict[str, Health] = {}
@@ -59,7 +59,8 @@ class HealthReporter:
             if self._last.get(name) == health:
                 continue
             if name in self._last or not health.healthy:
-                log.info("health_changed", extra={"probe": name, "healthy": health.healthy, "status": health.status})
+                fields = {"probe": name, "healthy": health.healthy, "status": health.status}
+                log.info("health_changed", extra=fields)
             self._last[name] = health
             await self.servicer.set(name, _serving(health.healthy))
 

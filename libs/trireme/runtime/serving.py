@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -22,34 +22,42 @@ MAX_MESSAGE_BYTES = 16 * 2**20
 """Largest gRPC message that a server takes; docs/security.md lists the limits."""
 
 Register = Callable[[grpc.aio.Server], None]
+if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[Any, Any]
+else:
+    Context = grpc.aio.ServicerContext
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Ends a call with the status of the TriremeError that its handler raised."""
 
     async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
+        self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any
+    ) -> Any:
         handler = await continuation(handler_call_details)
         if handler is None or handler_call_details.method.startswith("/grpc."):
             return handler
         if handler.response_streaming:
-            wrap = grpc.stream_stream_rpc_method_handler if handler.request_streaming else (
-                grpc.unary_stream_rpc_method_handler
-            )
             inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
-            return wrap(_guard_stream(inner), handler.request_deserializer, handler.response_serializer)
-        wrap = grpc.stream_unary_rpc_method_handler if handler.request_streaming else (
-            grpc.unary_unary_rpc_method_handler
-        )
+            make = _STREAM_OUT[handler.request_streaming]
+            return make(_guard_stream(inner), handler.request_deserializer, handler.response_serializer)
         inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
-        return wrap(_guard_unary(inner), handler.request_deserializer, handler.response_serializer)
+        make = _UNARY_OUT[handler.request_streaming]
+        return make(_guard_unary(inner), handler.request_deserializer, handler.response_serializer)
+
+
+_STREAM_OUT: dict[bool, Callable[..., Any]] = {
+    True: grpc.stream_stream_rpc_method_handler,
+    False: grpc.unary_stream_rpc_method_handler,
+}
+_UNARY_OUT: dict[bool, Callable[..., Any]] = {
+    True: grpc.stream_unary_rpc_method_handler,
+    False: grpc.unary_unary_rpc_method_handler,
+}
 
 
 def _guard_unary(inner: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+    async def call(request: Any, context: Context) -> Any:
         try:
             return await inner(request, context)
         except TriremeError as error:
@@ -59,7 +67,7 @@ def _guard_unary(inner: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitabl
 
 
 def _guard_stream(inner: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
-    async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+    async def call(request: Any, context: Context) -> AsyncIterator[Any]:
         try:
             async for response in inner(request, context):
                 yield response
@@ -69,7 +77,7 @@ def _guard_stream(inner: Callable[..., AsyncIterator[Any]]) -> Callable[..., Asy
     return call
 
 
-async def abort(context: grpc.aio.ServicerContext, error: TriremeError) -> None:
+async def abort(context: Context, error: TriremeError) -> None:
     """End the call with the error's status; its code and hints travel as trailing metadata."""
     metadata = [("trireme-error-code", error.code)]
     if error.param is not None:

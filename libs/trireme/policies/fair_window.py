@@ -1,0 +1,85 @@
+"""The requests that wait for a worker, ready to be taken in fair order.
+
+Pure bookkeeping around `fair_sharing.order_key`. Requests of one (tenant, urgency, model)
+form a lane, sorted by priority and age; only the heads of lanes compete, so taking the next
+one costs the number of lanes, not of requests.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Container, Hashable, Mapping
+from typing import Generic, TypeVar
+
+from trireme.policies.fair_sharing import Waiting, order_key
+
+K = TypeVar("K", bound=Hashable)
+
+Lane = tuple[str, int, str]
+
+
+class FairWindow(Generic[K]):
+    """Waiting requests by key."""
+
+    def __init__(self) -> None:
+        self._lanes: dict[Lane, list[tuple[int, float, str, K]]] = {}
+        self._held: dict[K, tuple[Lane, Waiting]] = {}
+        self._by_tenant: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __contains__(self, key: K) -> bool:
+        return key in self._held
+
+    @property
+    def waiting_by_tenant(self) -> Mapping[str, int]:
+        """Requests held, by tenant; absent tenants hold none."""
+        return self._by_tenant
+
+    def oldest_admitted_s(self) -> float | None:
+        """When the oldest held request was admitted."""
+        return min((waiting.admitted_s for _, waiting in self._held.values()), default=None)
+
+    def add(self, key: K, waiting: Waiting, *, model: str) -> None:
+        """Hold a request; holding a key twice changes nothing."""
+        if key in self._held:
+            return
+        lane = (waiting.tenant, waiting.urgency, model)
+        self._held[key] = (lane, waiting)
+        self._by_tenant[waiting.tenant] = self._by_tenant.get(waiting.tenant, 0) + 1
+        rank = (-waiting.priority, waiting.admitted_s, waiting.request_id, key)
+        heapq.heappush(self._lanes.setdefault(lane, []), rank)
+
+    def discard(self, key: K) -> None:
+        """Let go of a request."""
+        found = self._held.pop(key, None)
+        if found is None:
+            return
+        tenant = found[1].tenant
+        self._by_tenant[tenant] -= 1
+        if not self._by_tenant[tenant]:
+            del self._by_tenant[tenant]
+        self._drop_gone(found[0])
+
+    def next(
+        self, *, counters: Mapping[str, float], now_s: float, without_models: Container[str] = ()
+    ) -> tuple[K, Waiting] | None:
+        """Who goes next among the models that have room; None if nobody can."""
+        best: tuple[tuple[int, float, int, float, str], K, Waiting] | None = None
+        for lane, heap in self._lanes.items():
+            if lane[2] in without_models:
+                continue
+            key = heap[0][3]
+            waiting = self._held[key][1]
+            rank = order_key(waiting, counters=counters, now_s=now_s)
+            if best is None or rank < best[0]:
+                best = (rank, key, waiting)
+        return None if best is None else (best[1], best[2])
+
+    def _drop_gone(self, lane: Lane) -> None:
+        heap = self._lanes[lane]
+        while heap and heap[0][3] not in self._held:
+            heapq.heappop(heap)
+        if not heap:
+            del self._lanes[lane]

@@ -1,0 +1,227 @@
+"""The loop of the scheduler: requests in, assignments out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+
+from trireme.bus.connection import AWAY
+from trireme.bus.request_records import SCHEDULERS, RequestRecords, State, work_tokens
+from trireme.bus.streams import Entry, Stream
+from trireme.policies.fair_sharing import Waiting, cost
+from trireme.policies.fair_window import FairWindow
+from trireme.policies.prefix_index import split_hashes
+from trireme.policies.routing import Choice, RoutedRequest, choose_worker
+from trireme.runtime.telemetry import current_traceparent, span
+from trireme.scheduler.fleet_view import FleetView
+from trireme.scheduler.metrics import Metrics
+from trireme.scheduler.tenant_shares import TenantShares
+from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, Assignment, Candidate, Decision
+from trireme.wire.inference.v1.inference_pb2 import SloClass
+
+log = logging.getLogger(__name__)
+
+READ_BATCH = 512
+RETRY_S = 0.02
+"""Pause before asking again for room while all workers are full."""
+
+_URGENCY = {
+    SloClass.SLO_CLASS_INTERACTIVE: 0,
+    SloClass.SLO_CLASS_UNSPECIFIED: 1,
+    SloClass.SLO_CLASS_STANDARD: 1,
+    SloClass.SLO_CLASS_BATCH: 2,
+}
+
+
+class Dispatcher:
+    """Holds the window of waiting requests and hands them out in fair order."""
+
+    def __init__(
+        self,
+        *,
+        scheduler_id: str,
+        requests: Stream[AdmittedRequest],
+        records: RequestRecords,
+        view: FleetView,
+        shares: TenantShares,
+        metrics: Metrics,
+        window_requests: int,
+    ) -> None:
+        self._scheduler_id = scheduler_id
+        self._requests = requests
+        self._records = records
+        self._view = view
+        self._shares = shares
+        self._metrics = metrics
+        self._window = window_requests
+        self._held: FairWindow[bytes] = FairWindow()
+        self._entries: dict[bytes, Entry[AdmittedRequest]] = {}
+        self._answer_tokens: dict[str, float] = {}
+        self._arrived = asyncio.Event()
+        self.last_progress_s = time.monotonic()
+        """When the loop last turned; health follows from it."""
+
+    def waiting_by_tenant(self) -> Mapping[str, int]:
+        """Requests held here, by tenant."""
+        return self._held.waiting_by_tenant
+
+    def oldest_s(self) -> float:
+        """Age of the oldest request held here."""
+        oldest = self._held.oldest_admitted_s()
+        return 0.0 if oldest is None else max(0.0, time.time() - oldest)
+
+    def note_answer(self, model: str, tokens: int) -> None:
+        """A request ended with so many tokens per choice: the estimate for the next ones learns."""
+        previous = self._answer_tokens.get(model, float(tokens))
+        self._answer_tokens[model] = 0.95 * previous + 0.05 * tokens
+
+    async def read(self) -> None:
+        """Take requests from the stream into the window, for ever."""
+        while True:
+            room = self._window - len(self._held)
+            if room <= 0:
+                await asyncio.sleep(RETRY_S)
+                continue
+            entries = await self._requests.read_group(
+                SCHEDULERS, self._scheduler_id, count=min(room, READ_BATCH), block_ms=500
+            )
+            self.hold(entries)
+
+    def hold(self, entries: list[Entry[AdmittedRequest]]) -> None:
+        """Put requests into the window."""
+        for entry in entries:
+            request = entry.fact
+            if request.tenant not in self._held.waiting_by_tenant:
+                self._shares.join(request.tenant, active=self._held.waiting_by_tenant)
+            waiting = Waiting(
+                request_id=request.request_id,
+                tenant=request.tenant,
+                urgency=_URGENCY.get(request.slo_class, 1),
+                priority=request.priority,
+                admitted_s=request.admitted_unix_s,
+            )
+            self._entries[entry.entry_id] = entry
+            self._held.add(entry.entry_id, waiting, model=request.model)
+        if entries:
+            self._arrived.set()
+
+    async def dispatch(self) -> None:
+        """Assign what is held as long as there is room, for ever."""
+        while True:
+            self.last_progress_s = time.monotonic()
+            if not self._held:
+                self._arrived.clear()
+                try:
+                    await asyncio.wait_for(self._arrived.wait(), timeout=0.5)
+                except TimeoutError:
+                    continue
+            try:
+                assigned = await self._assign_in_order()
+            except AWAY:
+                assigned = 0
+            if not assigned:
+                await asyncio.sleep(RETRY_S)
+
+    async def _assign_in_order(self) -> int:
+        """Hand out requests until nobody who waits can go; returns how many left the window."""
+        left = 0
+        full: set[str] = set()
+        while True:
+            now_s = time.time()
+            found = self._held.next(counters=self._shares.counters, now_s=now_s, without_models=full)
+            if found is None:
+                return left
+            entry = self._entries[found[0]]
+            if 0 < entry.fact.deadline_unix_s < now_s:
+                await self._expire(entry)
+                left += 1
+                continue
+            choice = self._choose(entry.fact)
+            if choice is None:
+                full.add(entry.fact.model)
+                continue
+            await self._assign(entry, choice)
+            left += 1
+
+    def _release(self, entry: Entry[AdmittedRequest]) -> None:
+        self._held.discard(entry.entry_id)
+        self._entries.pop(entry.entry_id, None)
+
+    def _choose(self, request: AdmittedRequest) -> Choice | None:
+        hashes = split_hashes(request.prefix_hashes)
+        routed = RoutedRequest(
+            request_id=request.request_id,
+            prompt_tokens=len(request.prompt_token_ids),
+            expected_answer_tokens=self._expected_answer(request),
+            choices=max(1, request.sampling.n),
+            urgency=_URGENCY.get(request.slo_class, 1),
+            avoid_worker_ids=frozenset(request.avoid_worker_ids),
+        )
+        return choose_worker(routed, self._view.views(request.model, hashes))
+
+    async def _assign(self, entry: Entry[AdmittedRequest], choice: Choice) -> None:
+        request = entry.fact
+        with span("schedule", traceparent=request.traceparent) as current:
+            current.set_attribute("trireme.decision", choice.reason)
+            current.set_attribute("trireme.worker", choice.worker_id)
+            request.traceparent = current_traceparent() or request.traceparent
+            tokens = work_tokens(request)
+            now_s = time.time()
+            assignment = Assignment(
+                request=request,
+                variant=choice.variant,
+                worker_id=choice.worker_id,
+                initial_queue=choice.initial_queue,
+                expected_cached_tokens=choice.cached_tokens,
+                decision=choice.reason,
+                assigned_unix_s=now_s,
+            )
+            decision = self._explain(request, choice, now_s)
+            assigned = await self._records.assign(entry.entry_id, assignment, decision, tokens=tokens)
+        self._release(entry)
+        self._metrics.decided(assigned=assigned, waited_s=now_s - request.admitted_unix_s)
+        if not assigned:
+            return
+        self._view.note_assigned(
+            choice.worker_id, choice.variant, tokens=tokens, hashes=split_hashes(request.prefix_hashes)
+        )
+        answer_tokens = int(self._expected_answer(request) * max(1, request.sampling.n))
+        prompt_tokens = len(request.prompt_token_ids) - choice.cached_tokens
+        self._shares.charge(request.tenant, cost(prompt_tokens=prompt_tokens, answer_tokens=answer_tokens))
+
+    def _expected_answer(self, request: AdmittedRequest) -> float:
+        """Answer tokens of one choice, by what requests to this model have used so far."""
+        limit = float(request.sampling.max_tokens)
+        return min(limit, self._answer_tokens.get(request.model, limit))
+
+    def _explain(self, request: AdmittedRequest, choice: Choice, now_s: float) -> Decision:
+        return Decision(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            worker_id=choice.worker_id,
+            variant=choice.variant,
+            reason=choice.reason,
+            candidates=[
+                Candidate(
+                    worker_id=estimate.worker_id,
+                    variant=estimate.variant,
+                    finish_s=estimate.finish_s,
+                    queue_s=estimate.queue_s,
+                    prefill_s=estimate.prefill_s,
+                    decode_s=estimate.decode_s,
+                    cached_tokens=estimate.cached_tokens,
+                )
+                for estimate in choice.estimates[:16]
+            ],
+            tenant_virtual_tokens=self._shares.counters.get(request.tenant, 0.0),
+            decided_unix_s=now_s,
+            scheduler_id=self._scheduler_id,
+        )
+
+    async def _expire(self, entry: Entry[AdmittedRequest]) -> None:
+        await self._records.settle(entry.fact.request_id, State.FAILED)
+        await self._requests.acknowledge(SCHEDULERS, [entry.entry_id], delete=True)
+        self._release(entry)
+        log.info("expired_in_queue", extra={"request_id": entry.fact.request_id})

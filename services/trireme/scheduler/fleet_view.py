@@ -1,0 +1,106 @@
+"""What a replica knows of workers: registry, assigned load and resident prefixes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import cast
+
+from redis.asyncio import Redis
+
+from trireme.bus.connection import AWAY, Keys
+from trireme.bus.registry import Registry
+from trireme.bus.streams import Stream
+from trireme.policies.prefix_index import PrefixIndex, split_hashes
+from trireme.policies.routing import WorkerView
+from trireme.wire.bus.v1.facts_pb2 import ProcessRecord, Residency, VariantStatus
+
+log = logging.getLogger(__name__)
+
+REFRESH_S = 0.1
+
+
+class FleetView:
+    """Kept fresh by two tasks; between refreshes this replica's own assignments are added."""
+
+    def __init__(self, redis: Redis, keys: Keys, *, queue_limit: int) -> None:
+        self._redis = redis
+        self._keys = keys
+        self._registry = Registry(redis, keys)
+        self._residency = Stream(redis, keys.residency, Residency)
+        self._queue_limit = queue_limit
+        self._prefixes = PrefixIndex()
+        self._workers: dict[str, ProcessRecord] = {}
+        self._requests: dict[str, int] = {}
+        self._tokens: dict[str, int] = {}
+        self.refreshed = asyncio.Event()
+        """Set whenever something may have changed."""
+
+    @property
+    def worker_ids(self) -> frozenset[str]:
+        """Living workers, draining ones too."""
+        return frozenset(self._workers)
+
+    async def refresh(self) -> None:
+        """Read the registry and the workers' loads once."""
+        records = await self._registry.living("worker")
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for record in records:
+                pipe.hmget(self._keys.load(record.id), ["requests", "tokens"])
+            rows = cast(list[list[bytes | None]], await pipe.execute())
+        self._workers = {record.id: record for record in records}
+        self._requests = {r.id: int(row[0] or 0) for r, row in zip(records, rows, strict=True)}
+        self._tokens = {r.id: int(row[1] or 0) for r, row in zip(records, rows, strict=True)}
+        self._prefixes.keep_only(self._workers)
+        self.refreshed.set()
+
+    async def run(self) -> None:
+        """Refresh for ever."""
+        while True:
+            try:
+                await self.refresh()
+            except AWAY:
+                pass
+            await asyncio.sleep(REFRESH_S)
+
+    async def follow_residency(self) -> None:
+        """Learn which prefixes workers hold, for ever, from the stream's beginning."""
+        async for entry in self._residency.tail(after="0-0"):
+            fact = entry.fact
+            holder = (fact.worker_id, fact.variant)
+            if fact.reset:
+                self._prefixes.reset(holder)
+            self._prefixes.add(holder, split_hashes(fact.added))
+            self._prefixes.remove(holder, split_hashes(fact.removed))
+
+    def note_assigned(self, worker_id: str, variant: str, *, tokens: int, hashes: Sequence[bytes]) -> None:
+        """Count an assignment of this replica before the next refresh shows it."""
+        self._requests[worker_id] = self._requests.get(worker_id, 0) + 1
+        self._tokens[worker_id] = self._tokens.get(worker_id, 0) + tokens
+        self._prefixes.add((worker_id, variant), hashes)
+
+    def views(self, model: str, hashes: Sequence[bytes]) -> list[WorkerView]:
+        """Every place where the model (or variant) `model` can be answered now."""
+        return [
+            self._view(record, status, hashes)
+            for record in self._workers.values()
+            if record.healthy and not record.worker.draining
+            for status in record.worker.variants
+            if status.ready and model in (status.variant, status.model)
+        ]
+
+    def _view(self, record: ProcessRecord, status: VariantStatus, hashes: Sequence[bytes]) -> WorkerView:
+        blocks = self._prefixes.leading_blocks((record.id, status.variant), hashes)
+        return WorkerView(
+            worker_id=record.id,
+            variant=status.variant,
+            assigned_requests=self._requests.get(record.id, 0),
+            assigned_tokens=self._tokens.get(record.id, 0),
+            running=status.running,
+            max_sequences=status.max_sequences,
+            queue_limit=self._queue_limit,
+            prefill_tokens_per_s=status.prefill_tokens_per_s,
+            decode_tokens_per_s=status.decode_tokens_per_s,
+            cached_tokens=blocks * status.block_tokens,
+        )
