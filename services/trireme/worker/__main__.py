@@ -1,0 +1,273 @@
+"""`python -m trireme.worker`: everything is built here, once, top to bottom."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import time
+from contextlib import AsyncExitStack
+from functools import partial
+
+import torch
+import uvloop
+
+from trireme.bus.connection import Keys, open_redis, persistently
+from trireme.bus.registry import Registry, new_process_id
+from trireme.bus.request_records import WORKERS, RequestRecords
+from trireme.bus.streams import Stream
+from trireme.engine import Engine, EngineStats, StepResult
+from trireme.errors import InvalidConfiguration
+from trireme.kvcache.store_client import StoreClient
+from trireme.runtime.fleet import Fleet, WorkerGroup, load_fleet
+from trireme.runtime.health import Health, HealthReporter
+from trireme.runtime.metrics_server import metrics_server
+from trireme.runtime.serving import grpc_server
+from trireme.runtime.settings import load
+from trireme.runtime.shutdown import stop_requested
+from trireme.runtime.telemetry import configure_logging, configure_tracing
+from trireme.wire.bus.v1.facts_pb2 import (
+    Assignment,
+    Directive,
+    Event,
+    Measurement,
+    ProcessRecord,
+    Residency,
+    WorkerStatus,
+)
+from trireme.wire.worker.v1.worker_pb2_grpc import add_WorkerServicer_to_server
+from trireme.worker.billing import Biller
+from trireme.worker.block_traffic import BlockTraffic
+from trireme.worker.engine_thread import EngineThread
+from trireme.worker.intake import Intake
+from trireme.worker.metrics import EngineCollector, registry_of
+from trireme.worker.reports import report_measurements, report_residency
+from trireme.worker.request_table import RequestTable
+from trireme.worker.servicer import WorkerServicer
+from trireme.worker.settings import Settings
+from trireme.worker.variants import VariantTable, plan_from_request, plans_of
+
+log = logging.getLogger(__name__)
+
+EXIT_LEASE_LOST = 75
+"""Exit status after the lease ended: others have this worker's requests now."""
+SERVICE_NAME = "trireme.wire.worker.v1.Worker"
+
+
+async def serve(settings: Settings) -> None:
+    """Run one worker until SIGTERM, then drain."""
+    fleet = load_fleet(settings.fleet)
+    group = _group(fleet, settings.group)
+    worker_id = new_process_id(f"worker-{group.name}-{settings.index}")
+    started_s = time.time()
+    keys = Keys(settings.bus_prefix)
+    torch.set_num_threads(group.threads)
+    torch.set_num_interop_threads(1)
+    async with AsyncExitStack() as stack:
+        redis = await stack.enter_async_context(open_redis(settings.redis_url))
+        records = RequestRecords(redis, keys)
+        registry = Registry(redis, keys)
+        events = Stream(redis, keys.events, Event, max_entries=100_000)
+        assignments = Stream(redis, keys.assignments(worker_id), Assignment)
+        biller = Biller(group.device)
+
+        def deliver(variant: str, result: StepResult, stats: EngineStats) -> None:
+            joules, engine_s = table.on_step(result)
+            loaded = variants.find(variant)
+            if loaded is None:
+                return  # its last step ended while it was unloaded
+            loaded.note_step(result, stats)
+            loaded.billed_joules += joules
+            loaded.billed_engine_s += engine_s
+            blocks.note_cached(loaded, loaded.take_unsaved())
+
+        def cancel(variant: str, sequence_ids: list[str]) -> None:
+            def act(engines_of: dict[str, Engine]) -> None:
+                for name in sequence_ids:
+                    if variant in engines_of:
+                        engines_of[variant].cancel(name)
+
+            engines.post(act)
+
+        engines = EngineThread(deliver)
+        engines.start()
+        stack.callback(engines.stop)
+        variants = VariantTable(engines)
+        table = RequestTable(
+            worker_id=worker_id, records=records, events=events, biller=biller, cancel=cancel
+        )
+        store = await _open_store(fleet, registry, settings.node, stack)
+        blocks = BlockTraffic(store, engines, variants, deadline_s=settings.store_deadline_s)
+        intake = Intake(
+            worker_id=worker_id,
+            assignments=assignments,
+            records=records,
+            table=table,
+            variants=variants,
+            engines=engines,
+            blocks=blocks,
+        )
+        draining = asyncio.Event()
+
+        def progress() -> Health:
+            stalled_s = engines.stalled_s()
+            if stalled_s > settings.stall_s:
+                return Health(healthy=False, status=f"no engine step ended for {stalled_s:.1f} s")
+            if draining.is_set():
+                return Health(healthy=False, status="draining")
+            if not any(loaded.ready for loaded in variants):
+                return Health(healthy=False, status="no variant is loaded")
+            return Health(healthy=True)
+
+        async def drain(timeout_s: float) -> int:
+            draining.set()
+            deadline_s = time.monotonic() + timeout_s
+            while table.computing and time.monotonic() < deadline_s:
+                await asyncio.sleep(0.05)
+            return table.computing
+
+        health = HealthReporter({SERVICE_NAME: progress})
+        servicer = WorkerServicer(
+            table,
+            variants,
+            plan=partial(plan_from_request, group=group, block_tokens=fleet.block_tokens),
+            drain=drain,
+        )
+        address = await stack.enter_async_context(
+            grpc_server(
+                settings.listen,
+                [partial(add_WorkerServicer_to_server, servicer)],
+                service_names=[SERVICE_NAME],
+                health=health,
+                drain_s=1.0,
+            )
+        )
+        metrics = registry_of(EngineCollector(variants, engines.stalled_s))
+        http_address = await stack.enter_async_context(
+            metrics_server(settings.metrics_listen, metrics, health)
+        )
+        await persistently(partial(assignments.create_group, WORKERS), what="create group")
+
+        def describe() -> ProcessRecord | None:
+            stalled_s = engines.stalled_s()
+            if stalled_s > settings.stall_s:
+                return None
+            found = progress()
+            return ProcessRecord(
+                id=worker_id,
+                service="worker",
+                grpc_address=address,
+                http_address=http_address,
+                node=settings.node,
+                pid=os.getpid(),
+                started_unix_s=started_s,
+                healthy=found.healthy,
+                status=found.status,
+                fleet=fleet.name,
+                worker=WorkerStatus(
+                    device=group.device,
+                    variants=[loaded.status() for loaded in variants],
+                    draining=draining.is_set(),
+                    stalled_s=stalled_s if stalled_s > 1.0 else 0.0,
+                ),
+            )
+
+        async with registry.membership(describe, on_lost=_fence), asyncio.TaskGroup() as tasks:
+            reading = tasks.create_task(intake.run())
+            running = [
+                reading,
+                tasks.create_task(_load_all(fleet, group, variants)),
+                tasks.create_task(biller.follow(Stream(redis, keys.directives, Directive))),
+                tasks.create_task(blocks.save()),
+                tasks.create_task(
+                    report_measurements(
+                        worker_id,
+                        group.device,
+                        variants,
+                        Stream(redis, keys.measurements, Measurement, max_entries=50_000),
+                    )
+                ),
+                tasks.create_task(
+                    report_residency(
+                        worker_id, variants, Stream(redis, keys.residency, Residency, max_entries=20_000)
+                    )
+                ),
+                tasks.create_task(_sweep(table, settings.orphan_s)),
+            ]
+            log.info("serving", extra={"worker_id": worker_id, "grpc": address})
+            stopped = tasks.create_task(stop_requested())
+            wanted = tasks.create_task(draining.wait())
+            await asyncio.wait([stopped, wanted], return_when=asyncio.FIRST_COMPLETED)
+            draining.set()
+            reading.cancel()
+            await registry.put(_present(describe()))
+            handed = await intake.hand_back()
+            left = await drain(settings.drain_s)
+            await _until_confirmed(table, within_s=2.0)
+            log.info("drained", extra={"handed_back": handed, "left": left})
+            await stopped
+            for task in (*running, wanted):
+                task.cancel()
+        await table.settle()
+
+
+def _present(record: ProcessRecord | None) -> ProcessRecord:
+    assert record is not None, "a stalled engine cannot drain"
+    return record
+
+
+async def _until_confirmed(table: RequestTable, *, within_s: float) -> None:
+    deadline_s = time.monotonic() + within_s
+    while len(table) and time.monotonic() < deadline_s:
+        await asyncio.sleep(0.02)
+
+
+async def _sweep(table: RequestTable, orphan_s: float) -> None:
+    while True:
+        await asyncio.sleep(1.0)
+        table.sweep(orphan_s=orphan_s)
+
+
+async def _load_all(fleet: Fleet, group: WorkerGroup, variants: VariantTable) -> None:
+    for plan in plans_of(fleet, group):
+        await variants.load(plan)
+
+
+async def _open_store(
+    fleet: Fleet, registry: Registry, node: str, stack: AsyncExitStack
+) -> StoreClient | None:
+    if not fleet.kvstore.enabled:
+        return None
+
+    async def find() -> str | None:
+        stores = await registry.living("kvstore")
+        return next((record.grpc_address for record in stores if record.node == node), None)
+
+    return await stack.enter_async_context(StoreClient.open(find))
+
+
+def _group(fleet: Fleet, name: str) -> WorkerGroup:
+    for group in fleet.workers:
+        if group.name == name:
+            return group
+    known = ", ".join(group.name for group in fleet.workers)
+    raise InvalidConfiguration(f"the fleet has no worker group {name!r}; it has {known}", param="group")
+
+
+def _fence() -> None:
+    log.critical("lease_lost")
+    logging.shutdown()
+    os._exit(EXIT_LEASE_LOST)
+
+
+def main() -> None:
+    sys.setswitchinterval(0.0005)  # the event loop must not wait 5 ms for the engine thread's GIL
+    settings = load(Settings, os.environ, prefix="TRIREME_WORKER_")
+    configure_logging("worker", level=settings.log_level)
+    configure_tracing("worker")
+    uvloop.run(serve(settings))
+
+
+if __name__ == "__main__":
+    main()

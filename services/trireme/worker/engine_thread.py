@@ -1,0 +1,106 @@
+"""The thread that owns the engines: it alone touches them, one step after the other."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TypeVar
+
+from trireme.engine import Engine, EngineStats, StepResult
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+EXIT_ENGINE_BROKEN = 70
+"""Exit status after an error that no fault barrier caught: what was in flight counts a crash."""
+
+
+class EngineThread:
+    """Runs the engines round robin; results and answers come back on the event loop.
+
+    Args:
+        deliver: called on the event loop with (variant, result, stats) after each step.
+    """
+
+    def __init__(self, deliver: Callable[[str, StepResult, EngineStats], None]) -> None:
+        self._deliver = deliver
+        self._loop = asyncio.get_running_loop()
+        self._engines: dict[str, Engine] = {}
+        self._calls: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._alive_s = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the present step."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join(timeout=10)
+
+    def stalled_s(self) -> float:
+        """Seconds since the thread last finished something; it turns twice a second when idle."""
+        return time.monotonic() - self._alive_s
+
+    def post(self, action: Callable[[dict[str, Engine]], None]) -> None:
+        """Run `action(engines)` on the thread before its next step."""
+        with self._wake:
+            self._calls.append(lambda: action(self._engines))
+            self._wake.notify()
+
+    async def call(self, action: Callable[[dict[str, Engine]], T]) -> T:
+        """Run `action(engines)` on the thread before its next step and await its result."""
+        future: asyncio.Future[T] = self._loop.create_future()
+
+        def run(engines: dict[str, Engine]) -> None:
+            try:
+                result = action(engines)
+            except Exception as error:
+                self._loop.call_soon_threadsafe(_fail, future, error)
+            else:
+                self._loop.call_soon_threadsafe(_succeed, future, result)
+
+        self.post(run)
+        return await future
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._turn()
+        except BaseException:
+            log.critical("engine_broken", exc_info=True)
+            os._exit(EXIT_ENGINE_BROKEN)
+
+    def _turn(self) -> None:
+        with self._wake:
+            if not self._calls and not any(engine.has_work for engine in self._engines.values()):
+                self._wake.wait(timeout=0.5)
+            calls, self._calls = self._calls, deque()
+        self._alive_s = time.monotonic()
+        for action in calls:
+            action()
+        for variant, engine in list(self._engines.items()):
+            if engine.has_work:
+                result = engine.step()
+                self._alive_s = time.monotonic()
+                self._loop.call_soon_threadsafe(self._deliver, variant, result, engine.stats())
+
+
+def _succeed(future: asyncio.Future[T], result: T) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
+def _fail(future: asyncio.Future[T], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)

@@ -1,0 +1,115 @@
+"""The requests a worker has: what was made of them, and who wants it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from trireme.wire.bus.v1.facts_pb2 import Assignment
+from trireme.wire.inference.v1.inference_pb2 import PositionLogprobs, Usage
+from trireme.wire.worker.v1.worker_pb2 import Admitted, Finished, SequenceUpdate
+
+
+def sequence_id(request_id: str, choice: int) -> str:
+    """The engine's name for one choice (or one label) of a request."""
+    return f"{request_id}#{choice}"
+
+
+@dataclass(slots=True)
+class Choice:
+    """One answer in the making."""
+
+    first_index: int
+    """Index in the answer of `token_ids[0]`: earlier ones were delivered in an earlier attempt."""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+    finished: Finished | None = None
+    sent: int = 0
+    """Tokens given to the present gateway's stream."""
+    finish_sent: bool = False
+
+
+@dataclass(slots=True)
+class LiveRequest:
+    """One attempt of one request, from its admission until its end is confirmed."""
+
+    assignment: Assignment
+    entry_id: bytes
+    gateway_id: str
+    choices: list[Choice]
+    work_tokens: int
+    engine_s: float = 0.0
+    joules: float = 0.0
+    grams_co2e: float = 0.0
+    cached_prompt_tokens: int = 0
+    started_unix_s: float = 0.0
+    first_token_unix_s: float = 0.0
+    ended_s: float | None = None
+    """Monotonic; None while a choice goes on."""
+    scores: tuple[float, ...] = ()
+    embedding: tuple[float, ...] = ()
+    announced: bool = False
+    last_wanted_s: float = field(default_factory=time.monotonic)
+    """When its gateway was last connected."""
+
+    @property
+    def request_id(self) -> str:
+        return self.assignment.request.request_id
+
+    @property
+    def is_complete(self) -> bool:
+        return all(choice.finished is not None for choice in self.choices)
+
+    def usage(self) -> Usage:
+        """What it used so far, in this attempt; delivered tokens of earlier ones count as answer."""
+        return Usage(
+            prompt_tokens=len(self.assignment.request.prompt_token_ids),
+            cached_prompt_tokens=self.cached_prompt_tokens,
+            completion_tokens=sum(choice.first_index + len(choice.token_ids) for choice in self.choices),
+            engine_s=self.engine_s,
+            joules=self.joules,
+            grams_co2e=self.grams_co2e,
+        )
+
+    def rewind(self) -> None:
+        """Everything must be sent again: another stream wants it."""
+        self.announced = False
+        for choice in self.choices:
+            choice.sent = 0
+            choice.finish_sent = False
+
+    def news(self) -> list[SequenceUpdate]:
+        """What was not sent yet, marked as sent."""
+        updates = []
+        for number, choice in enumerate(self.choices):
+            fresh = len(choice.token_ids) > choice.sent
+            ends = choice.finished is not None and not choice.finish_sent
+            if not (fresh or ends or not self.announced):
+                continue
+            update = SequenceUpdate(
+                request_id=self.request_id,
+                attempt=self.assignment.request.attempt,
+                choice=number,
+                first_index=choice.first_index + choice.sent,
+                token_ids=choice.token_ids[choice.sent :],
+                logprobs=choice.logprobs[choice.sent :],
+            )
+            choice.sent = len(choice.token_ids)
+            if not self.announced:
+                update.admitted.CopyFrom(
+                    Admitted(
+                        variant=self.assignment.variant,
+                        decision=self.assignment.decision,
+                        started_unix_s=self.started_unix_s,
+                    )
+                )
+                self.announced = True
+            if ends and choice.finished is not None:
+                update.finished.CopyFrom(choice.finished)
+                choice.finish_sent = True
+            updates.append(update)
+        if updates and self.is_complete:
+            updates[-1].usage.CopyFrom(self.usage())
+            updates[-1].scores.extend(self.scores)
+            updates[-1].embedding.extend(self.embedding)
+        return updates

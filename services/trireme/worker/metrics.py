@@ -1,0 +1,62 @@
+"""Prometheus metrics of a worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from trireme.worker.variants import LoadedVariant
+
+_COUNTERS: tuple[tuple[str, str, Callable[[LoadedVariant], float]], ...] = (
+    ("trireme_engine_steps", "Engine iterations.", lambda v: v.stats.steps),
+    ("trireme_engine_busy_seconds", "Seconds spent in iterations.", lambda v: v.stats.busy_s),
+    ("trireme_engine_prefill_tokens", "Prompt tokens computed.", lambda v: v.stats.prefill_tokens),
+    ("trireme_engine_decode_tokens", "Answer tokens computed.", lambda v: v.stats.decode_tokens),
+    ("trireme_engine_cached_tokens", "Prompt tokens found in a cache.", lambda v: v.stats.prefix_hit_tokens),
+    ("trireme_engine_preemptions", "Sequences preempted.", lambda v: v.stats.preemptions),
+    ("trireme_engine_recomputed_tokens", "Tokens computed again.", lambda v: v.stats.recomputed_tokens),
+    ("trireme_engine_billed_joules", "Joules billed to requests.", lambda v: v.billed_joules),
+)
+_GAUGES: tuple[tuple[str, str, Callable[[LoadedVariant], float]], ...] = (
+    ("trireme_engine_waiting_sequences", "Sequences waiting.", lambda v: v.stats.waiting),
+    ("trireme_engine_running_sequences", "Sequences running.", lambda v: v.stats.running),
+    (
+        "trireme_engine_kv_usage_ratio",
+        "Share of KV blocks held by sequences.",
+        lambda v: v.stats.kv_blocks_used / v.stats.kv_blocks_total,
+    ),
+    ("trireme_engine_prefill_tokens_per_second", "Measured.", lambda v: v.prefill_tokens_per_s),
+    ("trireme_engine_decode_tokens_per_second", "Measured, one sequence.", lambda v: v.decode_tokens_per_s),
+)
+
+
+class EngineCollector:
+    """Reads the variants when Prometheus asks, so that a step pays nothing."""
+
+    def __init__(self, variants: Iterable[LoadedVariant], stalled_s: Callable[[], float]) -> None:
+        self._variants = variants
+        self._stalled_s = stalled_s
+
+    def collect(self) -> Iterator[Metric]:
+        for name, text, read in _COUNTERS:
+            counter = CounterMetricFamily(name, text, labels=["variant"])
+            for variant in self._variants:
+                counter.add_metric([variant.plan.variant], read(variant))
+            yield counter
+        for name, text, read in _GAUGES:
+            gauge = GaugeMetricFamily(name, text, labels=["variant"])
+            for variant in self._variants:
+                gauge.add_metric([variant.plan.variant], read(variant))
+            yield gauge
+        age = GaugeMetricFamily("trireme_engine_last_turn_age_seconds", "Age of the engine's last turn.")
+        age.add_metric([], self._stalled_s())
+        yield age
+
+
+def registry_of(collector: EngineCollector) -> CollectorRegistry:
+    """A registry with this collector alone."""
+    registry = CollectorRegistry()
+    registry.register(collector)
+    return registry

@@ -1,0 +1,303 @@
+"""The life of requests on this worker: from assignment to confirmed end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable, Coroutine, Iterable
+
+from trireme.bus.connection import persistently
+from trireme.bus.request_records import RequestRecords, State
+from trireme.bus.streams import Stream
+from trireme.engine import FinishReason, StepResult, TokenOutput
+from trireme.wire.bus.v1.facts_pb2 import Event, RequestFinished
+from trireme.wire.inference.v1 import inference_pb2 as inference
+from trireme.wire.worker.v1.worker_pb2 import Finished
+from trireme.worker.billing import Biller
+from trireme.worker.live_requests import Choice, LiveRequest, sequence_id
+from trireme.worker.outboxes import Outbox
+
+log = logging.getLogger(__name__)
+
+TOMBSTONE_S = 60.0
+"""A stop for a request that is not here yet is remembered so long."""
+
+_REASONS = {
+    FinishReason.STOP: inference.FINISH_REASON_STOP,
+    FinishReason.LENGTH: inference.FINISH_REASON_LENGTH,
+    FinishReason.ERROR: inference.FINISH_REASON_ERROR,
+}
+
+
+class RequestTable:
+    """Live requests by id, their sequences, and one outbox per gateway.
+
+    Args:
+        cancel: stops sequences of a variant in the engine: (variant, sequence ids).
+    """
+
+    def __init__(
+        self,
+        *,
+        worker_id: str,
+        records: RequestRecords,
+        events: Stream[Event],
+        biller: Biller,
+        cancel: Callable[[str, list[str]], None],
+    ) -> None:
+        self._worker_id = worker_id
+        self._records = records
+        self._events = events
+        self._biller = biller
+        self._cancel = cancel
+        self._live: dict[str, LiveRequest] = {}
+        self._sequences: dict[str, tuple[LiveRequest, int]] = {}
+        self._outboxes: dict[str, Outbox] = {}
+        self._tombstones: dict[str, float] = {}
+        self._endings: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    @property
+    def computing(self) -> int:
+        """Requests whose last choice has not ended."""
+        return sum(request.ended_s is None for request in self._live.values())
+
+    def outbox(self, gateway_id: str) -> Outbox:
+        """The gateway's outbox, made at first use."""
+        return self._outboxes.setdefault(gateway_id, Outbox(self._worker_id))
+
+    def is_stopped(self, request_id: str) -> bool:
+        """Whether a stop came before the request did."""
+        return request_id in self._tombstones
+
+    def add(self, request: LiveRequest) -> None:
+        """Take a request over; a newer attempt of one that is here replaces it."""
+        stale = self._live.get(request.request_id)
+        if stale is not None:
+            self._drop(stale)
+        self._live[request.request_id] = request
+        for number in range(len(request.choices)):
+            self._sequences[sequence_id(request.request_id, number)] = (request, number)
+
+    def has_attempt(self, request_id: str, attempt: int) -> bool:
+        """Whether this attempt, or a later one, is here already."""
+        known = self._live.get(request_id)
+        return known is not None and known.assignment.request.attempt >= attempt
+
+    def on_step(self, result: StepResult) -> tuple[float, float]:
+        """Take one step's output; returns (joules, engine seconds) billed for it."""
+        now_s = time.time()
+        billed_joules = 0.0
+        billed_s = 0.0
+        for work in result.work:
+            found = self._sequences.get(work.sequence_id)
+            if found is None:
+                continue
+            request = found[0]
+            joules, grams = self._biller.price(work.seconds)
+            request.engine_s += work.seconds
+            request.joules += joules
+            request.grams_co2e += grams
+            billed_joules += joules
+            billed_s += work.seconds
+            if not request.started_unix_s:
+                request.started_unix_s = now_s - result.seconds
+        touched: dict[str, LiveRequest] = {}
+        for output in result.outputs:
+            found = self._sequences.get(output.sequence_id)
+            if found is None:
+                continue
+            request, number = found
+            self._take(request, number, output, now_s)
+            touched[request.request_id] = request
+        for score in result.scores:
+            self._take_ending(score.sequence_id, touched, scores=score.logprobs, cached=score.cached_tokens)
+        for embedding in result.embeddings:
+            self._take_ending(embedding.sequence_id, touched, embedding=embedding.vector)
+        for request in touched.values():
+            if request.is_complete and request.ended_s is None:
+                self._ended(request, now_s)
+            self.outbox(request.gateway_id).mark(request)
+        return billed_joules, billed_s
+
+    def fail(self, request: LiveRequest, *, code: str, message: str) -> None:
+        """End a request that the engine does not take."""
+        for choice in request.choices:
+            if choice.finished is None:
+                choice.finished = Finished(
+                    reason=inference.FINISH_REASON_ERROR, error_code=code, error_message=message
+                )
+        self._ended(request, time.time())
+        self.outbox(request.gateway_id).mark(request)
+
+    def stop(self, request_id: str, choice: int | None) -> bool:
+        """Stop computing a request or one choice; False (and remembered) where it is not here."""
+        request = self._live.get(request_id)
+        if request is None:
+            self._tombstones[request_id] = time.monotonic()
+            return False
+        numbers = range(len(request.choices)) if choice is None else [choice]
+        going = [n for n in numbers if n < len(request.choices) and request.choices[n].finished is None]
+        if going:
+            for number in going:
+                request.choices[number].finished = Finished(reason=inference.FINISH_REASON_CANCELLED)
+            self._cancel(request.assignment.variant, [sequence_id(request_id, n) for n in going])
+            if request.is_complete:
+                self._ended(request, time.time())
+            self.outbox(request.gateway_id).mark(request)
+        return True
+
+    def attach(self, request_id: str, gateway_id: str) -> bool:
+        """Send the request's output to this gateway from now on; False where it is not here."""
+        request = self._live.get(request_id)
+        if request is None:
+            return False
+        if request.gateway_id != gateway_id:
+            self.outbox(request.gateway_id).forget(request_id)
+            request.gateway_id = gateway_id
+        request.last_wanted_s = time.monotonic()
+        request.rewind()
+        self.outbox(gateway_id).mark(request)
+        return True
+
+    def connected(self, gateway_id: str) -> None:
+        """A gateway's stream is new: all that it holds must be sent again."""
+        box = self.outbox(gateway_id)
+        for request in self._live.values():
+            if request.gateway_id == gateway_id:
+                request.rewind()
+                box.mark(request)
+
+    def confirm_complete(self, request_id: str) -> None:
+        """The gateway has all of it: acknowledge the assignment and forget it."""
+        request = self._live.get(request_id)
+        if request is not None and request.ended_s is not None:
+            self._drop(request)
+            self._acknowledge(request)
+
+    def sweep(self, *, orphan_s: float) -> None:
+        """Let go of what no gateway has asked for in `orphan_s`, of old tombstones and outboxes."""
+        now_s = time.monotonic()
+        for request in list(self._live.values()):
+            if self.outbox(request.gateway_id).is_connected and request.ended_s is None:
+                request.last_wanted_s = now_s
+            elif now_s - max(request.last_wanted_s, request.ended_s or 0.0) > orphan_s:
+                log.info("orphan_dropped", extra={"request_id": request.request_id})
+                self.stop(request.request_id, None)
+                self._drop(request)
+                self._acknowledge(request)
+        self._tombstones = {k: t for k, t in self._tombstones.items() if now_s - t < TOMBSTONE_S}
+        wanted = {request.gateway_id for request in self._live.values()}
+        for gateway_id, box in list(self._outboxes.items()):
+            if not box.is_connected and gateway_id not in wanted:
+                del self._outboxes[gateway_id]
+
+    async def settle(self) -> None:
+        """Wait for acknowledgements that are under way."""
+        while self._endings:
+            await asyncio.wait(self._endings)
+
+    def _take(self, request: LiveRequest, number: int, output: TokenOutput, now_s: float) -> None:
+        request.cached_prompt_tokens = max(request.cached_prompt_tokens, output.cached_tokens or 0)
+        choice = request.choices[number]
+        if choice.finished is not None:
+            return  # stopped meanwhile
+        if output.token_id is not None and output.index == choice.first_index + len(choice.token_ids):
+            choice.token_ids.append(output.token_id)
+            if output.logprob is not None:
+                choice.logprobs.append(_logprobs(output.token_id, output.logprob, output.top_logprobs))
+            if not request.first_token_unix_s:
+                request.first_token_unix_s = now_s
+        if output.finish_reason is not None:
+            choice.finished = Finished(reason=_REASONS[output.finish_reason])
+            if output.error is not None:
+                choice.finished.error_code = output.error.code
+                choice.finished.error_message = output.error.message
+
+    def _take_ending(
+        self,
+        sequence: str,
+        touched: dict[str, LiveRequest],
+        *,
+        scores: tuple[float, ...] = (),
+        embedding: tuple[float, ...] = (),
+        cached: int = 0,
+    ) -> None:
+        found = self._sequences.get(sequence)
+        if found is None:
+            return
+        request = found[0]
+        request.scores, request.embedding, request.cached_prompt_tokens = scores, embedding, cached
+        request.choices[0].finished = Finished(reason=inference.FINISH_REASON_STOP)
+        touched[request.request_id] = request
+
+    def _ended(self, request: LiveRequest, now_s: float) -> None:
+        request.ended_s = time.monotonic()
+        admitted = request.assignment.request
+        finished = RequestFinished(
+            request_id=request.request_id,
+            tenant=admitted.tenant,
+            model=admitted.model,
+            variant=request.assignment.variant,
+            worker_id=self._worker_id,
+            reason=_last_reason(request),
+            usage=request.usage(),
+            attempt=admitted.attempt,
+            admitted_unix_s=admitted.admitted_unix_s,
+            started_unix_s=request.started_unix_s,
+            first_token_unix_s=request.first_token_unix_s,
+            finished_unix_s=now_s,
+        )
+        event = Event(
+            id=uuid.uuid4().hex, at_unix_s=now_s, traceparent=admitted.traceparent, finished=finished
+        )
+        self._in_background(persistently(lambda: self._events.publish(event), what="publish finished"))
+
+    def _acknowledge(self, request: LiveRequest) -> None:
+        failed = any(c.finished and c.finished.error_code for c in request.choices)
+        state = State.FAILED if failed else State.FINISHED
+
+        async def end() -> None:
+            await persistently(
+                lambda: self._records.end(
+                    request.entry_id, request.assignment, state, tokens=request.work_tokens
+                ),
+                what="acknowledge assignment",
+            )
+
+        self._in_background(end())
+
+    def _in_background(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.create_task(work)
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)
+
+    def _drop(self, request: LiveRequest) -> None:
+        self._live.pop(request.request_id, None)
+        for number in range(len(request.choices)):
+            self._sequences.pop(sequence_id(request.request_id, number), None)
+        self.outbox(request.gateway_id).forget(request.request_id)
+
+
+def new_choices(delivered: Iterable[inference.TokenIds], count: int) -> list[Choice]:
+    """Choices that continue after what was delivered in earlier attempts."""
+    lengths = [len(tokens.ids) for tokens in delivered]
+    lengths += [0] * (count - len(lengths))
+    return [Choice(first_index=length) for length in lengths[:count]]
+
+
+def _last_reason(request: LiveRequest) -> inference.FinishReason.ValueType:
+    """One reason for all choices: the worst of them."""
+    reasons = [choice.finished.reason for choice in request.choices if choice.finished is not None]
+    return max(reasons, default=inference.FINISH_REASON_UNSPECIFIED)
+
+
+def _logprobs(token_id: int, logprob: float, top: Iterable[tuple[int, float]]) -> inference.PositionLogprobs:
+    return inference.PositionLogprobs(
+        chosen=inference.TokenLogprob(token_id=token_id, logprob=logprob),
+        top=[inference.TokenLogprob(token_id=other, logprob=value) for other, value in top],
+    )

@@ -1,0 +1,30 @@
+"""Settings of a worker, from TRIREME_WORKER_*. What it serves it reads from the fleet's file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    redis_url: str
+    fleet: Path
+    """The fleet's file."""
+    bus_prefix: str = "trireme"
+    node: str = "local"
+    group: str = "worker"
+    """The worker group in the fleet's file that says what to serve."""
+    index: int = 0
+    """Which replica of the group this is."""
+    listen: str = "127.0.0.1:0"
+    metrics_listen: str = "127.0.0.1:0"
+    stall_s: float = 5.0
+    """An engine step longer than this is a stall: the lease is not renewed any more."""
+    drain_s: float = 30.0
+    """On SIGTERM, requests have so long to end here; then they go on elsewhere."""
+    orphan_s: float = 60.0
+    """Output that no gateway asks for is kept so long."""
+    store_deadline_s: float = 0.25
+    """Time for the KV store to answer before a block counts as missing."""
+    log_level: str = "info"
