@@ -1,0 +1,38 @@
+"""The step loop: sequences, batches, paged KV, sampling.
+
+Invariant: what a sequence gets does not depend on who runs beside it. Batching, chunking,
+prefix reuse, preemption and a neighbour's failure change when a token comes, never which.
+"""
+
+from trireme.engine.builder import build
+from trireme.engine.engine import Engine
+from trireme.engine.outputs import (
+    EmbeddingOutput,
+    EngineStats,
+    FinishReason,
+    ScoreOutput,
+    SequenceWork,
+    StepResult,
+    TokenOutput,
+)
+from trireme.engine.request import Mode, SequenceRequest
+from trireme.engine.sampling_params import SamplingParams
+from trireme.engine.settings import EngineSettings
+from trireme.engine.tier import KvTier
+
+__all__ = [
+    "EmbeddingOutput",
+    "Engine",
+    "EngineSettings",
+    "EngineStats",
+    "FinishReason",
+    "KvTier",
+    "Mode",
+    "SamplingParams",
+    "ScoreOutput",
+    "SequenceRequest",
+    "SequenceWork",
+    "StepResult",
+    "TokenOutput",
+    "build",
+]

@@ -1,0 +1,100 @@
+"""From a request to sequences: what is refused at once, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from trireme.engine.request import Mode, SequenceRequest
+from trireme.engine.sampling import SamplingState
+from trireme.engine.sequence import ScoreGroup, Sequence
+from trireme.errors import ContextLengthExceeded, InvalidRequest
+from trireme.models.config import ModelConfig
+
+
+def check(request: SequenceRequest, config: ModelConfig, *, max_model_len: int) -> None:
+    """Refuse what can never be served.
+
+    Raises:
+        InvalidRequest: an empty prompt, an unknown token id, or continuations that are missing or empty.
+        ContextLengthExceeded: prompt and what must follow do not fit the context.
+    """
+    if not request.prompt_token_ids:
+        raise InvalidRequest("the prompt has no tokens", param="prompt_token_ids")
+    _check_ids("prompt_token_ids", request.prompt_token_ids, config.vocab_size)
+    _check_ids("delivered_token_ids", request.delivered_token_ids, config.vocab_size)
+    request.sampling.check_vocabulary(config.vocab_size)
+    longest = 1 if request.mode is Mode.GENERATE else 0
+    if request.mode is Mode.SCORE:
+        if not request.score_continuations:
+            raise InvalidRequest("there are no continuations to score", param="score_continuations")
+        for continuation in request.score_continuations:
+            if not continuation:
+                raise InvalidRequest("a continuation has no tokens", param="score_continuations")
+            _check_ids("score_continuations", continuation, config.vocab_size)
+            longest = max(longest, len(continuation))
+    needed = len(request.prompt_token_ids) + longest
+    if needed > max_model_len:
+        raise ContextLengthExceeded(
+            f"the prompt has {len(request.prompt_token_ids)} tokens and at least {longest} must follow, "
+            f"but the context holds {max_model_len}; shorten the prompt",
+            param="prompt_token_ids",
+        )
+
+
+def sequences_of(
+    request: SequenceRequest, config: ModelConfig, *, eos_token_ids: frozenset[int], device: torch.device
+) -> list[Sequence]:
+    """One sequence; for SCORE one per continuation, with a group."""
+    prompt = list(request.prompt_token_ids)
+    if request.mode is not Mode.SCORE:
+        sequence = _sequence(request, request.sequence_id, prompt)
+        if request.mode is Mode.GENERATE:
+            params = request.sampling
+            sequence.token_ids.extend(request.delivered_token_ids)
+            sequence.stop_ids = stop_ids(request, eos_token_ids)
+            sequence.state = SamplingState(
+                params,
+                stop_ids=sorted(sequence.stop_ids),
+                prompt_ids=prompt,
+                output_ids=list(request.delivered_token_ids),
+                vocab_size=config.vocab_size,
+                device=device,
+            )
+        return [sequence]
+
+    count = len(request.score_continuations)
+    group = ScoreGroup(request.sequence_id, [], [0.0] * count, count)
+    for index, continuation in enumerate(request.score_continuations):
+        member = _sequence(request, f"{request.sequence_id}\0{index}", [*prompt, *continuation])
+        member.group, member.member = group, index
+        group.members.append(member)
+    return list(group.members)
+
+
+def stop_ids(request: SequenceRequest, eos_token_ids: frozenset[int]) -> frozenset[int]:
+    """Tokens that end the request's answer."""
+    own = frozenset(request.sampling.stop_token_ids)
+    return own if request.sampling.ignore_eos else own | eos_token_ids
+
+
+def _sequence(request: SequenceRequest, sequence_id: str, token_ids: list[int]) -> Sequence:
+    return Sequence(
+        sequence_id=sequence_id,
+        mode=request.mode,
+        request=request,
+        token_ids=token_ids,
+        num_prompt=len(request.prompt_token_ids),
+        salt=request.salt,
+        arrival_s=request.arrival_s,
+        priority=request.priority,
+    )
+
+
+def _check_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequest(
+                f"{name} has token {token_id}, but the model has {vocab_size} tokens", param=name
+            )

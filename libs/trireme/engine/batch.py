@@ -1,0 +1,130 @@
+"""One step's batch: from sequences to tensors, through the model, to the rows that matter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trireme.engine.kv_cache import KvCache
+from trireme.engine.request import Mode
+from trireme.engine.sequence import Sequence
+from trireme.kernels.attention_batch import AttentionBatch
+from trireme.models.model import Model
+
+
+class Part(NamedTuple):
+    """A sequence and how many of its next tokens this step computes."""
+
+    sequence: Sequence
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class Computed:
+    """Parts that went through the model together."""
+
+    parts: list[Part]
+    hidden: Tensor
+    """(tokens, hidden), the parts' tokens one after the other."""
+    sampling: list[Sequence]
+    """Sequences that choose a token now."""
+    logits: Tensor | None
+    """(len(sampling), vocab) float32."""
+
+
+@dataclass(slots=True)
+class Fault:
+    """A sequence that the model failed on, alone."""
+
+    sequence: Sequence
+    error: Exception
+
+
+def compute(model: Model, cache: KvCache, parts: list[Part]) -> tuple[list[Computed], list[Fault]]:
+    """Run the parts in one batch. If that raises, halve it until only the culprits are left out.
+
+    Running a part twice is harmless: it writes the same keys and values to the same slots.
+    """
+    try:
+        return [_forward(model, cache, parts)], []
+    except Exception as error:
+        if len(parts) == 1:
+            return [], [Fault(parts[0].sequence, error)]
+    middle = len(parts) // 2
+    computed: list[Computed] = []
+    faults: list[Fault] = []
+    for half in (parts[:middle], parts[middle:]):
+        done, failed = compute(model, cache, half)
+        computed += done
+        faults += failed
+    return computed, faults
+
+
+def _forward(model: Model, cache: KvCache, parts: list[Part]) -> Computed:
+    """`parts` with a single token come first."""
+    device = model.device
+    token_ids: list[int] = []
+    positions: list[int] = []
+    query_lens: list[int] = []
+    context_lens: list[int] = []
+    sampling: list[Sequence] = []
+    last_rows: list[int] = []
+    for sequence, count in parts:
+        start = sequence.num_computed
+        stop = start + count
+        if count == 1:
+            token_ids.append(sequence.token_ids[start])
+            positions.append(start)
+        else:
+            token_ids.extend(sequence.token_ids[start:stop])
+            positions.extend(range(start, stop))
+        query_lens.append(count)
+        context_lens.append(stop)
+        if sequence.mode is Mode.GENERATE and stop == len(sequence.token_ids):
+            sampling.append(sequence)
+            last_rows.append(len(token_ids) - 1)
+
+    width = cache.blocks_for(max(context_lens))
+    batch = AttentionBatch(
+        query_lens=query_lens,
+        context_lens=context_lens,
+        block_tables=cache.tables([sequence.row for sequence, _ in parts], width),
+        block_size=cache.block_size,
+        device=device,
+        dtype=model.dtype,
+    )
+    inputs = torch.tensor((token_ids, positions), dtype=torch.int64).to(device, non_blocking=True)
+    hidden = model.forward(inputs[0], inputs[1], cache.layers, batch)
+    logits = None
+    if sampling:
+        # A batch of decoding sequences alone samples every row, in order.
+        is_every_row = len(last_rows) == len(token_ids)
+        rows = hidden if is_every_row else hidden[torch.tensor(last_rows, device=device)]
+        logits = model.logits(rows)
+    return Computed(parts, hidden, sampling, logits)
+
+
+def continuation_logprob(model: Model, hidden: Tensor, sequence: Sequence, start: int) -> float:
+    """Log-probability of the continuation's tokens that follow this chunk's positions.
+
+    Args:
+        hidden: (tokens, hidden) of the sequence's positions from `start` on.
+    """
+    skipped = max(0, sequence.num_prompt - 1 - start)
+    if skipped >= hidden.shape[0]:
+        return 0.0
+    first = start + skipped + 1
+    following = sequence.token_ids[first : first + hidden.shape[0] - skipped]
+    logprobs = model.logits(hidden[skipped:]).log_softmax(-1)
+    wanted = torch.tensor(following, device=hidden.device)[:, None]
+    total: float = logprobs.gather(1, wanted).double().sum().item()
+    return total
+
+
+def pooled(hidden_sum: Tensor) -> tuple[float, ...]:
+    """The direction of the sum of hidden states (hidden,): their mean, scaled to length 1."""
+    vector: list[float] = torch.nn.functional.normalize(hidden_sum, dim=0).tolist()
+    return tuple(vector)

@@ -1,0 +1,47 @@
+"""From a checkpoint directory to an engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from trireme.engine.engine import Engine
+from trireme.engine.settings import EngineSettings
+from trireme.engine.tier import KvTier
+from trireme.loading.whole import load_model
+from trireme.models.checkpoint import Checkpoint
+
+
+def build(
+    checkpoint_dir: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    settings: EngineSettings | None = None,
+    *,
+    kv_tier: KvTier | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Engine:
+    """Load a checkpoint and put an engine around it. The number of threads is the caller's.
+
+    Args:
+        settings: None: 512 blocks and the defaults.
+
+    Raises:
+        InvalidCheckpoint: the files are missing, malformed or of an unsupported architecture.
+    """
+    settings = settings or EngineSettings(num_blocks=512)
+    with Checkpoint(checkpoint_dir) as checkpoint:
+        limit = checkpoint.config.context_limit
+        wanted = settings.max_model_len or settings.num_blocks * settings.block_size
+        model = load_model(checkpoint, device=device, dtype=dtype, max_positions=min(limit, wanted))
+        return Engine(
+            model,
+            settings,
+            kv_tier=kv_tier,
+            eos_token_ids=checkpoint.eos_token_ids,
+            model_key=checkpoint.fingerprint(),
+            clock=clock,
+        )

@@ -1,0 +1,321 @@
+"""The step loop: decide, compute, sample, report.
+
+Single-threaded: whoever owns the engine calls all of its methods from one thread. A failure
+of one sequence ends that one; the others go on.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+from trireme.engine import admission
+from trireme.engine.batch import Computed, compute, continuation_logprob, pooled
+from trireme.engine.kv_cache import KvCache
+from trireme.engine.outputs import (
+    EmbeddingOutput,
+    EngineStats,
+    FinishReason,
+    ScoreOutput,
+    StepResult,
+    TokenOutput,
+)
+from trireme.engine.request import Mode, SequenceRequest
+from trireme.engine.roster import Roster
+from trireme.engine.sampling import Sampled, sample
+from trireme.engine.sequence import Sequence
+from trireme.engine.settings import EngineSettings
+from trireme.engine.tally import StepReport, Tally
+from trireme.engine.tier import KvTier
+from trireme.errors import InvalidConfiguration, RequestConflict, RequestFailed, TriremeError
+from trireme.models.model import Model
+
+
+class Engine:
+    """Continuous batching over paged KV.
+
+    Args:
+        model: what computes.
+        settings: sizes and policy.
+        kv_tier: told which blocks become resident and which leave.
+        eos_token_ids: tokens that end an answer; None: those of the model's configuration.
+        model_key: identifies the weights, for the root of block hashes.
+        clock: seconds; read at the start and end of a step.
+
+    Raises:
+        InvalidConfiguration: `max_model_len` exceeds what the model or the blocks can hold.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        settings: EngineSettings,
+        kv_tier: KvTier | None = None,
+        *,
+        eos_token_ids: frozenset[int] | None = None,
+        model_key: str = "",
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        possible = min(model.max_positions, settings.num_blocks * settings.block_size)
+        if settings.max_model_len is not None and settings.max_model_len > possible:
+            held = settings.num_blocks * settings.block_size
+            raise InvalidConfiguration(
+                f"max_model_len is {settings.max_model_len}, but the model has {model.max_positions} "
+                f"positions and the blocks hold {held} tokens"
+            )
+        self.model = model
+        self.settings = settings
+        self.model_key = model_key
+        self.max_model_len = settings.max_model_len or possible
+        self.eos_token_ids = frozenset(model.config.eos_token_ids) if eos_token_ids is None else eos_token_ids
+        self._clock = clock
+        self._cache = KvCache(
+            model,
+            num_blocks=settings.num_blocks,
+            block_size=settings.block_size,
+            max_sequences=settings.max_num_seqs,
+            max_model_len=self.max_model_len,
+            shares=settings.prefix_cache,
+            tier=kv_tier,
+        )
+        self._tally = Tally()
+        self._roster = Roster(self._cache, settings, self._tally)
+        self._requests: dict[str, list[Sequence]] = {}
+        """The open sequences of each request; several for SCORE."""
+        self._ready: list[TokenOutput] = []
+        """Ends that need no step."""
+
+    @property
+    def kv_layout(self) -> str:
+        """Shape, type and version of an exported block's bytes; part of the root of block hashes."""
+        return self._cache.layout
+
+    @property
+    def has_work(self) -> bool:
+        """A step would do something."""
+        return bool(self._requests or self._ready)
+
+    def add(self, request: SequenceRequest) -> None:
+        """Let a sequence wait for its turn.
+
+        Raises:
+            InvalidRequest: a token id or a parameter cannot be served; nothing was added.
+            ContextLengthExceeded: the prompt does not fit the context; nothing was added.
+            RequestConflict: a sequence of this id is here already.
+        """
+        if request.sequence_id in self._requests:
+            raise RequestConflict(f"sequence {request.sequence_id} is here already", param="sequence_id")
+        admission.check(request, self.model.config, max_model_len=self.max_model_len)
+        sequences = admission.sequences_of(
+            request, self.model.config, eos_token_ids=self.eos_token_ids, device=self.model.device
+        )
+        first = sequences[0]
+        if first.mode is Mode.GENERATE and first.num_outputs:
+            reason = self._finish_reason(first, first.token_ids[-1])
+            if reason is not None:
+                self._ready.append(
+                    TokenOutput(request.sequence_id, first.num_outputs, None, None, (), reason, None, 0)
+                )
+                return
+        self._requests[request.sequence_id] = sequences
+        for sequence in sequences:
+            self._roster.add(sequence)
+
+    def cancel(self, sequence_id: str) -> bool:
+        """Drop a sequence before the next step; it gets no further output. False if it is not here."""
+        self._ready, before = [o for o in self._ready if o.sequence_id != sequence_id], len(self._ready)
+        sequences = self._requests.pop(sequence_id, None)
+        if sequences is None:
+            return len(self._ready) < before
+        for sequence in sequences:
+            self._roster.remove(sequence)
+        return True
+
+    def missing_prefix(self, request: SequenceRequest) -> tuple[bytes, ...]:
+        """Hashes of the request's blocks that could be reused but are not resident, in order."""
+        if request.mode is Mode.EMBED or not self.settings.prefix_cache:
+            return ()
+        token_ids = [*request.prompt_token_ids, *request.delivered_token_ids]
+        hashes = self._cache.hashes_of(token_ids[:-1], request.salt)
+        return tuple(block_hash for block_hash in hashes if self._cache.pool.find(block_hash) is None)
+
+    def import_block(self, block_hash: bytes, payload: bytes | memoryview) -> bool:
+        """Make a block resident from another tier's bytes, oldest prefix first.
+
+        False, a miss, if the bytes do not have this layout's length or every block is held.
+        """
+        return self._cache.import_block(block_hash, payload)
+
+    def export_block(self, block_hash: bytes) -> bytes | None:
+        """A resident block's bytes in `kv_layout`; None if it is not resident."""
+        return self._cache.export_block(block_hash)
+
+    def stats(self) -> EngineStats:
+        """Gauges and counters."""
+        pool = self._cache.pool
+        tally = self._tally
+        return EngineStats(
+            waiting=len(self._roster.waiting),
+            running=len(self._roster.running),
+            kv_blocks_used=pool.num_held,
+            kv_blocks_total=pool.num_blocks,
+            kv_blocks_cached=pool.num_resident_hashes,
+            prefix_query_tokens=tally.prefix_query_tokens,
+            prefix_hit_tokens=tally.prefix_hit_tokens,
+            prefill_tokens=tally.prefill_tokens,
+            decode_tokens=tally.decode_tokens,
+            output_tokens=tally.output_tokens,
+            finished=tally.finished,
+            errors=tally.errors,
+            preemptions=tally.preemptions,
+            recomputed_tokens=tally.recomputed_tokens,
+            steps=tally.steps,
+            busy_s=tally.busy_s,
+        )
+
+    @torch.inference_mode()
+    def step(self) -> StepResult:
+        """One iteration. Never raises for a sequence's fault: that sequence ends with an error."""
+        started_s = self._clock()
+        report = StepReport(self._ready)
+        self._ready = []
+        parts = self._roster.schedule(report)
+        if parts:
+            report.computing(parts)
+            computed, faults = compute(self.model, self._cache, parts)
+            for fault in faults:
+                self._fail(fault.sequence, fault.error, report)
+            for batch in computed:
+                self._absorb(batch, report)
+        return report.result(self._tally, self._clock() - started_s)
+
+    def _absorb(self, batch: Computed, report: StepReport) -> None:
+        """Take over what was computed: more KV, tokens, scores, vectors."""
+        token = 0
+        for sequence, count in batch.parts:
+            if sequence.row < 0:  # another continuation of its request has failed in this step
+                token += count
+                continue
+            start = sequence.num_computed
+            sequence.num_computed = start + count
+            sequence.most_computed = max(sequence.most_computed, sequence.num_computed)
+            self._cache.commit(sequence)
+            if sequence.mode is not Mode.GENERATE:
+                self._absorb_hidden(sequence, batch.hidden[token : token + count], start, report)
+            token += count
+        if batch.logits is not None:
+            self._choose(batch.sampling, batch.logits, report)
+
+    def _choose(self, sequences: list[Sequence], logits: torch.Tensor, report: StepReport) -> None:
+        """Sample; if that raises, row by row, so that only the culprit ends."""
+        states = [sequence.state for sequence in sequences if sequence.state is not None]
+        try:
+            choices = sample(logits, states)
+        except Exception as error:
+            if len(sequences) == 1:
+                self._fail(sequences[0], error, report)
+                return
+            for row, sequence in enumerate(sequences):
+                self._choose([sequence], logits[row : row + 1], report)
+            return
+        for sequence, choice in zip(sequences, choices, strict=True):
+            if choice.token_id < 0:
+                self._fail(sequence, _not_a_number(), report)
+            else:
+                self._emit(sequence, choice, report)
+
+    def _emit(self, sequence: Sequence, choice: Sampled, report: StepReport) -> None:
+        index = sequence.num_outputs
+        sequence.token_ids.append(choice.token_id)
+        sequence.has_answered = True
+        if sequence.state is not None:
+            sequence.state.observe(choice.token_id)
+        finish_reason = self._finish_reason(sequence, choice.token_id)
+        report.outputs.append(
+            TokenOutput(
+                sequence.sequence_id,
+                index,
+                choice.token_id,
+                choice.logprob,
+                choice.top_logprobs,
+                finish_reason,
+                None,
+                sequence.cached_tokens,
+            )
+        )
+        sequence.cached_tokens = None
+        self._tally.output_tokens += 1
+        if finish_reason is not None:
+            self._end(sequence)
+
+    def _finish_reason(self, sequence: Sequence, last_token: int) -> FinishReason | None:
+        """Whether the answer, whose last token this is, ends here."""
+        params = sequence.request.sampling
+        if sequence.num_outputs >= params.min_tokens and last_token in sequence.stop_ids:
+            return FinishReason.STOP
+        if sequence.num_outputs >= params.max_tokens or len(sequence.token_ids) >= self.max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def _absorb_hidden(
+        self, sequence: Sequence, hidden: torch.Tensor, start: int, report: StepReport
+    ) -> None:
+        """A chunk of a SCORE or EMBED sequence; `hidden` (tokens, hidden) begins at position `start`."""
+        is_done = sequence.num_computed == sequence.num_target
+        try:
+            if sequence.group is not None:
+                total = continuation_logprob(self.model, hidden, sequence, start)
+                if math.isnan(total):
+                    raise _not_a_number()
+                sequence.group.logprobs[sequence.member] += total
+            else:
+                chunk = hidden.float().sum(0)
+                sequence.hidden_sum = chunk if sequence.hidden_sum is None else sequence.hidden_sum + chunk
+                if is_done:
+                    vector = pooled(sequence.hidden_sum)
+                    if not all(map(math.isfinite, vector)):
+                        raise _not_a_number()
+                    cached = sequence.cached_tokens or 0
+                    report.embeddings.append(EmbeddingOutput(sequence.sequence_id, vector, cached))
+        except Exception as error:
+            self._fail(sequence, error, report)
+            return
+        if not is_done:
+            return
+        group = sequence.group
+        if group is not None and group.num_open > 1:
+            group.num_open -= 1
+            self._roster.remove(sequence)
+            return
+        if group is not None:
+            cached = sum(member.cached_tokens or 0 for member in group.members)
+            report.scores.append(ScoreOutput(group.sequence_id, tuple(group.logprobs), cached))
+        self._end(sequence)
+
+    def _end(self, sequence: Sequence) -> None:
+        """The request is answered."""
+        self._roster.remove(sequence)
+        del self._requests[sequence.request.sequence_id]
+        self._tally.finished += 1
+
+    def _fail(self, sequence: Sequence, error: Exception, report: StepReport) -> None:
+        """End the request, and all its sequences, with an error; nothing it wrote is kept."""
+        request_id = sequence.request.sequence_id
+        sequences = self._requests.pop(request_id, None)
+        if sequences is None:
+            return
+        named = error if isinstance(error, TriremeError) else RequestFailed(f"the engine failed: {error!r}")
+        report.outputs.append(
+            TokenOutput(request_id, sequence.num_outputs, None, None, (), FinishReason.ERROR, named)
+        )
+        for member in sequences:
+            self._cache.scrub(member)
+            self._roster.remove(member)
+        self._tally.errors += 1
+
+
+def _not_a_number() -> RequestFailed:
+    return RequestFailed("the model's scores are not finite numbers for this sequence")

@@ -1,0 +1,115 @@
+"""What a step gives back."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from trireme.errors import TriremeError
+
+
+class FinishReason(enum.StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    """It chose an end-of-sequence or stop token, which is the last token."""
+    LENGTH = "length"
+    """It has `max_tokens`, or fills the model's context."""
+    ERROR = "error"
+    """The engine failed on this sequence alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """News of a generating sequence, or the error that ended any sequence."""
+
+    sequence_id: str
+    index: int
+    """Place of the token in the answer, delivered ones included."""
+    token_id: int | None
+    """None if the sequence ended without another token."""
+    logprob: float | None = None
+    """Of the chosen token, where asked for."""
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    """(token id, log-probability) of the likeliest, where asked for."""
+    finish_reason: FinishReason | None = None
+    error: TriremeError | None = None
+    cached_tokens: int | None = None
+    """With the sequence's first output: tokens whose KV was found and not computed."""
+
+
+class ScoreOutput(NamedTuple):
+    """The end of a SCORE sequence."""
+
+    sequence_id: str
+    logprobs: tuple[float, ...]
+    """Per continuation, the sum of its tokens' log-probabilities."""
+    cached_tokens: int
+    """Prompt tokens whose KV was found, summed over the continuations."""
+
+
+class EmbeddingOutput(NamedTuple):
+    """The end of an EMBED sequence."""
+
+    sequence_id: str
+    vector: tuple[float, ...]
+    """Mean of the prompt's final hidden states, scaled to length 1."""
+    cached_tokens: int
+    """0: every hidden state is needed, so all are computed."""
+
+
+class SequenceWork(NamedTuple):
+    """What one sequence cost in one step."""
+
+    sequence_id: str
+    prefill_tokens: int
+    """Tokens computed other than the one below: the prompt's, and any computed again."""
+    decode_tokens: int
+    """1 if the newest token of the answer was computed."""
+    seconds: float
+    """Share of the step's time, in proportion to tokens computed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """One step. The seconds of `work` sum to `seconds`."""
+
+    outputs: tuple[TokenOutput, ...] = ()
+    scores: tuple[ScoreOutput, ...] = ()
+    embeddings: tuple[EmbeddingOutput, ...] = ()
+    work: tuple[SequenceWork, ...] = ()
+    admitted: tuple[str, ...] = ()
+    """Sequences that began or began again in this step."""
+    preempted: tuple[tuple[str, str], ...] = ()
+    """(sequence id, reason)."""
+    recomputed_tokens: int = 0
+    """Tokens computed again after a preemption."""
+    seconds: float = 0.0
+    reason: str = ""
+    """The iteration policy's line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Gauges now, and counters since the engine was built."""
+
+    waiting: int
+    running: int
+    kv_blocks_used: int
+    """Held by sequences."""
+    kv_blocks_total: int
+    kv_blocks_cached: int
+    """Complete and findable, held or not."""
+    prefix_query_tokens: int
+    """Tokens that admissions looked for in the cache."""
+    prefix_hit_tokens: int
+    prefill_tokens: int
+    decode_tokens: int
+    output_tokens: int
+    finished: int
+    errors: int
+    preemptions: int
+    recomputed_tokens: int
+    steps: int
+    busy_s: float

@@ -1,0 +1,84 @@
+"""One sequence in the engine: its tokens, how far it is computed, and what it holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from trireme.engine.request import Mode, SequenceRequest
+from trireme.engine.sampling import SamplingState
+
+
+@dataclass(slots=True, eq=False)
+class ScoreGroup:
+    """The continuations of one SCORE request: a sequence each, answered together."""
+
+    sequence_id: str
+    members: list[Sequence]
+    logprobs: list[float]
+    num_open: int
+    cached_tokens: int = 0
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Sequence:
+    """Owned by the engine; `blocks`, `row` and the counts of computed tokens by its `KvCache`."""
+
+    sequence_id: str
+    mode: Mode
+    request: SequenceRequest
+    token_ids: list[int]
+    """Prompt and answer; for SCORE prompt and continuation."""
+    num_prompt: int
+    salt: bytes
+    arrival_s: float
+    priority: int
+    state: SamplingState | None = None
+    """For GENERATE."""
+    stop_ids: frozenset[int] = frozenset()
+    """For GENERATE: tokens that end the answer."""
+    group: ScoreGroup | None = None
+    """For SCORE."""
+    member: int = 0
+    """Which continuation of the group."""
+    hidden_sum: Tensor | None = None
+    """For EMBED: (hidden,) float32, over the tokens computed so far."""
+
+    row: int = -1
+    """Row of the block table; -1: it waits."""
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    """Of the full blocks of its tokens, as far as they were asked for."""
+    num_computed: int = 0
+    """Tokens whose keys and values are in its blocks."""
+    num_committed: int = 0
+    """Blocks that others may find."""
+    most_computed: int = 0
+    """Tokens that were ever computed or found: computing them again is the price of preemption."""
+    times_passed: int = 0
+    cached_tokens: int | None = None
+    """Tokens found at first admission, until they are reported."""
+    has_answered: bool = False
+    """It chose a token here: computing its newest token is decoding, all else is prefill."""
+
+    @property
+    def num_target(self) -> int:
+        """Tokens to compute before the sequence can go on: the last of a SCORE needs no logits."""
+        return len(self.token_ids) - (self.mode is Mode.SCORE)
+
+    @property
+    def reusable_tokens(self) -> int:
+        """Tokens whose KV may be found instead of computed: those whose hidden state nobody needs."""
+        match self.mode:
+            case Mode.GENERATE:
+                return len(self.token_ids) - 1
+            case Mode.SCORE:
+                return self.num_prompt - 1
+            case Mode.EMBED:
+                return 0
+
+    @property
+    def num_outputs(self) -> int:
+        """Length of the answer so far."""
+        return len(self.token_ids) - self.num_prompt

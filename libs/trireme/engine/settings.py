@@ -1,0 +1,52 @@
+"""What an engine is given when it is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from trireme.errors import InvalidConfiguration
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """Raises InvalidConfiguration: a value is out of range."""
+
+    num_blocks: int
+    """KV blocks; `kv_cache.block_bytes` says what one costs."""
+    block_size: int = 16
+    """Tokens per block: smaller shares more, larger costs less."""
+    max_num_seqs: int = 64
+    """Sequences that run at once."""
+    max_batch_tokens: int = 512
+    """Tokens computed in one step: larger prefills faster, smaller lets others wait less."""
+    max_model_len: int | None = None
+    """Longest sequence, prompt and answer; None: what the model and the blocks allow."""
+    policy: Literal["fcfs", "priority"] = "fcfs"
+    """Who runs first: see `policies.iteration`."""
+    watermark: float = 0.01
+    """Share of the blocks that admission leaves free for running sequences to grow."""
+    max_passes: int = 64
+    """Steps in which smaller sequences may overtake a waiting one that does not fit."""
+    admission_window: int = 32
+    """Waiting sequences considered per step."""
+    prefix_cache: bool = True
+    """Keep complete blocks of ended sequences and reuse them."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_blocks", "block_size", "max_num_seqs", "admission_window"):
+            if getattr(self, name) < 1:
+                raise InvalidConfiguration(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.max_batch_tokens < self.max_num_seqs:
+            raise InvalidConfiguration(
+                f"max_batch_tokens is {self.max_batch_tokens}; every one of {self.max_num_seqs} sequences "
+                "(max_num_seqs) must get a token per step"
+            )
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise InvalidConfiguration(f"max_model_len is {self.max_model_len}; it must be at least 2")
+        if self.policy not in ("fcfs", "priority"):
+            raise InvalidConfiguration(f"policy is {self.policy!r}; it must be fcfs or priority")
+        if not 0.0 <= self.watermark < 1.0:
+            raise InvalidConfiguration(f"watermark is {self.watermark}; it must be in [0, 1)")
+        if self.max_passes < 0:
+            raise InvalidConfiguration(f"max_passes is {self.max_passes}; it must not be negative")

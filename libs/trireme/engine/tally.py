@@ -1,0 +1,91 @@
+"""What a step did, for its result and for the counters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from trireme.engine.batch import Part
+from trireme.engine.outputs import EmbeddingOutput, ScoreOutput, SequenceWork, StepResult, TokenOutput
+from trireme.policies.iteration import IterationDecision
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counters since the engine was built."""
+
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    output_tokens: int = 0
+    finished: int = 0
+    errors: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+    steps: int = 0
+    busy_s: float = 0.0
+
+
+@dataclass(slots=True)
+class StepReport:
+    """One step's result while it is made."""
+
+    outputs: list[TokenOutput]
+    scores: list[ScoreOutput] = field(default_factory=list)
+    embeddings: list[EmbeddingOutput] = field(default_factory=list)
+    admitted: list[str] = field(default_factory=list)
+    preempted: tuple[tuple[str, str], ...] = ()
+    work: list[tuple[str, int, int]] = field(default_factory=list)
+    """(request's id, prefill tokens, decode tokens) of each part."""
+    recomputed_tokens: int = 0
+    reason: str = ""
+
+    def decided(self, decision: IterationDecision) -> None:
+        """Keep what the policy said."""
+        self.preempted = tuple(
+            (sequence_id.partition("\0")[0], why) for sequence_id, why in decision.preempted
+        )
+        self.reason = decision.reason
+
+    def computing(self, parts: Iterable[Part]) -> None:
+        """Count the tokens of the step's parts, before they are computed."""
+        for sequence, num_tokens in parts:
+            start = sequence.num_computed
+            self.recomputed_tokens += max(0, min(sequence.most_computed - start, num_tokens))
+            decode = int(sequence.has_answered and start + num_tokens == len(sequence.token_ids))
+            self.work.append((sequence.request.sequence_id, num_tokens - decode, decode))
+
+    def result(self, tally: Tally, seconds: float) -> StepResult:
+        """Close the step and add it to the counters."""
+        prefill = decode = 0
+        for _, prefill_tokens, decode_tokens in self.work:
+            prefill += prefill_tokens
+            decode += decode_tokens
+        per_token_s = seconds / max(1, prefill + decode)
+        tally.prefill_tokens += prefill
+        tally.decode_tokens += decode
+        tally.recomputed_tokens += self.recomputed_tokens
+        tally.steps += 1
+        tally.busy_s += seconds
+        return StepResult(
+            outputs=tuple(self.outputs),
+            scores=tuple(self.scores),
+            embeddings=tuple(self.embeddings),
+            work=tuple(
+                [
+                    SequenceWork(
+                        sequence_id,
+                        prefill_tokens,
+                        decode_tokens,
+                        per_token_s * (prefill_tokens + decode_tokens),
+                    )
+                    for sequence_id, prefill_tokens, decode_tokens in self.work
+                ]
+            ),
+            admitted=tuple(self.admitted),
+            preempted=self.preempted,
+            recomputed_tokens=self.recomputed_tokens,
+            seconds=seconds,
+            reason=self.reason,
+        )

@@ -1,0 +1,237 @@
+"""What one step's attention needs to know: whose tokens, how much context, which blocks.
+
+Built once per step on the host and shared by all layers. Plans (gather indices and masks)
+are made on first use, one per window width, and kept for the step's other layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_GROUP_SPREAD: Final = 2
+"""Decoding sequences share a padded gather while the longest has at most this many times the
+blocks of the shortest."""
+_GROUP_MIN_BLOCKS: Final = 8
+"""Below this length padding is cheaper than another gather."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Decoding sequences of similar length that are attended to in one call."""
+
+    rows: Tensor | None
+    """(sequences,) int64: their tokens in the batch; None: all decoding sequences, in order."""
+    blocks: Tensor
+    """(sequences * width,) int64: their blocks, padded with the first one's."""
+    num_sequences: int
+    width: int
+    """Blocks per sequence after padding."""
+    start: int
+    """First key of the gathered ones that is used. Not 0 only for a group of one."""
+    stop: int
+    """One past the last key that is used. Short of the width only for a group of one."""
+    mask: Tensor | None
+    """(sequences, 1, 1, width * block_size), added to the scores; None: nothing is masked."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPlan:
+    """One prefill chunk."""
+
+    first_token: int
+    num_tokens: int
+    blocks: Tensor
+    """(width,) int64: the blocks that hold the keys seen by any query of the chunk."""
+    start: int
+    stop: int
+    """Keys used, of the gathered ones."""
+    mask: Tensor | None
+    """(num_tokens, stop - start), added to the scores; None with `is_causal` or one query."""
+    is_causal: bool
+    """The chunk starts its sequence: plain causal attention."""
+
+
+class AttentionBatch:
+    """One step's sequences, decoding ones first.
+
+    Args:
+        query_lens: tokens of each sequence in this step; those of length 1 come first.
+        context_lens: tokens of each sequence in the cache after this step, these included.
+        block_tables: (sequences, max_blocks) int64 on the host: row i holds the blocks of
+            sequence i in order, at least ceil(context / block_size) of them.
+        block_size: tokens per block.
+        device, dtype: of the queries.
+    """
+
+    __slots__ = (
+        "_chunks",
+        "_decodes",
+        "block_size",
+        "block_tables",
+        "context_lens",
+        "device",
+        "dtype",
+        "num_decodes",
+        "num_tokens",
+        "query_lens",
+        "slots",
+    )
+
+    def __init__(
+        self,
+        *,
+        query_lens: Sequence[int],
+        context_lens: Sequence[int],
+        block_tables: NDArray[np.int64],
+        block_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.query_lens = query_lens
+        self.context_lens = context_lens
+        self.block_tables = block_tables
+        self.block_size = block_size
+        self.device = device
+        self.dtype = dtype
+        self.num_tokens = sum(query_lens)
+        num_decodes = 0
+        for length in query_lens:
+            if length != 1:
+                break
+            num_decodes += 1
+        self.num_decodes = num_decodes
+        self.slots = self._to_device(self._slots())
+        """(tokens,) int64: where each token's key and value go."""
+        self._decodes: dict[int | None, tuple[DecodeGroup, ...]] = {}
+        self._chunks: dict[int | None, tuple[ChunkPlan, ...]] = {}
+
+    def decode_groups(self, window: int | None) -> tuple[DecodeGroup, ...]:
+        """The decoding sequences, in groups of similar length."""
+        groups = self._decodes.get(window)
+        if groups is None:
+            groups = self._decodes[window] = self._plan_decodes(window)
+        return groups
+
+    def chunks(self, window: int | None) -> tuple[ChunkPlan, ...]:
+        """The prefill chunks, in the order of their tokens."""
+        plans = self._chunks.get(window)
+        if plans is None:
+            plans = self._chunks[window] = self._plan_chunks(window)
+        return plans
+
+    def _to_device(self, array: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+    def _slots(self) -> NDArray[np.int64]:
+        size = self.block_size
+        count = self.num_decodes
+        last = np.asarray(self.context_lens[:count], dtype=np.int64) - 1
+        parts = [self.block_tables[np.arange(count), last // size] * size + last % size]
+        for index in range(count, len(self.query_lens)):
+            context = self.context_lens[index]
+            positions = np.arange(context - self.query_lens[index], context, dtype=np.int64)
+            parts.append(self.block_tables[index, positions // size] * size + positions % size)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _plan_decodes(self, window: int | None) -> tuple[DecodeGroup, ...]:
+        count, size = self.num_decodes, self.block_size
+        if count == 0:
+            return ()
+        stop = np.asarray(self.context_lens[:count], dtype=np.int64)
+        start = np.zeros_like(stop) if window is None else np.maximum(stop - window, 0)
+        first_block = start // size
+        widths = -(-stop // size) - first_block
+        longest = int(widths.max())
+        if longest <= max(_GROUP_MIN_BLOCKS, _GROUP_SPREAD * int(widths.min())):
+            return (self._group(None, start, stop, first_block, longest),)
+
+        order = np.argsort(widths, kind="stable")
+        groups: list[DecodeGroup] = []
+        begin = 0
+        for end in range(1, count + 1):
+            shortest = max(_GROUP_MIN_BLOCKS, _GROUP_SPREAD * int(widths[order[begin]]))
+            if end < count and int(widths[order[end]]) <= shortest:
+                continue
+            rows = order[begin:end]
+            width = int(widths[rows[-1]])
+            groups.append(self._group(rows, start[rows], stop[rows], first_block[rows], width))
+            begin = end
+        return tuple(groups)
+
+    def _group(
+        self,
+        rows: NDArray[np.int64] | None,
+        start: NDArray[np.int64],
+        stop: NDArray[np.int64],
+        first_block: NDArray[np.int64],
+        width: int,
+    ) -> DecodeGroup:
+        size = self.block_size
+        count = len(start)
+        table_rows = np.arange(count) if rows is None else rows
+        if count == 1:
+            first = int(first_block[0])
+            blocks = self.block_tables[table_rows[0], first : first + width]
+            bounds = int(start[0]) - first * size, int(stop[0]) - first * size
+            mask = None
+        else:
+            columns = first_block[:, None] + np.arange(width)
+            used = columns * size < stop[:, None]
+            columns[~used] = 0
+            blocks = self.block_tables[table_rows[:, None], columns].reshape(-1)
+            bounds = 0, width * size
+            keys = first_block[:, None] * size + np.arange(width * size)
+            hidden = torch.from_numpy((keys >= stop[:, None]) | (keys < start[:, None]))
+            zeros = torch.zeros(hidden.shape, dtype=self.dtype)
+            mask = zeros.masked_fill_(hidden, float("-inf"))[:, None, None, :].to(self.device)
+        return DecodeGroup(
+            rows=None if rows is None else self._to_device(np.ascontiguousarray(rows)),
+            blocks=self._to_device(np.ascontiguousarray(blocks)),
+            num_sequences=count,
+            width=width,
+            start=bounds[0],
+            stop=bounds[1],
+            mask=mask,
+        )
+
+    def _plan_chunks(self, window: int | None) -> tuple[ChunkPlan, ...]:
+        plans: list[ChunkPlan] = []
+        token = self.num_decodes
+        for index in range(self.num_decodes, len(self.query_lens)):
+            length, context = self.query_lens[index], self.context_lens[index]
+            plans.append(self._chunk(index, token, length, context, window))
+            token += length
+        return tuple(plans)
+
+    def _chunk(self, index: int, token: int, length: int, context: int, window: int | None) -> ChunkPlan:
+        size = self.block_size
+        first_query = context - length
+        start = 0 if window is None else max(0, first_query - window + 1)
+        first_block = start // size
+        last_block = -(-context // size)
+        is_causal = first_query == 0 and length > 1 and (window is None or context <= window)
+        mask = None
+        if not is_causal:
+            queries = torch.arange(first_query, context)[:, None]
+            keys = torch.arange(start, context)
+            hidden = keys > queries
+            if window is not None:
+                hidden |= keys <= queries - window
+            mask = torch.zeros(hidden.shape, dtype=self.dtype)
+            mask = mask.masked_fill_(hidden, float("-inf")).to(self.device)
+        return ChunkPlan(
+            first_token=token,
+            num_tokens=length,
+            blocks=self._to_device(np.ascontiguousarray(self.block_tables[index, first_block:last_block])),
+            start=start - first_block * size,
+            stop=context - first_block * size,
+            mask=mask,
+            is_causal=is_causal,
+        )

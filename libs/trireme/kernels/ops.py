@@ -1,0 +1,110 @@
+"""The operators a model is written with: shapes, types, and the one place of dispatch.
+
+Every function takes contiguous tensors of one device and one floating type unless it says
+otherwise. `tokens` is the flattened batch: all tokens of all sequences of one step, one after
+the other, no padding. Each function below goes to the PyTorch reference; a native kernel for
+a device is chosen here, behind the same signature.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from trireme.kernels import reference
+from trireme.kernels.attention_batch import AttentionBatch
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Scale each row to unit root mean square, times `weight`.
+
+    Args:
+        x: (..., width).
+        weight: (width,), or any shape that broadcasts over the leading ones, such as
+            (heads, width) for one weight per head.
+        eps: added to the mean square.
+
+    Returns:
+        The shape and type of `x`; the mean is taken in float32.
+    """
+    return reference.rms_norm(x, weight, eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Centre each row, scale it to unit variance, times `weight` plus `bias`: (..., width)."""
+    return reference.layer_norm(x, weight, bias, eps)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + head_dim / 2) of each head by the token's angles.
+
+    Args:
+        x: (tokens, heads, head_dim); queries and keys of a token may lie side by side as heads.
+        cos: (tokens, 1, head_dim), the cosine of each pair's angle, twice.
+        sin: (tokens, 1, head_dim), the sine, negated in the first half.
+
+    Returns:
+        A new tensor of the shape of `x`.
+
+    Source: Su et al., RoFormer, 2021; half-split pairing as in Hugging Face checkpoints.
+    """
+    return reference.rotary(x, cos, sin)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, where `gate_up` is (tokens, 2 * width): gate first; returns (tokens, width)."""
+    return reference.swiglu(gate_up)
+
+
+def activation(x: Tensor, kind: str) -> Tensor:
+    """Elementwise silu, gelu_new (tanh), gelu (erf) or relu."""
+    return reference.activation(x, kind)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (tokens, inputs) times weight (outputs, inputs) transposed, plus bias (outputs,)."""
+    return reference.linear(x, weight, bias)
+
+
+def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear`, plus residual (tokens, outputs), in one pass where there is no bias."""
+    return reference.linear_add(x, weight, residual, bias)
+
+
+def append_kv(k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Write one step's keys and values into the paged cache, in place.
+
+    Args:
+        k_new, v_new: (tokens, kv_heads, head_dim); rows may be strided.
+        k_cache, v_cache: (blocks, block_size, kv_heads, head_dim), contiguous.
+        slots: (tokens,) int64, block * block_size + offset; distinct.
+    """
+    reference.append_kv(k_new, v_new, k_cache, v_cache, slots)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention of one step's queries over the paged cache.
+
+    The batch mixes decoding sequences (one query each, first in the batch) and prefill
+    chunks (many queries, after the sequence's cached tokens). The step's own keys and
+    values are in the cache already (`append_kv`).
+
+    Args:
+        q: (tokens, heads, head_dim); rows may be strided. Query head h reads key head
+            h // (heads // kv_heads).
+        k_cache, v_cache: (blocks, block_size, kv_heads, head_dim), contiguous.
+        batch: which tokens belong to which sequence, and where its blocks lie.
+        scale: factor on the dot products.
+        window: a query at position p sees keys at positions > p - window; None: all up to p.
+
+    Returns:
+        (tokens, heads * head_dim), contiguous.
+    """
+    return reference.paged_attention(q, k_cache, v_cache, batch, scale=scale, window=window)

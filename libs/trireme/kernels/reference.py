@@ -1,0 +1,122 @@
+"""The operators in plain PyTorch, for any device: what native kernels are measured against.
+
+Signatures and shapes are those of `kernels.ops`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trireme.kernels.attention_batch import AttentionBatch, ChunkPlan, DecodeGroup
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if weight.dim() == 1:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x, x.shape[-1:], None, eps) * weight
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate).mul_(up)
+
+
+def activation(x: Tensor, kind: str) -> Tensor:
+    match kind:
+        case "silu":
+            return F.silu(x)
+        case "gelu_new":
+            return F.gelu(x, approximate="tanh")
+        case "gelu":
+            return F.gelu(x)
+        case "relu":
+            return F.relu(x)
+    raise ValueError(f"activation {kind!r} is unknown")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is not None:
+        return F.linear(x, weight, bias).add_(residual)
+    return torch.addmm(residual, x, weight.t())
+
+
+def append_kv(k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots, k_new)
+    v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, v_new)
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, *, scale: float, window: int | None
+) -> Tensor:
+    num_decodes = batch.num_decodes
+    groups = batch.decode_groups(window)
+    if num_decodes == batch.num_tokens and len(groups) == 1:
+        return _decode(q, k_cache, v_cache, groups[0], scale)
+
+    out = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
+    for group in groups:
+        if group.rows is None:
+            out[:num_decodes] = _decode(q[:num_decodes], k_cache, v_cache, group, scale)
+        else:
+            out.index_copy_(
+                0, group.rows, _decode(q.index_select(0, group.rows), k_cache, v_cache, group, scale)
+            )
+    for chunk in batch.chunks(window):
+        tokens = slice(chunk.first_token, chunk.first_token + chunk.num_tokens)
+        out[tokens] = _prefill(q[tokens], k_cache, v_cache, chunk, scale)
+    return out
+
+
+def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: DecodeGroup, scale: float) -> Tensor:
+    """q (sequences, heads, head_dim) -> (sequences, heads * head_dim).
+
+    The query heads that share a key head stand as that head's queries, so nothing is repeated.
+    """
+    count = group.num_sequences
+    _, block_size, kv_heads, head_dim = k_cache.shape
+    shape = (count, group.width * block_size, kv_heads, head_dim)
+    k = k_cache.index_select(0, group.blocks).view(shape)
+    v = v_cache.index_select(0, group.blocks).view(shape)
+    if count == 1:
+        k, v = k[:, group.start : group.stop], v[:, group.start : group.stop]
+    out = F.scaled_dot_product_attention(
+        q.view(count, kv_heads, -1, head_dim),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=group.mask,
+        scale=scale,
+    )
+    return out.reshape(count, -1)
+
+
+def _prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: ChunkPlan, scale: float) -> Tensor:
+    """q (tokens, heads, head_dim) -> (tokens, heads * head_dim)."""
+    _, _, kv_heads, head_dim = k_cache.shape
+    tokens, heads, _ = q.shape
+    group = heads // kv_heads
+    k = k_cache.index_select(0, chunk.blocks).view(-1, kv_heads, head_dim)[chunk.start : chunk.stop]
+    v = v_cache.index_select(0, chunk.blocks).view(-1, kv_heads, head_dim)[chunk.start : chunk.stop]
+    keys = k.shape[0]
+    out = F.scaled_dot_product_attention(
+        q.view(tokens, kv_heads, group, head_dim).permute(1, 2, 0, 3),
+        k.transpose(0, 1)[:, None].expand(kv_heads, group, keys, head_dim),
+        v.transpose(0, 1)[:, None].expand(kv_heads, group, keys, head_dim),
+        attn_mask=chunk.mask,
+        is_causal=chunk.is_causal,
+        scale=scale,
+    )
+    return out.permute(2, 0, 1, 3).reshape(tokens, -1)

@@ -1,0 +1,52 @@
+"""What the engine asks of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from trireme.kernels.attention_batch import AttentionBatch
+from trireme.models.config import ModelConfig
+
+LayerKv = tuple[Tensor, Tensor]
+"""One layer's cache of keys and of values, each (blocks, block_size, kv_heads, head_dim)."""
+
+
+class Model(Protocol):
+    """A decoder over a flattened batch: all tokens of all sequences, one after the other."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights, the hidden states and the KV cache."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie and the batch must lie."""
+
+    @property
+    def max_positions(self) -> int:
+        """Positions must be below this."""
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, kv: Sequence[LayerKv], batch: AttentionBatch
+    ) -> Tensor:
+        """Run the layers, writing the tokens' keys and values into `kv`.
+
+        Args:
+            tokens, positions: (tokens,) int64.
+            kv: one pair per layer.
+            batch: the sequences these tokens belong to.
+
+        Returns:
+            (tokens, hidden): the final hidden states, normalised.
+        """
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of all tokens, (rows, vocab) float32, for rows of hidden states (rows, hidden)."""
