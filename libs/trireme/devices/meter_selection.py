@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,11 +37,12 @@ def open_meters(
 ) -> tuple[EnergyMeter, ...]:
     """One meter per device that the worker device slices `devices` need.
 
-    `auto` takes NVML for GPUs, and for the CPU RAPL where it can be read, else the model. A
-    named kind opens only the devices that it can measure.
+    `auto` takes NVML for GPUs, and for the CPU RAPL where it can be read, else the model; it
+    leaves out, with a warning, a GPU that cannot be read. A named kind opens only the devices
+    that it can measure.
 
     Raises:
-        MeterUnreadable: a GPU's meter, or the named kind of meter, cannot be read.
+        MeterUnreadable: the named kind of meter cannot be read.
     """
     needed = sorted({metered_device(device) for device in devices})
     meters: list[EnergyMeter] = []
@@ -49,13 +50,21 @@ def open_meters(
         meters.append(_cpu_meter(kind, calibration, powercap))
     gpus = [device for device in needed if device.startswith("cuda:")]
     if gpus and kind in ("auto", "nvml"):
-        library = nvml or DriverNvml()
-        present = {f"cuda:{gpu.index}": gpu for gpu in library.devices()}
-        absent = [device for device in gpus if device not in present]
-        if absent:
-            raise MeterUnreadable(f"NVML shows no {absent[0]}; it shows {sorted(present)}")
-        meters.extend(NvmlMeter(library, present[device]) for device in gpus)
+        try:
+            meters.extend(_gpu_meters(gpus, nvml or DriverNvml()))
+        except MeterUnreadable as error:
+            if kind == "nvml":
+                raise
+            log.warning("gpu_not_metered", extra={"devices": gpus, "reason": error.message})
     return tuple(meters)
+
+
+def _gpu_meters(gpus: Sequence[str], nvml: Nvml) -> list[NvmlMeter]:
+    present = {f"cuda:{gpu.index}": gpu for gpu in nvml.devices()}
+    absent = [device for device in gpus if device not in present]
+    if absent:
+        raise MeterUnreadable(f"NVML shows no {absent[0]}; it shows {sorted(present)}")
+    return [NvmlMeter(nvml, present[device]) for device in gpus]
 
 
 def _cpu_meter(kind: str, calibration: Calibration, powercap: Path) -> EnergyMeter:
