@@ -7,6 +7,7 @@ this and leave it as it is.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -148,12 +149,11 @@ def _plan_group(
     room = target.replicas + limits.surge - len(members)
     taken = {worker.index for worker in members}
     free = (index for index in range(target.replicas + len(members)) if index not in taken)
-    for _ in range(min(missing, room)):
-        index = next(free)
-        if waiting.get((target.group, index), 0.0) > 0.0:
-            continue
-        reason = f"{len(kept)} of {target.replicas} workers live"
-        actions.append(StartWorker(target.group, index, reason))
+    reason = f"{len(kept)} of {target.replicas} workers live"
+    for index in itertools.islice(free, max(0, min(missing, room))):
+        # A number that waits after a death still counts, or its group would start another in its place.
+        if waiting.get((target.group, index), 0.0) <= 0.0:
+            actions.append(StartWorker(target.group, index, reason))
 
     for worker in kept:
         if worker.ready and not worker.loading:

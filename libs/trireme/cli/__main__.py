@@ -1,0 +1,28 @@
+"""The `trireme` command: one module per subcommand, registered here."""
+
+from __future__ import annotations
+
+import typer
+
+from trireme.cli.down import down
+from trireme.cli.up import up
+
+app = typer.Typer(
+    name="trireme",
+    help="Run a fleet that serves language models, look at it, and ask it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (up, down):
+    app.command()(command)
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A stand-in for the gateway in tests of the supervisor."""

@@ -1,0 +1,1 @@
+"""A stand-in for the kvstore in tests of the supervisor."""

@@ -1,0 +1,1 @@
+"""A stand-in for the power in tests of the supervisor."""

@@ -1,0 +1,1 @@
+"""A stand-in for the scheduler in tests of the supervisor."""

@@ -1,0 +1,1 @@
+"""A stand-in for the worker in tests of the supervisor."""

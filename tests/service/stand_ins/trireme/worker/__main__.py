@@ -1,0 +1,5 @@
+"""`python -m trireme.worker` where the stand-ins come first on the path."""
+
+from stand_in import main
+
+main("worker")
