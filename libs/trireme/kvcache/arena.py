@@ -1,0 +1,140 @@
+"""One file in shared memory that the kvstore owns and the workers of its node map.
+
+The owner holds a lock on the file for as long as it lives, so a file that nobody holds
+locked belongs to a dead process and may be removed. The file is never truncated: a worker
+that still maps the arena of a dead store reads stale bytes, which it takes for misses.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import mmap
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from trireme.kvcache.block_codec import PAGE_BYTES
+from trireme.kvcache.slab_allocator import slab_bytes_for
+
+log = logging.getLogger(__name__)
+
+SHARED_MEMORY = Path("/dev/shm")
+_PREFIX = "trireme-kv-"
+_SUFFIX = ".arena"
+_MAGIC = b"TRIKVARENA-1".ljust(16, b"\0")
+_ID_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArenaRef:
+    """Where an arena is, and which one: enough for another process of the node to map it."""
+
+    arena_id: bytes
+    """16 random bytes that the file begins with, after a magic number."""
+    path: str
+    size_bytes: int
+
+
+class Arena:
+    """Mapped memory: first a page that names it, then `num_slabs` slabs for slots."""
+
+    def __init__(self, ref: ArenaRef, memory: mmap.mmap) -> None:
+        self.ref = ref
+        # The views keep the mapping alive; it goes when the last of them does.
+        self.memory = memoryview(memory)
+        self.slab_bytes = slab_bytes_for(ref.size_bytes - PAGE_BYTES)
+        self.num_slabs = (ref.size_bytes - PAGE_BYTES) // self.slab_bytes
+
+    def image(self, offset: int, length: int) -> memoryview:
+        """The `length` bytes at an offset from the beginning of the slots."""
+        start = self.file_offset(offset)
+        return self.memory[start : start + length]
+
+    def file_offset(self, offset: int) -> int:
+        """An offset from the beginning of the file, given one from the beginning of the slots."""
+        return PAGE_BYTES + offset
+
+
+def arena_size_bytes(dram_bytes: int) -> int:
+    """Length of a file with whole pages for `dram_bytes` of slots, at least one slab."""
+    pages = dram_bytes // PAGE_BYTES
+    return PAGE_BYTES + max(pages * PAGE_BYTES, slab_bytes_for(0))
+
+
+@contextmanager
+def own_arena(directory: Path, *, dram_bytes: int) -> Iterator[Arena]:
+    """Create an arena in `directory` and remove it when the block ends.
+
+    Arenas of dead processes are removed first. All memory is allocated at once: a worker
+    that wrote into memory that is not there would be killed by the system.
+
+    Raises:
+        OSError: the directory is not there, or has no room.
+    """
+    remove_stale_arenas(directory)
+    size_bytes = arena_size_bytes(dram_bytes)
+    descriptor, path = _create_locked(directory)
+    try:
+        os.posix_fallocate(descriptor, 0, size_bytes)
+        ref = ArenaRef(arena_id=secrets.token_bytes(_ID_BYTES), path=str(path), size_bytes=size_bytes)
+        memory = mmap.mmap(descriptor, size_bytes)
+        memory[: len(_MAGIC) + _ID_BYTES] = _MAGIC + ref.arena_id
+        yield Arena(ref, memory)
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def attach_arena(ref: ArenaRef) -> Arena:
+    """Map an arena that another process owns.
+
+    Raises:
+        OSError: it is not there (any more), or another one lies at its path.
+    """
+    descriptor = os.open(ref.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        if os.fstat(descriptor).st_size != ref.size_bytes:
+            raise FileNotFoundError(f"{ref.path} has another size than {ref.size_bytes} bytes")
+        memory = mmap.mmap(descriptor, ref.size_bytes)
+    finally:
+        os.close(descriptor)
+    if memory[: len(_MAGIC) + _ID_BYTES] != _MAGIC + ref.arena_id:
+        raise FileNotFoundError(f"{ref.path} is another arena")
+    return Arena(ref, memory)
+
+
+def remove_stale_arenas(directory: Path) -> int:
+    """Remove the arenas in `directory` whose owner is dead; returns how many."""
+    removed = 0
+    for path in directory.glob(f"{_PREFIX}*{_SUFFIX}"):
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            log.info("arena_not_ours", extra={"path": str(path), "error": error.strerror})
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+            removed += 1
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(descriptor)
+    if removed:
+        log.info("stale_arenas_removed", extra={"directory": str(directory), "arenas": removed})
+    return removed
+
+
+def _create_locked(directory: Path) -> tuple[int, Path]:
+    while True:
+        path = directory / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # Another store that starts now may have taken the file for stale before it was locked.
+        if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
+            return descriptor, path
+        os.close(descriptor)

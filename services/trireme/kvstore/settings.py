@@ -1,0 +1,66 @@
+"""Settings of the kvstore, from TRIREME_KVSTORE_*."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trireme.errors import InvalidConfiguration
+from trireme.runtime.fleet import KvStore, load_fleet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Read once at start."""
+
+    redis_url: str
+    bus_prefix: str = "trireme"
+    node: str = "local"
+    """The node whose workers it serves; one kvstore per node."""
+    fleet: Path | None = None
+    """fleet.yaml: its `kvstore` section gives the sizes that are absent here."""
+    dram_mib: int | None = None
+    """Shared memory for blocks, MiB; absent: the fleet's."""
+    ssd_mib: int | None = None
+    """Segment files, MiB; 0: no SSD tier; absent: the fleet's."""
+    directory: Path = Path(".run/kv")
+    """Where the segment files lie."""
+    arena_directory: Path | None = None
+    """Where the arena lies; absent: /dev/shm where it has room, else `directory`."""
+    flush_s: float = 3.0
+    """Seconds that a stop may take to write what is in DRAM to SSD."""
+    listen: str = "127.0.0.1:0"
+    metrics_listen: str = "127.0.0.1:0"
+    advertise: str | None = None
+    """host:port others reach the gRPC server at; absent: what it is bound to."""
+    log_level: str = "info"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Bytes of the two tiers, and the fleet's name."""
+
+    dram_bytes: int
+    ssd_bytes: int
+    fleet_name: str
+
+
+def sizes_of(settings: Settings) -> Sizes:
+    """The sizes in force: those set here, else the fleet's, else the defaults.
+
+    Raises:
+        InvalidConfiguration: the fleet file or a size is wrong.
+    """
+    fleet = load_fleet(settings.fleet) if settings.fleet is not None else None
+    section = fleet.kvstore if fleet is not None else KvStore()
+    dram_mib = section.dram_mib if settings.dram_mib is None else settings.dram_mib
+    ssd_mib = section.ssd_mib if settings.ssd_mib is None else settings.ssd_mib
+    if dram_mib < 1 or ssd_mib < 0:
+        raise InvalidConfiguration(
+            f"dram_mib={dram_mib} must be at least 1 and ssd_mib={ssd_mib} at least 0", param="dram_mib"
+        )
+    return Sizes(
+        dram_bytes=dram_mib * 2**20,
+        ssd_bytes=ssd_mib * 2**20,
+        fleet_name=fleet.name if fleet is not None else "",
+    )
