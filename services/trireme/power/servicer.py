@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from trireme.errors import InvalidRequest
 from trireme.policies.energy_attribution import UJ_PER_J
 from trireme.policies.energy_billing import per_1k_tokens
 from trireme.power.ledger import DeviceBook, Totals
 from trireme.power.metering import Metering
 from trireme.power.request_energy import FinishedRequests
+from trireme.runtime.serving import Context
 from trireme.wire.power.v1 import power_pb2 as pb
 from trireme.wire.power.v1.power_pb2_grpc import PowerServicer as Base
-
-if TYPE_CHECKING:
-    import grpc
-
-    Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class PowerServicer(Base):
