@@ -7,13 +7,14 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from functools import partial
 
 import torch
 import uvloop
 
-from trireme.bus.connection import Keys, open_redis, persistently
+from trireme.bus.connection import AWAY, Keys, open_redis, persistently
 from trireme.bus.registry import Registry, new_process_id
 from trireme.bus.request_records import WORKERS, RequestRecords
 from trireme.bus.streams import Stream
@@ -97,7 +98,10 @@ async def serve(settings: Settings) -> None:
         table = RequestTable(
             worker_id=worker_id, records=records, events=events, biller=biller, cancel=cancel
         )
-        store = await _open_store(fleet, registry, settings.node, stack)
+        store = None
+        if fleet.kvstore.enabled:
+            find_store = _find_store(registry, settings.node)
+            store = await stack.enter_async_context(StoreClient.open(find_store))
         blocks = BlockTraffic(store, engines, variants, deadline_s=settings.store_deadline_s)
         intake = Intake(
             worker_id=worker_id,
@@ -234,17 +238,17 @@ async def _load_all(fleet: Fleet, group: WorkerGroup, variants: VariantTable) ->
         await variants.load(plan)
 
 
-async def _open_store(
-    fleet: Fleet, registry: Registry, node: str, stack: AsyncExitStack
-) -> StoreClient | None:
-    if not fleet.kvstore.enabled:
-        return None
+def _find_store(registry: Registry, node: str) -> Callable[[], Awaitable[str | None]]:
+    """Where the node's KV store listens now; it may move when it restarts."""
 
     async def find() -> str | None:
-        stores = await registry.living("kvstore")
+        try:
+            stores = await registry.living("kvstore")
+        except AWAY:
+            return None
         return next((record.grpc_address for record in stores if record.node == node), None)
 
-    return await stack.enter_async_context(StoreClient.open(find))
+    return find
 
 
 def _group(fleet: Fleet, name: str) -> WorkerGroup:
