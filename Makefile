@@ -47,7 +47,7 @@ types: setup ## mypy --strict
 	$(VENV)/bin/mypy libs services
 
 imports: setup ## the import directions of the house
-	$(VENV)/bin/python -m pytest -q tests/unit/test_imports.py
+	$(VENV)/bin/python -m pytest -q tests/unit/test_import_rules.py
 
 proto: setup ## fail if libs/trireme/wire differs from what proto/ generates
 	.ci/generate_proto.sh --check

@@ -5,6 +5,8 @@ from __future__ import annotations
 import typer
 
 from trireme.cli.down import down
+from trireme.cli.scale import scale
+from trireme.cli.status import status
 from trireme.cli.up import up
 
 app = typer.Typer(
@@ -15,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (up, down):
+for command in (up, down, status, scale):
     app.command()(command)
 
 

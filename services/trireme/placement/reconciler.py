@@ -208,7 +208,8 @@ class Reconciler:
                 send_signal(process.identity, signal.SIGTERM)
         deadline_s = self._clock.monotonic_s() + timeout_s
         while self.table.living:
-            self.table.reap(now_s=self._clock.monotonic_s())
+            self._looked_at_s = self._clock.monotonic_s()
+            self.table.reap(now_s=self._looked_at_s)
             if self._clock.monotonic_s() > deadline_s:
                 for process in self.table.living:
                     if not process.killed_because:
