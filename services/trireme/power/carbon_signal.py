@@ -145,8 +145,10 @@ class PolledSignal:
             return f"answer above {MAX_BODY_BYTES} bytes"
         try:
             value = number_at(json.loads(body), self._field)
-        except (ValueError, LookupError) as error:
+        except (ValueError, LookupError, OverflowError) as error:
             return str(error)
+        except RecursionError:
+            return "answer nested too deeply"
         if not is_plausible(value):
             return f"{value} g CO2e per kWh is implausible"
         if self._good is not None and not self._believable(value):
