@@ -70,7 +70,7 @@ def bench(
     if sum(choice is not None for choice in (concurrency, rate, trace)) > 1:
         raise InvalidConfiguration("choose one of --concurrency, --rate and --trace", param="--rate")
 
-    from trireme.load import drivers, plan, report, run
+    from trireme.load import drivers, plan, report
 
     lengths = plan.Lengths(prompt_tokens=prompt_tokens, answer_tokens=answer_tokens, spread=spread)
     planned: list[PlannedRequest]
@@ -168,7 +168,8 @@ def _show(figures: Report) -> None:
     )
     share = figures.cached_prompt_tokens / max(1, figures.prompt_tokens)
     console.print(
-        f"{figures.prompt_tokens} prompt tokens ({share:.0%} from cache), {figures.answer_tokens} answer tokens"
+        f"{figures.prompt_tokens} prompt tokens ({share:.0%} from cache), "
+        f"{figures.answer_tokens} answer tokens"
     )
     console.print(
         f"{figures.joules:.1f} J: {figures.joules_per_token:.4f} J/token, "
