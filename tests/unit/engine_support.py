@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,7 @@ SHARDED = ("llama3", "gpt2")
 
 def reference_model(name: str) -> Any:
     """A random model of transformers, the same at every call."""
-    import transformers as hf
-
+    hf: Any = importlib.import_module("transformers")
     torch.manual_seed(sum(map(ord, name)))
     sizes = dict(_SIZES)
     gqa = {**sizes, "num_key_value_heads": 2}

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from engine_support import (
+
+from tests.unit.engine_support import (
     ARCHITECTURES,
     SHARDED,
     answer,
@@ -21,7 +22,6 @@ from engine_support import (
     settings,
     tokens_of,
 )
-
 from trireme.engine import build
 from trireme.kernels.attention_batch import AttentionBatch
 from trireme.loading.whole import load_model

@@ -224,8 +224,9 @@ def _invert(weights: Tensor, draws: Tensor) -> Tensor:
     totals = sums[:, -1:]
     index = torch.searchsorted(sums, draws[:, None] * totals, right=True)
     # The total may be reached by rounding: then the last token of any weight, where the sum got there.
-    last = torch.searchsorted(sums, totals)
-    return torch.minimum(index, last).squeeze(1)
+    last = torch.searchsorted(sums, totals.contiguous())
+    # Rows that hold no numbers may point beyond the end; their token is not used.
+    return torch.minimum(index, last).clamp_(max=weights.shape[1] - 1).squeeze(1)
 
 
 def _draw_filtered(scores: Tensor, draws: Tensor, params: Sequence[SamplingParams]) -> Tensor:
@@ -290,6 +291,11 @@ def _keep(
     mass = sums[:, -1:] if totals is None else torch.where(is_inside, sums[:, -1:], totals)
     # A token stays if those before it have not reached top_p yet.
     is_cut = ((sums - weights) >= top_p * mass) & (top_p < 1.0)
-    # A top_k beyond the tile leaves the mass unknown, so the tile cannot tell where top_p cuts.
-    is_complete = is_inside | (is_cut[:, -1:] & (top_k == vocab_size))
-    return weights.masked_fill(is_cut, 0.0), is_complete.squeeze(1)
+    weights = weights.masked_fill(is_cut, 0.0)
+    if totals is None:
+        return weights, torch.ones_like(is_inside).squeeze(1)
+    # A top_k beyond the tile leaves the mass unknown, so the tile cannot tell where top_p cuts. Tokens
+    # as likely as the tile's last may lie beyond it with smaller ids, so none of them may be kept.
+    is_known = is_inside | (top_k == vocab_size)
+    is_tie_kept = ((weights > 0.0) & (values == values[:, -1:])).any(-1, keepdim=True)
+    return weights, (is_known & ~is_tie_kept).squeeze(1)

@@ -1,0 +1,234 @@
+"""Checkpoints: every accepted form means the same, everything else is refused by file and name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.unit.engine_support import answer, greedy, prompt_of, reference_model, save, settings
+from trireme.engine import EngineSettings, build
+from trireme.errors import InvalidCheckpoint, InvalidConfiguration
+from trireme.loading.whole import load_model
+from trireme.models.checkpoint import Checkpoint
+from trireme.models.config import RopeKind, parse_config
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+GPT2: dict[str, Any] = {"model_type": "gpt2", "vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4}
+LLAMA3_SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(reference_model("qwen2"), tmp_path_factory.mktemp("saved"), shard_size="20KB")
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def test_old_and_new_forms_of_rope_mean_the_same() -> None:
+    new = parse_config(
+        {**LLAMA, "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3_SCALING}}
+    )
+    old = parse_config({**LLAMA, "rope_theta": 5e5, "rope_scaling": {"type": "llama3", **LLAMA3_SCALING}})
+    assert new == old
+    assert new.rope is not None
+    assert (new.rope.kind, new.rope.theta, new.rope.factor) == (RopeKind.LLAMA3, 5e5, 8.0)
+    plain = parse_config({**LLAMA, "rope_theta": 1e6, "rope_scaling": None})
+    assert plain == parse_config({**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}})
+
+
+def test_defaults_are_those_of_transformers() -> None:
+    config = parse_config(LLAMA)
+    assert (config.num_kv_heads, config.head_dim, config.norm_eps) == (4, 8, 1e-6)
+    assert not config.tie_embeddings
+    assert parse_config(GPT2).tie_embeddings
+    assert parse_config(GPT2).intermediate_size == 128
+    assert parse_config({**LLAMA, "model_type": "qwen3"}).head_dim == 128
+    assert parse_config({**LLAMA, "eos_token_id": [3, 4]}).eos_token_ids == (3, 4)
+
+
+def test_windows_follow_each_architectures_switches() -> None:
+    mistral, qwen = {**LLAMA, "model_type": "mistral"}, {**LLAMA, "model_type": "qwen2"}
+    assert parse_config({**mistral, "sliding_window": 8}).windows == (8, 8, 8)
+    assert parse_config({**mistral, "sliding_window": None}).windows == (None, None, None)
+    assert parse_config({**qwen, "sliding_window": 8}).windows == (None, None, None)
+    on = {**qwen, "use_sliding_window": True, "sliding_window": 8}
+    assert parse_config({**on, "max_window_layers": 2}).windows == (None, None, 8)
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    assert parse_config({**on, "layer_types": types}).windows == (8, None, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "mamba"}, "mamba"),
+        ({"model_type": None}, "model_type"),
+        ({"vocab_size": None}, "vocab_size"),
+        ({"hidden_size": "32"}, "hidden_size"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"head_dim": 7}, "head_dim"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
+        ({"rope_parameters": []}, "rope_parameters"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+    ],
+)
+def test_an_unsupported_or_malformed_configuration_is_refused_by_field(
+    changes: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(InvalidCheckpoint, match=named):
+        parse_config({**LLAMA, **changes})
+
+
+def test_end_tokens_come_from_both_files(copy: Path) -> None:
+    edit(copy / "config.json", lambda config: config.update(eos_token_id=3))
+    edit(copy / "generation_config.json", lambda config: config.update(eos_token_id=[4, 5]))
+    assert Checkpoint(copy).eos_token_ids == {3, 4, 5}
+
+
+def test_the_fingerprint_follows_weights_and_architecture_but_not_the_place(saved: Path, copy: Path) -> None:
+    original = Checkpoint(saved).fingerprint()
+    assert Checkpoint(copy).fingerprint() == original
+    edit(copy / "config.json", lambda config: config.update(transformers_version="9"))
+    assert Checkpoint(copy).fingerprint() == original
+    edit(copy / "config.json", lambda config: config.update(rms_norm_eps=1e-5))
+    changed = Checkpoint(copy).fingerprint()
+    assert changed != original
+    path = Checkpoint(copy).weight_files[0]
+    tensors = load_file(path)
+    save_file({name: tensor + 0.001 for name, tensor in tensors.items()}, path)
+    assert Checkpoint(copy).fingerprint() not in (original, changed)
+
+
+def test_a_missing_shard_is_named_with_a_tensor_it_holds(copy: Path) -> None:
+    path = Checkpoint(copy).weight_files[1]
+    path.unlink()
+    with pytest.raises(InvalidCheckpoint, match=path.name):
+        load_model(copy)
+
+
+def test_a_missing_tensor_is_named(copy: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit(copy / "model.safetensors.index.json", lambda index: index["weight_map"].pop(name))
+    with pytest.raises(InvalidCheckpoint, match=name):
+        load_model(copy)
+
+
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(copy: Path) -> None:
+    edit(copy / "config.json", lambda config: config.update(intermediate_size=64))
+    with pytest.raises(InvalidCheckpoint, match=r"gate_proj.*\(56, 32\).*\(64, 32\)"):
+        load_model(copy)
+
+
+def test_broken_files_are_named(copy: Path) -> None:
+    path = Checkpoint(copy).weight_files[0]
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(InvalidCheckpoint, match=path.name):
+        load_model(copy)
+    (copy / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(InvalidCheckpoint, match="index"):
+        Checkpoint(copy)
+    (copy / "model.safetensors.index.json").unlink()
+    with pytest.raises(InvalidCheckpoint, match="neither"):
+        Checkpoint(copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(InvalidCheckpoint, match=r"config\.json"):
+        Checkpoint(copy)
+    with pytest.raises(InvalidCheckpoint, match="not a directory"):
+        Checkpoint(copy / "nowhere")
+
+
+def test_a_shard_outside_of_the_directory_is_refused(copy: Path) -> None:
+    def escape(index: dict[str, Any]) -> None:
+        index["weight_map"]["lm_head.weight"] = "../elsewhere.safetensors"
+
+    edit(copy / "model.safetensors.index.json", escape)
+    with pytest.raises(InvalidCheckpoint, match="outside"):
+        Checkpoint(copy)
+
+
+def test_names_without_the_bodys_prefix_are_read(tmp_path: Path) -> None:
+    directory = save(reference_model("gpt2"), tmp_path / "full")
+    bare = Path(shutil.copytree(directory, tmp_path / "bare"))
+    path = bare / "model.safetensors"
+    tensors = load_file(path)
+    save_file({name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}, path)
+    prompt = prompt_of(1, 9)
+    full = answer(build(directory, settings=settings()), prompt, greedy(8))
+    assert answer(build(bare, settings=settings()), prompt, greedy(8)) == full
+
+
+def test_dynamic_rope_equals_token_by_token_decoding_beyond_the_trained_context(tmp_path: Path) -> None:
+    import importlib
+
+    hf: Any = importlib.import_module("transformers")
+    torch.manual_seed(1)
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    reference = hf.LlamaForCausalLM(
+        hf.LlamaConfig(
+            vocab_size=100,
+            hidden_size=32,
+            intermediate_size=56,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=32,
+            rope_parameters=rope,
+            initializer_range=0.3,
+            eos_token_id=None,
+        )
+    ).eval()
+    directory = save(reference, tmp_path)
+    prompt = prompt_of(1, 20, vocab=100)
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        expected = reference.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=False, pad_token_id=0
+        )[0, 20:].tolist()
+    engine = build(directory, settings=settings())
+    assert engine.max_model_len == 128
+    assert answer(engine, prompt, greedy(60)) == expected
+
+
+def test_positions_beyond_the_context_are_refused(saved: Path) -> None:
+    with pytest.raises(InvalidConfiguration, match="513"):
+        load_model(saved, max_positions=513)
+    with pytest.raises(InvalidConfiguration, match="513"):
+        build(saved, settings=EngineSettings(num_blocks=64, max_model_len=513))
+
+
+def test_half_precision_answers(saved: Path) -> None:
+    engine = build(saved, dtype=torch.bfloat16, settings=settings())
+    assert engine.kv_layout.endswith(":bfloat16")
+    assert len(answer(engine, prompt_of(1, 20), greedy(8))) == 8
