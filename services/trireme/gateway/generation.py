@@ -1,0 +1,300 @@
+"""The core of the gateway: a request becomes durable, an answer comes back, a cancel is final."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from trireme.bus.connection import AWAY, persistently
+from trireme.bus.request_records import Admission, RequestRecords, State
+from trireme.errors import (
+    DeadlineExceeded,
+    Overloaded,
+    RequestCancelled,
+    RequestConflict,
+    RequestFailed,
+    RequestNotFound,
+    ServiceUnavailable,
+    TriremeError,
+)
+from trireme.gateway.answer import Answer
+from trireme.gateway.limits import Limits
+from trireme.gateway.live_request import Choice, LiveRequest
+from trireme.gateway.metrics import Metrics
+from trireme.gateway.models import ModelCatalog, ServedModel
+from trireme.gateway.recovery import Recovery, ending_error
+from trireme.gateway.request_table import RequestTable
+from trireme.gateway.settings import Settings
+from trireme.gateway.submission import Submission
+from trireme.gateway.worker_links import WorkerLinks
+from trireme.kvcache.block_identity import block_hashes
+from trireme.runtime.telemetry import current_traceparent, span
+from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest
+from trireme.wire.inference.v1.inference_pb2 import TokenIds
+
+log = logging.getLogger(__name__)
+
+
+class Generation:
+    """Submits requests and looks after them until their clients are served or gone."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        gateway_id: str,
+        fleet_name: str,
+        block_tokens: int,
+        catalog: ModelCatalog,
+        records: RequestRecords,
+        links: WorkerLinks,
+        table: RequestTable,
+        recovery: Recovery,
+        metrics: Metrics,
+    ) -> None:
+        self.catalog = catalog
+        self.limits: Limits = settings.limits()
+        self.metrics = metrics
+        self._settings = settings
+        self._gateway_id = gateway_id
+        self._fleet_name = fleet_name
+        self._block_tokens = block_tokens
+        self._records = records
+        self._links = links
+        self._table = table
+        self._recovery = recovery
+        self._answers: set[Answer] = set()
+        self._endings: set[asyncio.Task[None]] = set()
+        self._leaving = False
+        self._abandoning = False
+
+    async def submit(self, submission: Submission) -> Answer:
+        """Make a request durable, or attach to the one of that id, and return its answer.
+
+        Raises:
+            Overloaded: too many requests are held here or wait in the fleet.
+            ServiceUnavailable: Redis is away, or this gateway leaves.
+            RequestConflict: the id belongs to a request with other contents.
+            RequestNotFound: the id's request ended and its output is no longer kept.
+            RequestCancelled, RequestQuarantined, RequestFailed: it ended so before.
+        """
+        if self._leaving:
+            raise ServiceUnavailable("this gateway is leaving: ask another one", retry_after_s=0.1)
+        known = self._table.get(submission.caller.request_id)
+        if known is not None:
+            _check_same(known.admitted, submission)
+            self.metrics.resumes.inc()
+            return self._answer(known, submission.resume_from, attached=True)
+        if len(self._table) >= self._settings.max_inflight:
+            raise Overloaded(
+                f"this gateway holds {len(self._table)} requests, its limit",
+                retry_after_s=self._settings.retry_after_s,
+            )
+        traceparent = submission.caller.traceparent
+        with span("trireme.gateway.admit", traceparent=traceparent):
+            return await self._admit(submission, current_traceparent() or traceparent)
+
+    async def cancel(self, request_id: str) -> bool:
+        """Stop a request, whoever serves it; False where it had ended or was never known."""
+        try:
+            was_open, worker_id = await self._records.settle(request_id, State.CANCELLED)
+        except AWAY as error:
+            raise ServiceUnavailable("the bus does not answer: try again", retry_after_s=1.0) from error
+        live = self._table.get(request_id)
+        if was_open:
+            self.metrics.cancelled.inc()
+            self._links.stop(worker_id, request_id, reason="client")
+            if live is not None and not worker_id:
+                live.fail(RequestCancelled("the request was cancelled"))
+        return was_open
+
+    async def leave(self, *, drain_s: float) -> None:
+        """Take nothing new; let answers come to their end for `drain_s`, then leave them to others.
+
+        What is left goes on running: its clients resume at another gateway.
+        """
+        self._leaving = True
+        deadline_s = time.monotonic() + drain_s
+        while self._answers and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.02)
+        self._abandoning = True
+        for answer in list(self._answers):
+            answer.displace()
+        while self._endings:
+            await asyncio.wait(self._endings)
+
+    async def _admit(self, submission: Submission, traceparent: str) -> Answer:
+        started_s = time.monotonic()
+        admitted = self._admitted(submission, traceparent)
+        live = self._live(admitted, submission.model)
+        self._table.add(live)
+        try:
+            result = await self._records.admit(admitted, max_waiting=self._settings.max_waiting)
+            if result.admission is Admission.FULL:
+                raise Overloaded(
+                    f"{result.waiting} requests wait in the fleet, its limit",
+                    retry_after_s=self._settings.retry_after_s,
+                )
+            if result.admission is Admission.KNOWN:
+                live = await self._attach(live, submission)
+        except AWAY as error:
+            failure = ServiceUnavailable("the bus does not answer: try again", retry_after_s=1.0)
+            self._give_up(live, failure)
+            raise failure from error
+        except TriremeError as error:
+            self._give_up(live, error)
+            raise
+        except asyncio.CancelledError:
+            # The client left while the bus was being asked, which may have taken the request.
+            self._give_up(live, RequestCancelled("the client went away"))
+            self._in_background(self._settle(live, "client"))
+            raise
+        self.metrics.admission.observe(time.monotonic() - started_s)
+        self.metrics.prompt_tokens.inc(len(admitted.prompt_token_ids))
+        attached = result.admission is Admission.KNOWN
+        return self._answer(live, submission.resume_from, attached=attached)
+
+    async def _attach(self, live: LiveRequest, submission: Submission) -> LiveRequest:
+        """Take over a request that another gateway held, or that ended."""
+        request_id = live.request_id
+        standing = await self._records.standing(request_id)
+        body = await self._records.body(request_id)
+        if standing is None:
+            raise RequestNotFound(f"request {request_id!r} is no longer known", param="request_id")
+        if not standing.state.is_open and standing.state is not State.FINISHED:
+            raise ending_error(standing)
+        self.metrics.resumes.inc()
+        if body is not None:
+            _check_same(body, submission)
+            self._table.remove(live)
+            live = self._live(body, submission.model)
+            live.preload(body.delivered, time.monotonic())
+            self._table.add(live)
+        live.enter_attempt(standing.attempt, time.monotonic())
+        live.admitted.crashes = standing.crashes
+        self._recovery.check_soon(live)
+        return live
+
+    def _give_up(self, live: LiveRequest, error: TriremeError) -> None:
+        live.fail(error)
+        self._table.remove(live)
+
+    def _answer(self, live: LiveRequest, resume_from: tuple[int, ...], *, attached: bool) -> Answer:
+        answer = Answer(
+            live,
+            resume_from=resume_from,
+            attached=attached,
+            flush_interval_s=self._settings.flush_interval_s,
+            usage_wait_s=self._settings.usage_wait_s,
+            metrics=self.metrics,
+            on_close=self._closed,
+        )
+        self._answers.add(answer)
+        return answer
+
+    def _closed(self, answer: Answer) -> None:
+        self._answers.discard(answer)
+        live = answer.live
+        if live.listeners:
+            return  # Another call reads the same request.
+        self._table.remove(live)
+        if self._abandoning:
+            return
+        if answer.delivered:
+            if live.accounted and live.worker_id:
+                self._links.confirm(live.worker_id, live.request_id, live.received())
+            return  # Without an account the worker's last update, when it comes, is confirmed.
+        if isinstance(live.error, RequestFailed):
+            self._links.stop(live.worker_id, live.request_id, reason="failed")
+            self._links.confirm(live.worker_id, live.request_id, live.received())
+        elif live.error is None or isinstance(live.error, DeadlineExceeded):
+            self.metrics.cancelled.inc()
+            self.metrics.wasted_tokens.inc(sum(live.received()))
+            self._in_background(self._settle(live, "client" if live.error is None else "deadline"))
+        elif live.worker_id:
+            self._links.confirm(live.worker_id, live.request_id, live.received())
+
+    async def _settle(self, live: LiveRequest, reason: str) -> None:
+        # The worker is told at once, before Redis is asked; a second stop does no harm.
+        if live.worker_id:
+            self._links.stop(live.worker_id, live.request_id, reason=reason)
+        _, worker_id = await persistently(
+            lambda: self._records.settle(live.request_id, State.CANCELLED), what="cancel"
+        )
+        if worker_id != live.worker_id or not worker_id:
+            self._links.stop(worker_id, live.request_id, reason=reason)
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)
+
+    def _admitted(self, submission: Submission, traceparent: str) -> AdmittedRequest:
+        caller = submission.caller
+        now_unix_s = time.time()
+        salt = self._salt(caller.tenant)
+        hashes = block_hashes(submission.prompt_token_ids, self._block_tokens, salt)
+        latest_s = now_unix_s + self._settings.max_request_s
+        return AdmittedRequest(
+            request_id=caller.request_id,
+            tenant=caller.tenant,
+            model=submission.model.name,
+            kind=submission.kind,
+            prompt_token_ids=submission.prompt_token_ids,
+            sampling=submission.sampling,
+            slo_class=caller.slo_class,
+            priority=caller.priority,
+            session_id=caller.session_id,
+            gateway_id=self._gateway_id,
+            kv_salt=salt,
+            prefix_hashes=b"".join(hashes),
+            attempt=1,
+            continuations=[TokenIds(ids=ids) for ids in submission.continuations],
+            admitted_unix_s=now_unix_s,
+            deadline_unix_s=min(caller.deadline_unix_s or latest_s, latest_s),
+            traceparent=traceparent,
+        )
+
+    def _salt(self, tenant: str) -> bytes:
+        digest = hashlib.blake2b(self._fleet_name.encode(), digest_size=16)
+        digest.update(b"\0" + tenant.encode())
+        return digest.digest()
+
+    def _live(self, admitted: AdmittedRequest, model: ServedModel) -> LiveRequest:
+        sampling = admitted.sampling
+        stop_token_ids = frozenset(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            stop_token_ids |= frozenset(i for i in model.eos_token_ids if not model.vocabulary.is_special(i))
+        tail = admitted.prompt_token_ids[-16:]
+        choices = [
+            Choice(
+                model.vocabulary.detokenizer(tail),
+                stops=tuple(sampling.stop),
+                stop_token_ids=stop_token_ids,
+                min_tokens=sampling.min_tokens,
+            )
+            for _ in range(max(1, sampling.n))
+        ]
+        return LiveRequest(admitted, choices, now_s=time.monotonic())
+
+
+def _check_same(admitted: AdmittedRequest, submission: Submission) -> None:
+    """Raise RequestConflict unless the request of that id is the one that is asked again."""
+    same: list[tuple[str, Callable[[], bool]]] = [
+        ("tenant", lambda: admitted.tenant == submission.caller.tenant),
+        ("kind", lambda: admitted.kind == submission.kind),
+        ("model", lambda: admitted.model == submission.model.name),
+        ("prompt", lambda: list(admitted.prompt_token_ids) == submission.prompt_token_ids),
+        ("n", lambda: max(1, admitted.sampling.n) == submission.sampling.n),
+    ]
+    for name, holds in same:
+        if not holds():
+            raise RequestConflict(
+                f"a request with the id {admitted.request_id!r} exists with another {name}: use a new id",
+                param="request_id",
+            )
+

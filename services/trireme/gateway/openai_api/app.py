@@ -1,0 +1,291 @@
+"""The HTTP server: routes, headers, limits, and what a call asks of the core."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, closing
+from dataclasses import replace
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from trireme.errors import RequestCancelled, RequestConflict, RequestNotFound
+from trireme.gateway.answer import Answer
+from trireme.gateway.generation import Generation
+from trireme.gateway.limits import at_most, check_token_id
+from trireme.gateway.models import ServedModel
+from trireme.gateway.openai_api.bodies import B, ChatBody, CompletionBody, parse
+from trireme.gateway.openai_api.calls import Call, streamed_answer, whole_answer
+from trireme.gateway.openai_api.errors import errors_as_json
+from trireme.gateway.openai_api.sampling import chat_sampling, completion_sampling, slo_class
+from trireme.gateway.openai_api.shapes import ChatShape, Frame, Shape, TextShape
+from trireme.gateway.settings import Settings
+from trireme.gateway.submission import DEFAULT_TENANT, Caller, Submission, generation, new_request_id
+from trireme.gateway.worker_links import WorkerLinks
+from trireme.runtime.health import HealthReporter
+from trireme.runtime.metrics_server import metrics_routes
+
+PARSE_INLINE_BYTES = 256 * 2**10
+"""Larger bodies are parsed in a thread."""
+_READABLE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,95}")
+
+
+class _IdWasUsed(RequestConflict):
+    """A call of this id ended without an answer: this one is a call of its own."""
+
+
+class OpenAiApi:
+    """The handlers."""
+
+    def __init__(self, settings: Settings, core: Generation, links: WorkerLinks) -> None:
+        self._settings = settings
+        self._core = core
+        self._links = links
+
+    def routes(self) -> list[web.RouteDef]:
+        """What the server answers to."""
+        return [
+            web.post("/v1/chat/completions", self.chat),
+            web.post("/v1/completions", self.completions),
+            web.get("/v1/models", self.models),
+            web.get("/v1/models/{name}", self.model),
+        ]
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        raw = await request.read()
+        body = await _parsed(ChatBody, raw)
+        limits = self._core.limits
+        at_most("messages", len(body.messages), limits.max_messages)
+        model = self._core.catalog.find(body.model)
+        prompt = await model.tokenize_chat([message.for_template() for message in body.messages])
+        caller = self._caller(request, raw, body.priority, body.service_tier, body.prompt_cache_key)
+        submission = generation(
+            caller,
+            model,
+            prompt,
+            chat_sampling(body),
+            limits,
+            prompt_param="messages",
+            max_tokens_param="max_tokens" if body.max_tokens is not None else "max_completion_tokens",
+        )
+        shape = ChatShape(model.vocabulary, with_logprobs=bool(body.logprobs))
+        return await self._answer(
+            request, [submission], shape, body.model, bool(body.stream), body.includes_usage
+        )
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        raw = await request.read()
+        body = await _parsed(CompletionBody, raw)
+        model = self._core.catalog.find(body.model)
+        prompts = await self._prompts(body, model)
+        caller = self._caller(request, raw, body.priority, body.service_tier, None)
+        sampling = completion_sampling(body)
+        submissions = [
+            generation(
+                caller if len(prompts) == 1 else replace(caller, request_id=f"{caller.request_id}/{number}"),
+                model,
+                prompt,
+                sampling,
+                self._core.limits,
+            )
+            for number, prompt in enumerate(prompts)
+        ]
+        echoes = _echoes(body, model, prompts) if body.echo else []
+        shape = TextShape(model.vocabulary, with_logprobs=body.logprobs is not None, echoes=echoes)
+        return await self._answer(
+            request, submissions, shape, body.model, bool(body.stream), body.includes_usage
+        )
+
+    async def models(self, request: web.Request) -> web.Response:
+        return web.json_response(
+            {"object": "list", "data": [self._card(model) for model in self._core.catalog.all()]}
+        )
+
+    async def model(self, request: web.Request) -> web.Response:
+        return web.json_response(self._card(self._core.catalog.find(request.match_info["name"])))
+
+    def _card(self, model: ServedModel) -> dict[str, object]:
+        served = self._links.served_variants()
+        variants = [m.name for m in self._core.catalog.all() if m.variant_of == model.name] or [model.name]
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": model.created_unix_s,
+            "owned_by": "trireme",
+            "parent": model.variant_of or None,
+            "max_model_len": model.context_tokens,
+            "ready": model.name in served or any(name in served for name in variants),
+        }
+
+    async def _prompts(self, body: CompletionBody, model: ServedModel) -> list[list[int]]:
+        prompt = body.prompt
+        if isinstance(prompt, str):
+            return [await model.tokenize(prompt)]
+        if all(isinstance(part, int) for part in prompt):
+            ids = [part for part in prompt if isinstance(part, int)]
+            for token_id in (min(ids), max(ids)):
+                check_token_id("prompt", token_id, model)
+            return [ids]
+        at_most("prompt", len(prompt), self._core.limits.max_prompts)
+        return [
+            await model.tokenize(part) if isinstance(part, str) else list(part)
+            for part in prompt
+            if not isinstance(part, int)
+        ]
+
+    def _caller(
+        self,
+        request: web.Request,
+        raw: bytes,
+        priority: int | None,
+        service_tier: str | None,
+        session_id: str | None,
+    ) -> Caller:
+        headers = request.headers
+        tenant = headers.get("x-trireme-tenant", "") if self._settings.trust_tenant_header else ""
+        return Caller(
+            request_id=_request_id(headers.get("x-request-id", ""), tenant, request.path, raw),
+            tenant=tenant or DEFAULT_TENANT,
+            slo_class=slo_class(service_tier, headers.get("x-trireme-slo-class")),
+            priority=priority or 0,
+            session_id=headers.get("x-trireme-session", session_id or "")[:128],
+            traceparent=headers.get("traceparent", ""),
+        )
+
+    async def _answer(
+        self,
+        request: web.Request,
+        submissions: Sequence[Submission],
+        shape: Shape,
+        model: str,
+        stream: bool,
+        with_usage: bool,
+    ) -> web.StreamResponse:
+        given = request.headers.get("x-request-id", "")
+        base_id = submissions[0].caller.request_id
+        if len(submissions) > 1:
+            base_id = base_id.removesuffix("/0")
+        request["request_id"] = given or base_id
+        frame = Frame(
+            shape, call_id=base_id, created=int(time.time()), model=model, with_usage=stream and with_usage
+        )
+        try:
+            return await self._once(request, submissions, shape, frame, stream, with_usage)
+        except (RequestNotFound, _IdWasUsed):
+            if not given:
+                raise
+        fresh = [replace(s, caller=replace(s.caller, request_id=new_request_id())) for s in submissions]
+        return await self._once(request, fresh, shape, frame, stream, with_usage)
+
+    async def _once(
+        self,
+        request: web.Request,
+        submissions: Sequence[Submission],
+        shape: Shape,
+        frame: Frame,
+        stream: bool,
+        with_usage: bool,
+    ) -> web.StreamResponse:
+        with ExitStack() as answers_open:
+            answers: list[Answer] = []
+            for submission in submissions:
+                try:
+                    answer = await self._core.submit(submission)
+                except (RequestCancelled, RequestConflict) as error:
+                    raise _IdWasUsed(error.message) from error
+                answers.append(answers_open.enter_context(closing(answer)))
+            call = Call(
+                shape=shape,
+                frame=frame,
+                answers=answers,
+                choices_each=submissions[0].sampling.n,
+                with_usage=with_usage,
+                request_id=request["request_id"],
+            )
+            if not stream:
+                return await whole_answer(call)
+            settings = self._settings
+            return await streamed_answer(request, call, ping_s=settings.ping_s, stall_s=settings.stall_s)
+
+
+@asynccontextmanager
+async def openai_server(
+    settings: Settings, core: Generation, links: WorkerLinks, health: HealthReporter
+) -> AsyncIterator[str]:
+    """Serve until the block ends; yields the bound host:port."""
+    app = web.Application(
+        middlewares=[_marked_and_counted(core), errors_as_json], client_max_size=settings.max_body_bytes
+    )
+    app.add_routes(OpenAiApi(settings, core, links).routes())
+    app.add_routes(metrics_routes(core.metrics.registry, health))
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        handler_cancellation=True,
+        max_line_size=settings.max_header_bytes,
+        max_field_size=settings.max_header_bytes,
+        shutdown_timeout=1.0,
+    )
+    await runner.setup()
+    host, _, port = settings.http_listen.rpartition(":")
+    try:
+        await web.TCPSite(runner, host.strip("[]"), int(port), backlog=1024).start()
+        bound = runner.addresses[0]
+        yield f"{bound[0]}:{bound[1]}"
+    finally:
+        await runner.cleanup()
+
+
+def _marked_and_counted(core: Generation) -> Middleware:
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if not request.path.startswith("/v1/"):
+            return await handler(request)
+        request["request_id"] = request.headers.get("x-request-id", "")
+        code = "cancelled"
+        try:
+            response = await handler(request)
+            code = str(response.status)
+            if not response.prepared:
+                response.headers.setdefault("x-request-id", request["request_id"] or new_request_id())
+            return response
+        finally:
+            core.metrics.requests.labels("http" + request.path.replace("/", "_")[:40], code).inc()
+
+    return middleware
+
+
+def _echoes(body: CompletionBody, model: ServedModel, prompts: list[list[int]]) -> list[str]:
+    """The prompts' texts, one per choice."""
+    decode = model.vocabulary.tokenizer.decode
+    if isinstance(body.prompt, str):
+        texts = [body.prompt]
+    elif len(prompts) == 1 and isinstance(body.prompt[0], int):
+        texts = [decode(prompts[0])]
+    else:
+        given = zip(body.prompt, prompts, strict=True)
+        texts = [part if isinstance(part, str) else decode(ids) for part, ids in given]
+    return [text for text in texts for _ in range(body.n or 1)]
+
+
+async def _parsed(body_class: type[B], raw: bytes) -> B:
+    if len(raw) > PARSE_INLINE_BYTES:
+        return await asyncio.to_thread(parse, body_class, raw)
+    return parse(body_class, raw)
+
+
+def _request_id(given: str, tenant: str, path: str, raw: bytes) -> str:
+    """The fleet's id of a call: drawn, or made of the client's id and the call's contents.
+
+    A retry has the same id and contents, and finds the request. Two calls that only share a
+    client's id, as traced calls do, are two requests.
+    """
+    if not given:
+        return new_request_id()
+    digest = hashlib.blake2b("\0".join((given, tenant, path, "")).encode() + raw, digest_size=8).hexdigest()
+    return f"{given}-{digest}" if _READABLE_ID.fullmatch(given) else f"req-{digest}"
+

@@ -1,0 +1,189 @@
+"""Request bodies, checked to the letter: a field is known and right, or refused by name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from trireme.errors import InvalidRequest
+
+B = TypeVar("B", bound="_Body")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+    """Accepted: padding is a server's choice, and none is sent."""
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class _Tolerant(_Strict):
+    """Lets a field of other servers pass where it asks for nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_nothing(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not data.keys() & _LATER.keys():
+            return data
+        return {key: value for key, value in data.items() if key not in _LATER or not _asks_nothing(value)}
+
+
+class Message(_Tolerant):
+    """One message; `developer` is what newer clients call `system`."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates expect it."""
+        content = self.content
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        role = "system" if self.role == "developer" else self.role
+        message = {"role": role, "content": text}
+        return message if self.name is None else {**message, "name": self.name}
+
+
+class _Body(_Tolerant):
+    """What both kinds of completion share."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    stop: str | list[str] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    logit_bias: dict[str, float] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    user: str | None = None
+    """Accepted: an opaque mark of the client's."""
+    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**32)]] | None = None
+    priority: Annotated[int, Field(ge=-100, le=100)] | None = None
+
+    @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatBody(_Body):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    response_format: dict[str, Any] | None = None
+    metadata: dict[str, str] | None = None
+    """Accepted: an opaque mark of the client's."""
+    store: bool | None = None
+    """Accepted if false: nothing is stored."""
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    """Calls that share it share a session, so that their KV is found again."""
+
+
+class CompletionBody(_Body):
+    """POST /v1/completions."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[int], Field(min_length=1)]
+        | Annotated[list[list[int]], Field(min_length=1)]
+    )
+    logprobs: Annotated[int, Field(ge=0)] | None = None
+    echo: bool | None = None
+    best_of: Annotated[int, Field(ge=1)] | None = None
+
+
+_LATER: dict[str, str] = {
+    "tools": "tool calls",
+    "tool_choice": "tool calls",
+    "parallel_tool_calls": "tool calls",
+    "functions": "function calls",
+    "function_call": "function calls",
+    "tool_calls": "tool calls",
+    "tool_call_id": "tool calls",
+    "modalities": "other modalities than text",
+    "audio": "audio",
+    "prediction": "predicted outputs",
+    "web_search_options": "web search",
+    "reasoning_effort": "reasoning effort",
+    "verbosity": "verbosity",
+    "suffix": "a suffix",
+    "cache_salt": "a salt from the client",
+    "structured_outputs": "structured outputs",
+    "guided_json": "guided decoding",
+    "guided_regex": "guided decoding",
+    "guided_choice": "guided decoding",
+    "guided_grammar": "guided decoding",
+}
+"""Fields that others know and this server does not; null, an empty list and "none" ask for nothing."""
+
+
+def _asks_nothing(value: Any) -> bool:
+    return value is None or value == "none" or value == [] or value == {}
+
+
+def parse(body_class: type[B], raw: bytes) -> B:
+    """Read and check a body.
+
+    Raises:
+        InvalidRequest: names the first field at fault.
+    """
+    try:
+        body = body_class.model_validate_json(raw)
+    except ValidationError as error:
+        raise _fault(error) from None
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
+    return body
+
+
+def _fault(error: ValidationError) -> InvalidRequest:
+    item = error.errors(include_url=False)[0]
+    loc, kind, param = item["loc"], item["type"], _param(item["loc"])
+    name = str(loc[-1]) if loc else ""
+    match kind:
+        case "json_invalid":
+            return InvalidRequest(f"the body is not valid JSON: {item['msg'].removeprefix('Invalid JSON: ')}")
+        case "extra_forbidden" if name in _LATER:
+            return InvalidRequest(f"{name}: {_LATER[name]} are not supported", param=param)
+        case "extra_forbidden":
+            return InvalidRequest(f"unrecognized request argument supplied: {name}", param=param)
+        case "missing":
+            return InvalidRequest(f"you must provide {name}", param=param)
+    return InvalidRequest(f"{param or 'the body'}: {item['msg']}", param=param)
+
+
+def _param(loc: tuple[int | str, ...]) -> str | None:
+    """The field's path, without the names that the checker gives to a union's branches."""
+    path = ""
+    for part in loc:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif "[" in part or part in ("str", "int", "float", "bool", "constrained-int"):
+            break
+        else:
+            path += f".{part}" if path else part
+    return path or None

@@ -1,0 +1,124 @@
+"""From the fields of a body to the fleet's sampling parameters."""
+
+from __future__ import annotations
+
+from trireme.errors import InvalidRequest
+from trireme.gateway.openai_api.bodies import ChatBody, CompletionBody
+from trireme.wire.inference.v1.inference_pb2 import (
+    SLO_CLASS_BATCH,
+    SLO_CLASS_INTERACTIVE,
+    SLO_CLASS_STANDARD,
+    SLO_CLASS_UNSPECIFIED,
+    SamplingParameters,
+    SloClass,
+)
+
+COMPLETION_TOKENS = 16
+"""max_tokens of /v1/completions where it is absent, as OpenAI has it."""
+
+_CLASSES: dict[str, SloClass.ValueType] = {
+    "interactive": SLO_CLASS_INTERACTIVE,
+    "standard": SLO_CLASS_STANDARD,
+    "batch": SLO_CLASS_BATCH,
+}
+_TIERS: dict[str, SloClass.ValueType] = {
+    "priority": SLO_CLASS_INTERACTIVE,
+    "flex": SLO_CLASS_BATCH,
+}
+
+
+def slo_class(service_tier: str | None, header: str | None) -> SloClass.ValueType:
+    """The class asked for; the header `x-trireme-slo-class` goes before `service_tier`.
+
+    Raises:
+        InvalidRequest: the header names no class.
+    """
+    if header is not None:
+        if header not in _CLASSES:
+            raise InvalidRequest(
+                f"x-trireme-slo-class must be one of {', '.join(_CLASSES)}", param="x-trireme-slo-class"
+            )
+        return _CLASSES[header]
+    return _TIERS.get(service_tier or "", SLO_CLASS_UNSPECIFIED)
+
+
+def chat_sampling(body: ChatBody) -> SamplingParameters:
+    """Sampling for a chat.
+
+    Raises:
+        InvalidRequest: fields contradict each other or ask for what is not supported.
+    """
+    if body.max_tokens not in (None, body.max_completion_tokens) and body.max_completion_tokens is not None:
+        raise InvalidRequest(
+            "give max_tokens or max_completion_tokens, not two different ones", param="max_tokens"
+        )
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+    if body.response_format is not None and body.response_format != {"type": "text"}:
+        raise InvalidRequest(
+            "response_format: only {'type': 'text'} is supported", param="response_format"
+        )
+    if body.store:
+        raise InvalidRequest("store: answers are not stored; leave it out", param="store")
+    for number, message in enumerate(body.messages):
+        if message.role == "tool":
+            raise InvalidRequest(
+                f"messages[{number}]: tool calls are not supported", param=f"messages[{number}].role"
+            )
+    sampling = _shared(body)
+    asked = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+    if asked is not None:
+        sampling.max_tokens = asked
+    if body.logprobs:
+        sampling.logprobs = body.top_logprobs or 0
+    return sampling
+
+
+def completion_sampling(body: CompletionBody) -> SamplingParameters:
+    """Sampling for a text completion.
+
+    Raises:
+        InvalidRequest: fields contradict each other or ask for what is not supported.
+    """
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise InvalidRequest("best_of: only the value of n is supported", param="best_of")
+    if body.echo and body.logprobs is not None:
+        raise InvalidRequest("echo: not supported together with logprobs", param="echo")
+    sampling = _shared(body)
+    sampling.max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    if body.logprobs is not None:
+        sampling.logprobs = body.logprobs
+    return sampling
+
+
+def _shared(body: ChatBody | CompletionBody) -> SamplingParameters:
+    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    sampling = SamplingParameters(
+        min_tokens=body.min_tokens or 0,
+        top_k=max(0, body.top_k or 0),  # -1 keeps all, too.
+        min_p=body.min_p or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=_logit_bias(body.logit_bias or {}),
+        stop=stops,
+        stop_token_ids=body.stop_token_ids or (),
+        ignore_eos=body.ignore_eos or False,
+        n=body.n or 1,
+    )
+    for name in ("temperature", "top_p", "repetition_penalty"):
+        value = getattr(body, name)
+        if value is not None:
+            setattr(sampling, name, value)
+    if body.seed is not None:
+        sampling.seed = body.seed % 2**64
+    return sampling
+
+
+def _logit_bias(biases: dict[str, float]) -> dict[int, float]:
+    try:
+        parsed = {int(token_id): bias for token_id, bias in biases.items()}
+    except ValueError:
+        raise InvalidRequest("logit_bias: the keys must be token ids", param="logit_bias") from None
+    if any(not 0 <= token_id < 2**32 for token_id in parsed):
+        raise InvalidRequest("logit_bias: a token id is out of range", param="logit_bias")
+    return parsed

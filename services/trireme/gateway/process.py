@@ -1,0 +1,133 @@
+"""One gateway, built top to bottom and running until its block ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+
+from trireme.bus.connection import Keys, open_redis
+from trireme.bus.registry import Registry, new_process_id
+from trireme.bus.request_records import RequestRecords
+from trireme.gateway.generation import Generation
+from trireme.gateway.grpc_api import InferenceServicer
+from trireme.gateway.metrics import Metrics
+from trireme.gateway.models import load_catalog
+from trireme.gateway.openai_api.app import openai_server
+from trireme.gateway.readiness import fleet_answers
+from trireme.gateway.recovery import Recovery
+from trireme.gateway.request_table import RequestTable
+from trireme.gateway.settings import Settings
+from trireme.gateway.worker_links import WorkerLinks
+from trireme.runtime.fleet import load_fleet
+from trireme.runtime.health import HealthReporter
+from trireme.runtime.serving import grpc_server
+from trireme.wire.bus.v1.facts_pb2 import ProcessRecord
+from trireme.wire.inference.v1.inference_pb2_grpc import add_InferenceServicer_to_server
+
+SERVICE_NAME = "trireme.wire.inference.v1.Inference"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gateway:
+    """A running gateway."""
+
+    gateway_id: str
+    grpc_address: str
+    http_address: str
+    core: Generation
+    links: WorkerLinks
+    health: HealthReporter
+
+    async def leave(self, *, drain_s: float) -> None:
+        """Say NOT_SERVING, take nothing new, and let the answers come to their end for `drain_s`."""
+        await self.health.stop_serving()
+        await self.core.leave(drain_s=drain_s)
+
+
+@asynccontextmanager
+async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
+    """Serve until the block ends.
+
+    Raises:
+        InvalidConfiguration, InvalidCheckpoint: the fleet file or a checkpoint is not right.
+    """
+    fleet = load_fleet(settings.fleet)
+    catalog = load_catalog(fleet)
+    gateway_id = new_process_id("gateway")
+    started_s = time.time()
+    keys = Keys(settings.bus_prefix)
+    metrics = Metrics()
+    async with AsyncExitStack() as stack:
+        redis = await stack.enter_async_context(open_redis(settings.redis_url))
+        registry = Registry(redis, keys)
+        records = RequestRecords(redis, keys)
+        links = WorkerLinks(registry, gateway_id=gateway_id, metrics=metrics)
+        recovery = Recovery(
+            redis,
+            keys,
+            records=records,
+            links=links,
+            metrics=metrics,
+            gateway_id=gateway_id,
+            silence_s=settings.silence_s,
+        )
+        table = RequestTable(links, metrics, on_lost=recovery.worker_lost, on_unknown=recovery.unknown)
+        links.listen(table)
+        recovery.watch(table)
+        core = Generation(
+            settings=settings,
+            gateway_id=gateway_id,
+            fleet_name=fleet.name,
+            block_tokens=fleet.block_tokens,
+            catalog=catalog,
+            records=records,
+            links=links,
+            table=table,
+            recovery=recovery,
+            metrics=metrics,
+        )
+        health = HealthReporter({SERVICE_NAME: partial(fleet_answers, links)})
+        tasks = await stack.enter_async_context(asyncio.TaskGroup())
+        for work in (links.run(), recovery.run()):
+            stack.callback(tasks.create_task(work).cancel)
+        servicer = InferenceServicer(core, links, trust_tenant_header=settings.trust_tenant_header)
+        grpc_address = await stack.enter_async_context(
+            grpc_server(
+                settings.grpc_listen,
+                [partial(add_InferenceServicer_to_server, servicer)],
+                service_names=[SERVICE_NAME],
+                health=health,
+                drain_s=1.0,
+            )
+        )
+        http_address = await stack.enter_async_context(openai_server(settings, core, links, health))
+
+        def describe() -> ProcessRecord:
+            found = fleet_answers(links)
+            return ProcessRecord(
+                id=gateway_id,
+                service="gateway",
+                grpc_address=grpc_address,
+                http_address=http_address,
+                node=settings.node,
+                pid=os.getpid(),
+                started_unix_s=started_s,
+                healthy=found.healthy,
+                status=found.status,
+                fleet=str(settings.fleet),
+            )
+
+        await stack.enter_async_context(registry.membership(describe))
+        yield Gateway(
+            gateway_id=gateway_id,
+            grpc_address=grpc_address,
+            http_address=http_address,
+            core=core,
+            links=links,
+            health=health,
+        )

@@ -1,0 +1,77 @@
+"""The gateway's settings, from variables named TRIREME_GATEWAY_<FIELD>."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trireme.gateway.limits import Limits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """One gateway process."""
+
+    fleet: Path
+    """The fleet file; names the models and their checkpoints."""
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    bus_prefix: str = "trireme"
+    """Prefix of this fleet's keys in Redis."""
+    node: str = "local"
+    grpc_listen: str = "127.0.0.1:9000"
+    http_listen: str = "127.0.0.1:8000"
+    log_level: str = "info"
+
+    max_waiting: int = 4096
+    """Requests that may wait for a worker in the whole fleet; more are refused."""
+    max_inflight: int = 2048
+    """Requests that this gateway holds at once; more are refused."""
+    retry_after_s: float = 1.0
+    """When a refused client should come back."""
+    max_request_s: float = 3600.0
+    """A request that is not done by then is stopped."""
+    flush_interval_s: float = 0.02
+    """Least time between two deliveries to one client, except its first token and its end.
+    An engine slower than this is not delayed; a faster one has its tokens merged."""
+    ping_s: float = 15.0
+    """An HTTP stream that has nothing to say for so long sends a comment."""
+    stall_s: float = 120.0
+    """A client that takes nothing for so long is taken for gone."""
+    silence_s: float = 1.0
+    """A request without news for so long is compared with its record."""
+    usage_wait_s: float = 1.0
+    """After a stop string: how long to wait for the worker's account of what was used."""
+    drain_s: float = 30.0
+    """How long streams may go on after SIGTERM; then their clients resume elsewhere."""
+    trust_tenant_header: bool = False
+    """Believe `x-trireme-tenant`; only behind a proxy that sets it."""
+
+    max_body_bytes: int = 8 * 2**20
+    max_header_bytes: int = 16 * 2**10
+    max_prompt_tokens: int = 131072
+    max_answer_tokens: int = 32768
+    max_choices: int = 16
+    max_stop_strings: int = 16
+    max_stop_characters: int = 256
+    max_stop_token_ids: int = 64
+    max_logit_bias: int = 1024
+    max_logprobs: int = 20
+    max_messages: int = 2048
+    max_prompts: int = 64
+    max_labels: int = 64
+
+    def limits(self) -> Limits:
+        """What one request may ask for."""
+        return Limits(
+            max_prompt_tokens=self.max_prompt_tokens,
+            max_answer_tokens=self.max_answer_tokens,
+            max_choices=self.max_choices,
+            max_stop_strings=self.max_stop_strings,
+            max_stop_characters=self.max_stop_characters,
+            max_stop_token_ids=self.max_stop_token_ids,
+            max_logit_bias=self.max_logit_bias,
+            max_logprobs=self.max_logprobs,
+            max_messages=self.max_messages,
+            max_prompts=self.max_prompts,
+            max_labels=self.max_labels,
+        )

@@ -1,0 +1,137 @@
+"""What both front ends hand to the core: a checked request with nothing left open."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trireme.errors import InvalidRequest
+from trireme.gateway.limits import Limits, answer_tokens, check_prompt, check_sampling, in_range
+from trireme.gateway.models import ServedModel
+from trireme.wire.bus.v1.facts_pb2 import RequestKind
+from trireme.wire.inference.v1.inference_pb2 import (
+    SLO_CLASS_STANDARD,
+    SLO_CLASS_UNSPECIFIED,
+    SamplingParameters,
+    SloClass,
+)
+
+DEFAULT_TENANT = "default"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Who asks, and how."""
+
+    request_id: str
+    tenant: str = DEFAULT_TENANT
+    slo_class: SloClass.ValueType = SLO_CLASS_UNSPECIFIED
+    priority: int = 0
+    session_id: str = ""
+    deadline_unix_s: float = 0.0
+    """0: none."""
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """A request as the core takes it."""
+
+    caller: Caller
+    model: ServedModel
+    kind: RequestKind.ValueType
+    prompt_token_ids: list[int]
+    sampling: SamplingParameters
+    """Resolved: max_tokens, seed, n, temperature, top_p and repetition_penalty are set."""
+    continuations: tuple[list[int], ...] = ()
+    resume_from: tuple[int, ...] = ()
+
+
+def new_request_id() -> str:
+    """Unique."""
+    return f"req-{secrets.token_hex(12)}"
+
+
+def checked_request_id(request_id: str) -> str:
+    """The client's id, or a new one for an empty one.
+
+    Raises:
+        InvalidRequest: it has other characters than ids may have, or too many.
+    """
+    if not request_id:
+        return new_request_id()
+    if not _REQUEST_ID.fullmatch(request_id):
+        raise InvalidRequest(
+            "a request id has 1 to 128 letters, digits and . _ : / - and starts with a letter or digit",
+            param="request_id",
+        )
+    return request_id
+
+
+def generation(
+    caller: Caller,
+    model: ServedModel,
+    prompt_token_ids: list[int],
+    sampling: SamplingParameters,
+    limits: Limits,
+    *,
+    prompt_param: str = "prompt",
+    max_tokens_param: str = "max_tokens",
+    resume_from: Sequence[int] = (),
+) -> Submission:
+    """Check a request for generation and fill in what it leaves open; draws a seed if there is none.
+
+    Raises:
+        InvalidRequest: a field is out of range.
+        ContextLengthExceeded: prompt and answer do not fit.
+    """
+    in_range("priority", caller.priority, -100, 100)
+    check_sampling(sampling, model, limits)
+    check_prompt(prompt_token_ids, model, limits, param=prompt_param)
+    asked = sampling.max_tokens if sampling.HasField("max_tokens") else None
+    resolved = SamplingParameters()
+    resolved.CopyFrom(sampling)
+    resolved.max_tokens = answer_tokens(
+        asked, len(prompt_token_ids), model, limits, param=max_tokens_param
+    )
+    if resolved.min_tokens > resolved.max_tokens:
+        raise InvalidRequest(
+            f"min_tokens is {resolved.min_tokens} but the answer may have {resolved.max_tokens} tokens",
+            param="min_tokens",
+        )
+    resolved.n = max(1, sampling.n)
+    if len(resume_from) > resolved.n:
+        raise InvalidRequest(
+            f"resume_from has {len(resume_from)} entries for {resolved.n} choices", param="resume_from"
+        )
+    if not sampling.HasField("seed"):
+        resolved.seed = secrets.randbits(63)
+    for field in ("temperature", "top_p", "repetition_penalty"):
+        if not sampling.HasField(field):
+            setattr(resolved, field, 1.0)
+    return Submission(
+        caller=with_class(caller),
+        model=model,
+        kind=RequestKind.REQUEST_KIND_GENERATE,
+        prompt_token_ids=prompt_token_ids,
+        sampling=resolved,
+        resume_from=tuple(resume_from),
+    )
+
+
+def with_class(caller: Caller) -> Caller:
+    """The caller with its SLO class decided."""
+    if caller.slo_class != SLO_CLASS_UNSPECIFIED:
+        return caller
+    return Caller(
+        request_id=caller.request_id,
+        tenant=caller.tenant,
+        slo_class=SLO_CLASS_STANDARD,
+        priority=caller.priority,
+        session_id=caller.session_id,
+        deadline_unix_s=caller.deadline_unix_s,
+        traceparent=caller.traceparent,
+    )
