@@ -16,13 +16,20 @@ from trireme.wire.inference.v1 import inference_pb2 as pb
 from trireme.wire.inference.v1 import inference_pb2_grpc as rpc
 
 Driver = Callable[[PlannedRequest], Awaitable[Outcome]]
+Watcher = Callable[[Outcome], None]
+"""Given each outcome when its request is sent; it fills while the answer comes."""
 
 TENANT_HEADER = "x-trireme-tenant"
 
 
 @asynccontextmanager
 async def grpc_driver(
-    addresses: Sequence[str], *, model: str, temperature: float = 0.0, ignore_eos: bool = True
+    addresses: Sequence[str],
+    *,
+    model: str,
+    temperature: float = 0.0,
+    ignore_eos: bool = True,
+    watch: Watcher | None = None,
 ) -> AsyncIterator[Driver]:
     """Spread requests over the gateways' gRPC ports, round robin."""
     channels = [grpc.aio.insecure_channel(address) for address in addresses]
@@ -42,10 +49,12 @@ async def grpc_driver(
             request.token_ids.ids.extend(planned.prompt)
         metadata = ((TENANT_HEADER, planned.tenant),) if planned.tenant else None
         outcome = Outcome(index=planned.index, started_s=time.monotonic())
+        if watch is not None:
+            watch(outcome)
         try:
             call = stubs[planned.index % len(stubs)].Generate(request, metadata=metadata)
             async for response in call:
-                _note_event(outcome, response)
+                note_event(outcome, response)
         except grpc.aio.AioRpcError as error:
             outcome.error = _code_of(error)
         outcome.ended_s = time.monotonic()
@@ -65,12 +74,14 @@ def _code_of(error: grpc.aio.AioRpcError) -> str:
     return error.code().name.lower()
 
 
-def _note_event(outcome: Outcome, response: pb.GenerateResponse) -> None:
+def note_event(outcome: Outcome, response: pb.GenerateResponse) -> None:
+    """Write one event of the answer's stream into the outcome."""
     match response.WhichOneof("event"):
         case "delta":
             count = len(response.delta.token_ids)
             outcome.arrivals.append((time.monotonic(), count))
             outcome.answer_tokens += count
+            outcome.text += response.delta.text
         case "accepted":
             outcome.prompt_tokens = response.accepted.prompt_tokens
         case "paused":
@@ -85,7 +96,13 @@ def _note_event(outcome: Outcome, response: pb.GenerateResponse) -> None:
 
 @asynccontextmanager
 async def openai_driver(
-    base_url: str, *, model: str, temperature: float = 0.0, ignore_eos: bool = True, api_key: str = ""
+    base_url: str,
+    *,
+    model: str,
+    temperature: float = 0.0,
+    ignore_eos: bool = True,
+    api_key: str = "",
+    watch: Watcher | None = None,
 ) -> AsyncIterator[Driver]:
     """Stream `/v1/completions` of any OpenAI-compatible server; tokens are counted by its usage chunk.
 
@@ -110,6 +127,8 @@ async def openai_driver(
             body["ignore_eos"] = True
         extra = {TENANT_HEADER: planned.tenant} if planned.tenant else None
         outcome = Outcome(index=planned.index, started_s=time.monotonic())
+        if watch is not None:
+            watch(outcome)
         try:
             async with session.post(f"{base_url}/completions", json=body, headers=extra) as response:
                 if response.status != 200:
@@ -136,6 +155,7 @@ def _note_chunk(outcome: Outcome, chunk: dict[str, object]) -> None:
     choices = chunk.get("choices")
     if isinstance(choices, list) and choices and choices[0].get("text"):
         outcome.arrivals.append((time.monotonic(), 1))
+        outcome.text += choices[0]["text"]
     usage = chunk.get("usage")
     if isinstance(usage, dict):
         outcome.prompt_tokens = usage.get("prompt_tokens", 0)

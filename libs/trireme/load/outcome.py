@@ -22,6 +22,7 @@ class Outcome:
     answer_tokens: int = 0
     joules: float = 0.0
     grams_co2e: float = 0.0
+    text: str = ""
     paused_s: float = 0.0
     pauses: int = 0
 
