@@ -153,6 +153,10 @@ class DramTier:
             lease.slots[key] = slot
         return slot
 
+    def unpin(self, lease: Lease, key: BlockKey) -> None:
+        """Take one block out of a lease."""
+        self._unpin(lease.slots.pop(key))
+
     def release(self, lease_id: int, *, corrupt_generations: Iterable[int] = ()) -> tuple[bool, int]:
         """End a lease and drop those of its blocks that were found corrupt.
 
@@ -168,9 +172,7 @@ class DramTier:
                 self._forget(slot)
                 slot.dead = True
                 dropped += 1
-            slot.pins -= 1
-            if slot.dead and slot.pins == 0:
-                self._free(slot)
+            self._unpin(slot)
         return True, dropped
 
     def expire(self, now_s: float) -> None:
@@ -230,6 +232,11 @@ class DramTier:
     def _whole_slab(self, slab: int) -> list[Slot]:
         slots = [other for other in self._by_slab[slab].values() if not other.pins]
         return slots if len(slots) == self._allocator.slots_used(slab) else []
+
+    def _unpin(self, slot: Slot) -> None:
+        slot.pins -= 1
+        if slot.dead and slot.pins == 0:
+            self._free(slot)
 
     def _forget(self, slot: Slot) -> None:
         key = slot.header.key

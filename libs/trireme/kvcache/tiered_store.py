@@ -155,14 +155,15 @@ class TieredStore:
         lease = self.dram.open_lease(expires_s=self._clock.monotonic_s() + deadline_s + lease_s)
         here = list(itertools.takewhile(self._is_here, keys))
         # All that is in DRAM is pinned first, or room for the rest would be made from it.
-        in_dram = {key for key in here if self.dram.pin(lease, key)}
+        in_dram = [key for key in here if self.dram.pin(lease, key)]
+        promotions = self._promote_for(lease, here)
         try:
-            late = await self._promote_all([key for key in here if key not in in_dram], lease, deadline_s)
+            late = await _wait_for(promotions, deadline_s)
         except asyncio.CancelledError:
             self.dram.release(lease.lease_id)
             raise
         found = list(itertools.takewhile(lease.slots.__contains__, keys))
-        from_dram = sum(key in in_dram for key in found)
+        from_dram = len(set(in_dram).intersection(found))
         self.counters.dram_hits += from_dram
         self.counters.ssd_hits += len(found) - from_dram
         self.counters.misses += len(keys) - len(found)
@@ -248,18 +249,23 @@ class TieredStore:
         )
         return self.dram.reserve(header, expires_s=now_s + RESERVATION_S) or Refusal.NO_SPACE
 
-    async def _promote_all(self, keys: Sequence[BlockKey], lease: Lease, deadline_s: float) -> int:
-        tasks = []
+    def _promote_for(self, lease: Lease, keys: Sequence[BlockKey]) -> list[_Promotion]:
+        promotions = []
+        pinned = {key: None for key in keys if key in lease.slots}
         for key in keys:
+            if key in lease.slots:
+                pinned.pop(key, None)
+                continue
             promotion = self._promote(key)
+            # A chain's beginning is worth more than its end, which gives way where room is short.
+            while promotion is None and pinned:
+                self.dram.unpin(lease, pinned.popitem()[0])
+                promotion = self._promote(key)
             if promotion is None:
                 break
             promotion.leases.append(lease)
-            tasks.append(promotion.task)
-        if not tasks:
-            return 0
-        _, late = await asyncio.wait(tasks, timeout=deadline_s)
-        return len(late)
+            promotions.append(promotion)
+        return promotions
 
     def _promote(self, key: BlockKey) -> _Promotion | None:
         promotion = self._promotions.get(key)
@@ -297,3 +303,11 @@ class TieredStore:
     def _on_evict(self, slot: Slot, image: memoryview) -> None:
         if self.ssd is not None:
             self.ssd.offer(slot.header.key, image)
+
+
+async def _wait_for(promotions: Sequence[_Promotion], deadline_s: float) -> int:
+    """Wait until all are there or it is time; returns how many are late."""
+    if not promotions:
+        return 0
+    _, late = await asyncio.wait([promotion.task for promotion in promotions], timeout=deadline_s)
+    return len(late)
