@@ -1,4 +1,4 @@
-"""The ledger sums to the meter exactly, idle energy is nobody's, and under steady load bills meet the meter."""
+"""The ledger sums to the meter exactly, idle energy is nobody's, and steady bills meet the meter."""
 
 from __future__ import annotations
 

@@ -12,7 +12,12 @@ from trireme.wire.bus.v1.facts_pb2 import EngineWindow, Measurement
 
 
 def turn(
-    ledger: Ledger, now_s: float, joules: float | None, *, epoch: str = "boot", uses: tuple[EngineUse, ...] = ()
+    ledger: Ledger,
+    now_s: float,
+    joules: float | None,
+    *,
+    epoch: str = "boot",
+    uses: tuple[EngineUse, ...] = (),
 ) -> None:
     reading = None if joules is None else Reading(round(joules * 1e6), now_s, epoch)
     ledger.books["cpu"].turn(

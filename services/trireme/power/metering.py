@@ -25,6 +25,8 @@ BATCH = 512
 MAX_BATCHES = 16
 """Facts beyond this many batches wait for the next window."""
 CONSUMER = "ledger"
+ABANDONED_S = 3.0
+"""A fact held so long without acknowledgement was read by a service that is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,7 @@ class Metering:
         self._turns = 0
         self._offset_s = 0.0
         self._away = False
+        self._last_claim_s = clock.monotonic_s()
 
     async def open(self) -> None:
         """Take over the node's ledger and what its last keeper read without finishing."""
@@ -117,7 +120,8 @@ class Metering:
         for device in list(self.ledger.books):
             if device not in self.meters:
                 log.info("meter_gone", extra={"device": device})
-        await self.turn(await self._claim())
+        # This is the node's only keeper now, so whatever is still held was abandoned.
+        await self.turn(await self._claim(idle_s=0.0))
 
     async def run(self) -> None:
         """End a window every `window_s`, for ever."""
@@ -125,7 +129,7 @@ class Metering:
         while True:
             due_s = max(due_s + self._window_s, self._clock.monotonic_s())
             await asyncio.sleep(due_s - self._clock.monotonic_s())
-            await self.turn(await self._read())
+            await self.turn([*await self._abandoned(), *await self._read()])
 
     async def turn(self, entries: Sequence[Entry[Measurement]]) -> None:
         """End one window with the facts in `entries`."""
@@ -177,9 +181,24 @@ class Metering:
         """One line on meters that do not answer; empty where all do."""
         return "; ".join(f"{d}: {s.trouble}" for d, s in self.states.items() if s.trouble)
 
-    async def _claim(self) -> list[Entry[Measurement]]:
-        """What was read and not acknowledged; this is the node's only reader, so idle time is no matter."""
-        return await self._measurements.claim(self._group, CONSUMER, idle_ms=0, count=BATCH * MAX_BATCHES)
+    async def _claim(self, *, idle_s: float) -> list[Entry[Measurement]]:
+        """What was read and not acknowledged, except by this object: it will acknowledge what it holds."""
+        held = set(self._unacknowledged)
+        found = await self._measurements.claim(
+            self._group, CONSUMER, idle_ms=int(idle_s * 1000), count=BATCH * MAX_BATCHES
+        )
+        return [entry for entry in found if entry.entry_id not in held]
+
+    async def _abandoned(self) -> list[Entry[Measurement]]:
+        """What a predecessor read after this service had taken over, looked for every few seconds."""
+        now_s = self._clock.monotonic_s()
+        if now_s - self._last_claim_s < ABANDONED_S:
+            return []
+        self._last_claim_s = now_s
+        try:
+            return await self._claim(idle_s=ABANDONED_S)
+        except AWAY:
+            return []
 
     async def _read(self) -> list[Entry[Measurement]]:
         entries: list[Entry[Measurement]] = []
