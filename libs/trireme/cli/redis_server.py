@@ -56,6 +56,8 @@ def prepare(data: Path, *, durability: str) -> RedisServer:
         f"requirepass {password}",
         f'dir "{data}"',
         "daemonize no",
+        # A title would overwrite the environment that marks the process as the fleet's.
+        "set-proc-title no",
         'save ""',
         "appendonly yes",
         f"appendfsync {durability}",

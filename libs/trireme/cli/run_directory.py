@@ -180,7 +180,14 @@ class RunDirectory:
         return state
 
     def processes(self) -> list[ProcessIdentity]:
-        """All living processes of the fleet, but not the caller."""
-        found = with_environment({MARK: str(self.path)})
-        own = os.getpid()
-        return [ProcessIdentity(p.pid, p.create_time()) for p in found if p.pid != own]
+        """All living processes of the fleet, but not the caller: those marked, and those on record."""
+        found = {
+            process.pid: ProcessIdentity(process.pid, process.create_time())
+            for process in with_environment({MARK: str(self.path)})
+        }
+        state = self.read()
+        for process in state.processes if state is not None else ():
+            if process.pid > 0 and is_alive(process.identity):
+                found[process.pid] = process.identity
+        found.pop(os.getpid(), None)
+        return list(found.values())

@@ -133,10 +133,12 @@ def _plan_group(
 ) -> list[Action]:
     actions: list[Action] = []
     kept: list[WorkerSnapshot] = []
+    replaced_later = 0  # under its own number, when it is gone: its history of deaths stays with it
     for worker in members:
         why = _hopeless(worker, limits)
         if why is not None:
             actions.append(KillWorker(worker.pid, why))
+            replaced_later += worker.draining_s is None
         elif worker.draining_s is None:
             kept.append(worker)
     # Whoever serves already stays; among equals the lower number, then the older process.
@@ -145,7 +147,7 @@ def _plan_group(
         actions += _retire(worker, limits, f"{len(kept)} workers where {target.replicas} are wanted")
     del kept[target.replicas :]
 
-    missing = target.replicas - len(kept)
+    missing = target.replicas - len(kept) - replaced_later
     room = target.replicas + limits.surge - len(members)
     taken = {worker.index for worker in members}
     free = (index for index in range(target.replicas + len(members)) if index not in taken)
