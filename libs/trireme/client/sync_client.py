@@ -1,0 +1,186 @@
+"""The synchronous client: the same calls without an event loop."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+
+from trireme.client.channels import CHANNEL_OPTIONS, Addresses
+from trireme.client.events import Event, Paused
+from trireme.client.requests import Prompt, Sampling, generate_request, slo_class
+from trireme.client.results import (
+    Classification,
+    Embeddings,
+    ModelInfo,
+    classification_from,
+    embeddings_from,
+    models_from,
+)
+from trireme.client.resumption import ResumableAnswer
+from trireme.client.status_errors import cut_off, told
+from trireme.wire.inference.v1 import inference_pb2 as pb
+from trireme.wire.inference.v1.inference_pb2_grpc import InferenceStub
+
+R = TypeVar("R")
+
+
+class SyncTriremeClient:
+    """As `TriremeClient`, for threads. One client may be used by several.
+
+    Args:
+        addresses: host:port of each gateway's gRPC server.
+        retry_s: how long an answer may be without a gateway before its call fails.
+        timeout_s: deadline of the calls that are not streams.
+    """
+
+    def __init__(
+        self, addresses: Sequence[str], *, retry_s: float = 30.0, timeout_s: float = 600.0
+    ) -> None:
+        self._addresses = Addresses(addresses)
+        self._retry_s = retry_s
+        self._timeout_s = timeout_s
+        self._channels: dict[str, grpc.Channel] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections."""
+        with self._lock:
+            channels, self._channels = self._channels, {}
+        for channel in channels.values():
+            channel.close()
+
+    def generate(
+        self,
+        model: str,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        *,
+        request_id: str = "",
+        session_id: str = "",
+        slo: str = "",
+        priority: int = 0,
+    ) -> Iterator[Event]:
+        """The answer's events as they come. Close the iterator to cancel the request.
+
+        Raises:
+            TriremeError: as the fleet said; ServiceUnavailable when no gateway was there for `retry_s`.
+        """
+        answer = ResumableAnswer(
+            generate_request(
+                request_id=request_id or f"req-{secrets.token_hex(12)}",
+                model=model,
+                prompt=prompt,
+                sampling=sampling or Sampling(),
+                session_id=session_id,
+                slo=slo,
+                priority=priority,
+            )
+        )
+        broken_s: float | None = None
+        while not answer.done:
+            call = self._stub().Generate(answer.next_call())
+            try:
+                for response in call:
+                    broken_s = None
+                    self._addresses.answered()
+                    event = answer.take(response)
+                    if event is not None:
+                        yield event
+                if answer.done:
+                    return
+                error, resumable = cut_off(), True
+            except grpc.RpcError as failure:
+                error, resumable = told(failure)
+            finally:
+                call.cancel()
+            now_s = time.monotonic()
+            first = broken_s is None
+            broken_s = now_s if broken_s is None else broken_s
+            if not (resumable or answer.outlasts(error)) or now_s - broken_s >= self._retry_s:
+                raise error
+            if first:
+                yield Paused(f"the gateway {self._addresses.current} was lost; another one goes on")
+            time.sleep(self._addresses.advance())
+
+    def classify(
+        self, model: str, text: str, labels: Sequence[str], *, normalise_length: bool = False, slo: str = ""
+    ) -> Classification:
+        """Which label continues the text best.
+
+        Raises:
+            TriremeError: as the fleet said.
+        """
+        request = pb.ClassifyRequest(
+            model=model,
+            text=text,
+            labels=labels,
+            normalise_length=normalise_length,
+            slo_class=slo_class(slo),
+        )
+        return classification_from(self._unary(lambda stub: stub.Classify(request, timeout=self._timeout_s)))
+
+    def embed(self, model: str, texts: Sequence[str], *, slo: str = "") -> Embeddings:
+        """One vector per text.
+
+        Raises:
+            TriremeError: as the fleet said.
+        """
+        request = pb.EmbedRequest(model=model, texts=texts, slo_class=slo_class(slo))
+        return embeddings_from(self._unary(lambda stub: stub.Embed(request, timeout=self._timeout_s)))
+
+    def list_models(self) -> list[ModelInfo]:
+        """The names that can be asked for, sorted.
+
+        Raises:
+            TriremeError: as the fleet said.
+        """
+        request = pb.ListModelsRequest()
+        return models_from(self._unary(lambda stub: stub.ListModels(request, timeout=self._timeout_s)))
+
+    def cancel(self, request_id: str) -> bool:
+        """Stop a request; False where it had ended or was never known.
+
+        Raises:
+            TriremeError: as the fleet said.
+        """
+        request = pb.CancelRequest(request_id=request_id)
+        response = self._unary(lambda stub: stub.Cancel(request, timeout=self._timeout_s))
+        return bool(response.cancelled)
+
+    def _unary(self, call: Callable[[Any], R]) -> R:
+        deadline_s = time.monotonic() + self._retry_s
+        while True:
+            try:
+                response = call(self._stub())
+            except grpc.RpcError as failure:
+                error, resumable = told(failure)
+                if not resumable or time.monotonic() >= deadline_s:
+                    raise error from failure
+                time.sleep(self._addresses.advance())
+            else:
+                self._addresses.answered()
+                return response
+
+    def _stub(self) -> Any:
+        with self._lock:
+            address = self._addresses.current
+            channel = self._channels.get(address)
+            if channel is None:
+                channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+                self._channels[address] = channel
+        return InferenceStub(channel)
+
