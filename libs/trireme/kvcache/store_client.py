@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
@@ -81,6 +82,7 @@ class StoreClient:
         self._channel: grpc.aio.Channel | None = None
         self._stub: rpc.KvStoreAsyncStub | None = None
         self._arena: Arena | None = None
+        self._stop_prefault = threading.Event()
         self._pause_s = 0.0
         self._paused_until_s = 0.0
         self._running: set[asyncio.Task[Any]] = set()
@@ -162,6 +164,7 @@ class StoreClient:
             return None
 
     async def _close(self) -> None:
+        self._stop_prefault.set()
         # What runs may hold room in the arena: it gets a moment to give it back.
         if self._running:
             await asyncio.wait(self._running, timeout=_CALL_S)
@@ -352,6 +355,9 @@ class StoreClient:
                 self.counters.failures["arena"] += 1
                 log.warning("kv_arena_unreachable", extra={"path": arena.path, "error": str(error)})
                 raise _Failed from error
+            self._stop_prefault.set()
+            self._stop_prefault = threading.Event()
+            self._start(asyncio.to_thread(self._arena.prefault, self._stop_prefault))
         return self._arena
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 import time
 from contextlib import AsyncExitStack
 from functools import partial
@@ -77,8 +78,11 @@ async def serve(settings: Settings) -> None:
         register = partial(rpc.add_KvStoreServicer_to_server, servicer)
         store.sweep()
 
+        stop_prefault = threading.Event()
+        stack.callback(stop_prefault.set)
         async with asyncio.TaskGroup() as tasks:
             running = [
+                tasks.create_task(asyncio.to_thread(arena.prefault, stop_prefault)),
                 tasks.create_task(store.run()),
                 tasks.create_task(
                     publish_measurements(store, measurements, node=settings.node, clock=clock)
