@@ -359,3 +359,13 @@ def test_units() -> None:
     assert grams_co2e(3.6e6, 436.0) == 436.0
     assert per_1k_tokens(2.0, 500) == 4.0
     assert per_1k_tokens(2.0, 0) == 0.0
+
+
+def test_the_example_of_the_docs() -> None:
+    """docs/energy.md: 50 J in a second, 20 W idle, a quarter of it busy with two requests."""
+    own_j = active_uj(window(50.0, busy_s=0.25), idle_w=20.0, max_w=None) / 1e6
+    tariff = own_j / 0.25
+    joules = [bill_joules(share_s, tariff) for share_s in split_step_s(0.25, [30, 10])]
+    assert (own_j, tariff, joules) == (35.0, 140.0, [26.25, 8.75])
+    assert grams_co2e(26.25, 257.0) == pytest.approx(0.001874, abs=1e-6)
+    assert per_1k_tokens(26.25, 30) == 875.0
