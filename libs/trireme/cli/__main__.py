@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import typer
 
+from trireme.cli.bench import bench
+from trireme.cli.chat import chat
+from trireme.cli.demo import demo
 from trireme.cli.down import down
+from trireme.cli.explain import explain
+from trireme.cli.generate import generate
+from trireme.cli.models import models
 from trireme.cli.scale import scale
 from trireme.cli.status import status
+from trireme.cli.top import top
 from trireme.cli.up import up
+
+COMMANDS = (demo, up, status, down, generate, chat, models, scale, explain, top, bench)
 
 app = typer.Typer(
     name="trireme",
@@ -17,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (up, down, status, scale):
+for command in COMMANDS:
     app.command()(command)
 
 

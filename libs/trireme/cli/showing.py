@@ -34,7 +34,8 @@ def show_status(run_dir: Path, *, as_json: bool) -> None:
         console = Console(highlight=False)
         if not console.is_terminal:
             console = Console(highlight=False, width=200)
-        console.print(Group(heading(seen), "", services_table(seen.services), "", workers_table(seen.workers)))
+        tables = (services_table(seen.services), "", workers_table(seen.workers))
+        console.print(Group(heading(seen), "", *tables))
     if not is_well(seen):
         sys.exit(FAILURE)
 
@@ -64,9 +65,9 @@ def heading(seen: FleetReport) -> RenderableType:
 
 def services_table(services: list[ServiceReport]) -> Table:
     """One row per service process."""
-    table = _table("service", "pid", "health", "gRPC", "restarts", "last exit")
+    shown = table("service", "pid", "health", "gRPC", "restarts", "last exit")
     for service in services:
-        table.add_row(
+        shown.add_row(
             service.name,
             str(service.pid or "-"),
             _coloured(service.health),
@@ -74,19 +75,19 @@ def services_table(services: list[ServiceReport]) -> Table:
             str(service.restarts),
             service.last_exit,
         )
-    return table
+    return shown
 
 
 def workers_table(workers: list[WorkerReport]) -> Table:
     """One row per worker and variant."""
-    table = _table("worker", "id", "pid", "phase", "variant", "run", "wait", "KV", "tok/s", "deaths")
+    shown = table("worker", "id", "pid", "phase", "variant", "run", "wait", "KV", "tok/s", "deaths")
     for worker in workers:
         own = (worker.name, worker.worker_id, str(worker.pid or "-"), _coloured(worker.phase))
         deaths = str(worker.restarts) + (f" ({worker.last_exit})" if worker.restarts else "")
         if not worker.variants:
-            table.add_row(*own, "", "", "", "", "", deaths)
+            shown.add_row(*own, "", "", "", "", "", deaths)
         for row, variant in enumerate(worker.variants):
-            table.add_row(
+            shown.add_row(
                 *(own if row == 0 else ("", "", "", "")),
                 variant.variant if variant.ready else f"{variant.variant} (loading)",
                 str(variant.running),
@@ -95,14 +96,15 @@ def workers_table(workers: list[WorkerReport]) -> Table:
                 f"{variant.decode_tokens_per_s:.0f}" if variant.decode_tokens_per_s else "",
                 deaths if row == 0 else "",
             )
-    return table
+    return shown
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+def table(*columns: str) -> Table:
+    """A plain table with a bold header."""
+    shown = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, no_wrap=column not in ("deaths", "last exit"))
-    return table
+        shown.add_column(column, no_wrap=column not in ("deaths", "last exit"))
+    return shown
 
 
 def _coloured(word: str) -> Text:
