@@ -198,6 +198,16 @@ async def test_a_block_larger_than_a_slab_is_refused_without_putting_others_out(
         assert await load(store, [0]) == [payload(0)]
 
 
+async def test_blocks_are_not_put_out_where_that_makes_no_room(tmp_path: Path) -> None:
+    async with opened_store(tmp_path, dram_bytes=SLAB) as store:
+        save(store, [(n, payload(n)) for n in range(16)])
+        held = await store.acquire(NAMESPACE, block_hash(7), deadline_s=0.0, lease_s=5.0)
+        assert save(store, [(100, payload(100, 40_000))]) == 0
+        assert await load(store, range(16)) == [payload(n) for n in range(16)]
+        store.release(held.lease_id)
+        assert save(store, [(100, payload(100, 40_000))]) == 1
+
+
 async def test_the_end_of_a_chain_goes_before_its_beginning(tmp_path: Path) -> None:
     async with opened_store(tmp_path, dram_bytes=SLAB) as store:
         save(store, [(n, payload(n)) for n in range(16)])
