@@ -132,11 +132,9 @@ async def _show(console: Console, run_dir: Path, answer_tokens: int) -> int:
             f"http://{state.http[0]}/v1", model=MODEL, temperature=0.7, watch=show.add
         )
 
-    reports[f"gRPC × {STREAMS}"] = await _streams(show, f"{STREAMS} streams by gRPC", by_grpc())
-    reports[f"OpenAI API × {STREAMS}"] = await _streams(
-        show, f"{STREAMS} streams by the OpenAI API", by_openai()
-    )
-    reports[f"killed worker × {STREAMS}"] = await _streams(
+    reports[f"{STREAMS} × gRPC"] = await _streams(show, f"{STREAMS} streams by gRPC", by_grpc())
+    reports[f"{STREAMS} × OpenAI"] = await _streams(show, f"{STREAMS} streams by the OpenAI API", by_openai())
+    reports["worker killed"] = await _streams(
         show,
         f"{STREAMS} streams by gRPC; after {KILL_AFTER_S:.1f} s one of the two workers is killed",
         by_grpc(),
@@ -148,34 +146,31 @@ async def _show(console: Console, run_dir: Path, answer_tokens: int) -> int:
 
 async def _converse(console: Console, addresses: Sequence[str], answer_tokens: int) -> Report:
     """Three turns of one session; each brings the whole history, whose KV is found in the cache."""
-    from trireme.client import TriremeClient
-    from trireme.load.drivers import note_event
+    from trireme.client import Delta, Sampling, Summary, TriremeClient
     from trireme.load.outcome import Outcome
     from trireme.load.report import summarise
     from trireme.load.run import Run
-    from trireme.wire.inference.v1 import inference_pb2 as pb
 
-    messages: list[pb.ChatMessage] = []
+    messages: list[dict[str, str]] = []
     outcomes = []
     began_s = time.monotonic()
     async with TriremeClient(list(addresses)) as client:
         for turn, text in enumerate(TURNS):
             console.print(f"[bold]you[/]  {text.strip()}")
-            messages.append(pb.ChatMessage(role="user", content=text))
+            messages.append({"role": "user", "content": text})
             outcome = Outcome(index=turn, started_s=time.monotonic())
-            answer = ""
             console.print("[bold]it[/]   ", end="")
-            sampling = pb.SamplingParameters(max_tokens=answer_tokens, temperature=0.0)
-            async for event in client.generate(
-                MODEL, pb.Chat(messages=messages), sampling=sampling, session_id="demo"
-            ):
-                note_event(outcome, event)
-                if event.HasField("delta"):
-                    answer += event.delta.text
-                    console.print(event.delta.text, end="", markup=False, soft_wrap=True)
+            sampling = Sampling(max_tokens=answer_tokens, temperature=0.0)
+            async for event in client.generate(MODEL, messages, sampling, session_id="demo"):
+                if isinstance(event, Delta):
+                    outcome.arrivals.append((time.monotonic(), len(event.token_ids)))
+                    outcome.text += event.text
+                    console.print(event.text, end="", markup=False, soft_wrap=True)
+                elif isinstance(event, Summary):
+                    outcome.note_usage(event.usage)
             outcome.ended_s = time.monotonic()
             outcomes.append(outcome)
-            messages.append(pb.ChatMessage(role="assistant", content=answer))
+            messages.append({"role": "assistant", "content": outcome.text})
             share = outcome.cached_tokens / max(1, outcome.prompt_tokens)
             console.print(
                 f"\n     [dim]{outcome.prompt_tokens} prompt tokens, {share:.0%} of them from the cache; "
@@ -233,24 +228,21 @@ def _table(console: Console, reports: dict[str, Report]) -> None:
 
     table = Table(title="what came of it", title_justify="left")
     table.add_column("")
-    columns = ("requests", "failed", "TTFT p50", "TPOT p50", "tokens/s", "prefix-cache hits", "pauses")
-    for column in (*columns, "J / 1k tokens", "gCO2e / 1k tokens"):
-        table.add_column(column, justify="right")
-    for name, report in reports.items():
-        share = report.cached_prompt_tokens / max(1, report.prompt_tokens)
-        table.add_row(
-            name,
-            str(report.requests),
-            str(report.failed),
-            f"{report.ttft_ms.p50:.1f} ms",
-            f"{report.tpot_ms.p50:.2f} ms",
-            f"{report.output_throughput:.0f}",
-            f"{share:.0%}",
-            str(report.pauses),
-            f"{report.joules_per_1k_tokens:.1f}",
-            f"{report.grams_co2e_per_1k_tokens:.4f}",
-        )
+    for name in reports:
+        table.add_column(name, justify="right")
+    rows: dict[str, Callable[[Report], str]] = {
+        "requests": lambda r: f"{r.requests}",
+        "failed": lambda r: f"{r.failed}",
+        "paused by the fault": lambda r: f"{r.pauses}",
+        "TTFT p50": lambda r: f"{r.ttft_ms.p50:.1f} ms",
+        "TPOT p50": lambda r: f"{r.tpot_ms.p50:.2f} ms",
+        "tokens/s": lambda r: f"{r.output_throughput:.0f}",
+        "prefix-cache hits": lambda r: f"{r.cached_prompt_tokens / max(1, r.prompt_tokens):.0%}",
+        "joules / 1k tokens": lambda r: f"{r.joules_per_1k_tokens:.2f}",
+        "gCO2e / 1k tokens": lambda r: f"{r.grams_co2e_per_1k_tokens:.5f}",
+    }
+    for title, read in rows.items():
+        table.add_row(title, *(read(report) for report in reports.values()))
     console.print(table)
-    console.print(
-        "TTFT: time to first token. TPOT: time per output token after it. docs/energy.md has the rest."
-    )
+    console.print("TTFT: time to first token. TPOT: time per output token after it.")
+    console.print("Energy is attributed by the rule in docs/energy.md.")

@@ -39,6 +39,8 @@ class LiveStreams:
         self._outcomes, self._total, self._started_s = [], total, time.monotonic()
         with Live(console=self._console, get_renderable=self._draw, refresh_per_second=12):
             yield
+        if not self._console.is_terminal:
+            self._console.print()
 
     def _draw(self) -> Group:
         rows = Table.grid(padding=(0, 1))

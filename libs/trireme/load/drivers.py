@@ -87,10 +87,7 @@ def note_event(outcome: Outcome, response: pb.GenerateResponse) -> None:
         case "paused":
             outcome.pauses += 1
         case "summary":
-            usage = response.summary.usage
-            outcome.cached_tokens = usage.cached_prompt_tokens
-            outcome.joules = usage.joules
-            outcome.grams_co2e = usage.grams_co2e
+            outcome.note_usage(response.summary.usage)
             outcome.paused_s = response.summary.timings.paused_s
 
 

@@ -4,6 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Protocol
+
+
+class ReportedUsage(Protocol):
+    """Usage as the wire or the client gives it."""
+
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def cached_prompt_tokens(self) -> int: ...
+    @property
+    def completion_tokens(self) -> int: ...
+    @property
+    def joules(self) -> float: ...
+    @property
+    def grams_co2e(self) -> float: ...
 
 
 @dataclass(slots=True)
@@ -25,6 +41,14 @@ class Outcome:
     text: str = ""
     paused_s: float = 0.0
     pauses: int = 0
+
+    def note_usage(self, usage: ReportedUsage) -> None:
+        """Take over what the fleet says was used."""
+        self.prompt_tokens = usage.prompt_tokens
+        self.cached_tokens = usage.cached_prompt_tokens
+        self.answer_tokens = usage.completion_tokens
+        self.joules = usage.joules
+        self.grams_co2e = usage.grams_co2e
 
     @property
     def ttft_s(self) -> float | None:

@@ -202,7 +202,11 @@ class RequestTable:
             await asyncio.wait(self._endings)
 
     def _take(self, request: LiveRequest, number: int, output: TokenOutput, now_s: float) -> None:
-        request.cached_prompt_tokens = max(request.cached_prompt_tokens, output.cached_tokens or 0)
+        if output.cached_tokens is not None:
+            # A reassigned request may find part of its own answer too; only its prompt counts.
+            prompt_tokens = len(request.assignment.request.prompt_token_ids)
+            found_tokens = min(output.cached_tokens, prompt_tokens)
+            request.cached_prompt_tokens = max(request.cached_prompt_tokens, found_tokens)
         choice = request.choices[number]
         if choice.finished is not None:
             return  # stopped meanwhile
