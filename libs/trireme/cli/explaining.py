@@ -12,7 +12,7 @@ from rich.console import Console
 
 from trireme.cli.fleet_report import living_processes
 from trireme.cli.run_directory import RunDirectory
-from trireme.cli.showing import table
+from trireme.cli.showing import table, wide_console
 from trireme.errors import ServiceUnavailable
 from trireme.wire.bus.v1.facts_pb2 import Decision
 from trireme.wire.scheduler.v1 import scheduler_pb2 as pb
@@ -32,7 +32,7 @@ def explain_request(request_id: str, run_dir: Path, *, as_json: bool) -> None:
     if as_json:
         print(json_format.MessageToJson(answer, preserving_proto_field_name=True))
         return
-    console = Console(highlight=False)
+    console = wide_console()
     for decision in answer.decisions:
         _show(decision, console)
 

@@ -81,9 +81,7 @@ def plan_processes(
     specs = []
     if redis is not None:
         specs.append(
-            ProcessSpec(
-                name="redis", service="redis", command=redis.command, environ=marked, registers=False
-            )
+            ProcessSpec(name="redis", service="redis", command=redis.command, environ=marked, registers=False)
         )
     placement = {"RUN_DIR": str(run_directory.path), "RUN_ID": run_id}
     specs.append(service("placement", "placement", {**inner, **placement}))
@@ -94,10 +92,10 @@ def plan_processes(
     for index in range(fleet.gateway.replicas):
         http, grpc = replica_address(fleet.gateway.http, index), replica_address(fleet.gateway.grpc, index)
         listen = {"HTTP_LISTEN": http, "GRPC_LISTEN": grpc}
+        listen["MAX_WAITING"] = str(fleet.gateway.max_queue_requests)
+        listen["MAX_PROMPT_TOKENS"] = str(fleet.gateway.max_request_tokens)
         specs.append(service("gateway", f"gateway-{index}", listen, grpc_address=local_address(grpc)))
-    return FleetPlan(
-        fleet=fleet, run_id=run_id, bus_prefix=fleet.name, redis_url=redis_url, specs=specs
-    )
+    return FleetPlan(fleet=fleet, run_id=run_id, bus_prefix=fleet.name, redis_url=redis_url, specs=specs)
 
 
 def _kvstore_settings(fleet: Fleet, run_directory: RunDirectory) -> dict[str, str]:
@@ -147,9 +145,7 @@ def _check_port(host: str, port: int, key: str, path: Path) -> None:
         except OSError as error:
             taken = error.errno == errno.EADDRINUSE
             why = "is in use" if taken else f"cannot be listened on ({error.strerror})"
-            raise InvalidConfiguration(
-                f"{host}:{port} {why}: change {key} in {path}", param=key
-            ) from error
+            raise InvalidConfiguration(f"{host}:{port} {why}: change {key} in {path}", param=key) from error
 
 
 def check_checkpoints(fleet: Fleet, path: Path) -> None:

@@ -198,9 +198,7 @@ def _workers(
     told = {worker.worker_id for worker in known}
     # Where placement is away, the registry still knows them.
     known += [
-        placement_pb.WorkerProcess(
-            worker_id=record.id, pid=record.pid, phase=placement_pb.WORKER_PHASE_READY
-        )
+        placement_pb.WorkerProcess(worker_id=record.id, pid=record.pid, phase=placement_pb.WORKER_PHASE_READY)
         for record in records
         if record.id not in told
     ]
@@ -241,4 +239,3 @@ def _variant(status: VariantStatus) -> VariantReport:
         decode_tokens_per_s=status.decode_tokens_per_s,
         decode_tokens_total=status.decode_tokens_total,
     )
-

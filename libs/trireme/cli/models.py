@@ -27,10 +27,8 @@ def models(
     import json
     from dataclasses import asdict
 
-    from rich.console import Console
-
     from trireme.cli.connecting import gateway_addresses
-    from trireme.cli.showing import table
+    from trireme.cli.showing import table, wide_console
     from trireme.client import SyncTriremeClient
 
     with SyncTriremeClient(gateway_addresses(address or (), run_dir), retry_s=5.0, timeout_s=5.0) as client:
@@ -44,4 +42,4 @@ def models(
         shown.add_row(
             model.name, model.variant_of, ready, str(model.context_tokens), str(model.vocabulary_size)
         )
-    Console(highlight=False).print(shown)
+    wide_console().print(shown)

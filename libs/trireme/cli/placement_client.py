@@ -47,9 +47,7 @@ async def placement_state(records: Sequence[ProcessRecord]) -> pb.GetStateRespon
         return None
 
 
-async def crash_looping_workers(
-    records: Sequence[ProcessRecord], *, deaths: int
-) -> list[tuple[str, str]]:
+async def crash_looping_workers(records: Sequence[ProcessRecord], *, deaths: int) -> list[tuple[str, str]]:
     """Name and last exit of the workers that died at least `deaths` times and are crash-looping."""
     state = await placement_state(records)
     return [

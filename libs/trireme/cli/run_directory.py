@@ -165,7 +165,7 @@ class RunDirectory:
             return None
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidConfiguration(
-                f"{self.state_file} is not a fleet's state file ({error}): run `trireme down`, or remove it"
+                f"{self.state_file} is not a fleet's state file ({error}): run `trireme down`"
             ) from error
 
     def running(self) -> FleetState:

@@ -31,13 +31,17 @@ def show_status(run_dir: Path, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(seen), indent=2))
     else:
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, width=200)
+        console = wide_console()
         tables = (services_table(seen.services), "", workers_table(seen.workers))
         console.print(Group(heading(seen), "", *tables))
     if not is_well(seen):
         sys.exit(FAILURE)
+
+
+def wide_console() -> Console:
+    """Standard output; wide where it is no terminal, so that tables keep one line per row."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=200)
 
 
 def is_well(seen: FleetReport) -> bool:

@@ -39,9 +39,7 @@ def run_in_foreground(path: Path, run_dir: Path, *, timeout_s: float) -> None:
         show_ready(state, console)
         console.print("Ctrl-C stops it.")
 
-    asyncio.run(
-        run_fleet(fleet, path, run_directory, ready_timeout_s=timeout_s, say=say, on_ready=on_ready)
-    )
+    asyncio.run(run_fleet(fleet, path, run_directory, ready_timeout_s=timeout_s, say=say, on_ready=on_ready))
     console.print("stopped")
 
 
@@ -118,5 +116,3 @@ def show_ready(state: FleetState, console: Console) -> None:
         console.print(f"HTTP  http://{address}/v1")
     for address in state.grpc:
         console.print(f"gRPC  {address}")
-
-

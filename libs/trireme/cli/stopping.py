@@ -12,7 +12,7 @@ from rich.console import Console
 
 from trireme.cli.run_directory import FleetState, RunDirectory
 from trireme.cli.supervisor import stop_processes
-from trireme.errors import ServiceUnavailable
+from trireme.errors import InvalidConfiguration, ServiceUnavailable
 from trireme.kvcache.arena import SHARED_MEMORY, remove_stale_arenas
 from trireme.runtime.child_processes import ProcessIdentity, is_alive, send_signal
 
@@ -25,7 +25,13 @@ def stop_fleet(run_dir: Path, *, timeout_s: float) -> None:
     """
     console = Console(highlight=False, soft_wrap=True)
     run_directory = RunDirectory.at(run_dir)
-    state = run_directory.read()
+    try:
+        state = run_directory.read()
+    except InvalidConfiguration as error:
+        # The processes carry the directory's mark, so they are found without it.
+        console.print(f"{error.message.partition(':')[0]}: set aside")
+        run_directory.state_file.replace(run_directory.state_file.with_suffix(".json.damaged"))
+        state = None
     supervised = state is not None and state.supervisor_lives
     if state is not None and supervised:
         _stop_supervisor(state, timeout_s, console)

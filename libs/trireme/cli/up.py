@@ -31,9 +31,9 @@ def up(
     detach: Annotated[
         bool, typer.Option("--detach", "-d", help="Return when the fleet is ready and leave it running.")
     ] = False,
-    run_dir: Annotated[
-        Path, typer.Option("--run-dir", help="Logs, data and state of this fleet.")
-    ] = Path(".run"),
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="Logs, data and state of this fleet.")] = Path(
+        ".run"
+    ),
     timeout: Annotated[
         float, typer.Option("--timeout", min=1.0, help="Seconds for the fleet to become ready.")
     ] = 300.0,

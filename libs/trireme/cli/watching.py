@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 
 import grpc
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
 from trireme.cli.fleet_report import FleetReport, living_processes, report
 from trireme.cli.run_directory import RunDirectory
-from trireme.cli.showing import heading, services_table, table, workers_table
+from trireme.cli.showing import heading, services_table, table, wide_console, workers_table
 from trireme.wire.bus.v1.facts_pb2 import ProcessRecord
 from trireme.wire.kvstore.v1 import kvstore_pb2
 from trireme.wire.kvstore.v1.kvstore_pb2_grpc import KvStoreStub
@@ -33,9 +33,7 @@ def watch_fleet(run_dir: Path, *, period_s: float, count: int) -> None:
 
 
 async def _watch(run_directory: RunDirectory, *, period_s: float, count: int) -> None:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=160)
+    console = wide_console()
     looks, before_tokens, before_s = 0, 0, 0.0
     with Live(console=console, screen=console.is_terminal and count == 0, auto_refresh=False) as live:
         while True:
