@@ -246,7 +246,10 @@ def _find_store(registry: Registry, node: str) -> Callable[[], Awaitable[str | N
             stores = await registry.living("kvstore")
         except AWAY:
             return None
-        return next((record.grpc_address for record in stores if record.node == node), None)
+        mine = [record for record in stores if record.node == node]
+        # A killed store's lease holds for a while: the newest is the one that lives.
+        newest = max(mine, key=lambda record: record.started_unix_s, default=None)
+        return newest.grpc_address if newest is not None else None
 
     return find
 
