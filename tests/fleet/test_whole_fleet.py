@@ -1,0 +1,248 @@
+"""The fleet as clients and operators meet it: APIs, health, explanations, energy, the README's examples."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import openai
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from tests.fleet.conftest import REPOSITORY, VARIANT, Fleet
+from trireme.bus.connection import Keys, open_redis
+from trireme.bus.streams import Stream
+from trireme.client import Accepted, Delta, Paused, Sampling, Summary, SyncTriremeClient, TriremeClient
+from trireme.errors import ModelNotFound, RequestQuarantined
+from trireme.wire.bus.v1.facts_pb2 import Event
+from trireme.wire.inference.v1.inference_pb2 import FINISH_REASON_CANCELLED
+from trireme.wire.power.v1 import power_pb2, power_pb2_grpc
+from trireme.wire.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
+
+pytestmark = [pytest.mark.fleet, pytest.mark.timeout(300)]
+
+CHECKPOINT = REPOSITORY / "checkpoints" / VARIANT
+SERVICES = ("gateway", "scheduler", "worker", "kvstore", "power", "placement")
+
+
+@pytest.mark.parametrize("service", SERVICES)
+async def test_every_service_tells_its_health_and_its_contract(fleet: Fleet, service: str) -> None:
+    for record in await fleet.living(service):
+        async with grpc.aio.insecure_channel(record.grpc_address) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            assert (await health.Check(health_pb2.HealthCheckRequest())).status == 1
+            with pytest.raises(grpc.aio.AioRpcError) as unknown:
+                await health.Check(health_pb2.HealthCheckRequest(service="nobody"))
+            assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+            watching = health.Watch(health_pb2.HealthCheckRequest())
+            assert (await watching.read()).status == 1
+            watching.cancel()
+            reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+            request = reflection_pb2.ServerReflectionRequest(list_services="")
+            async for answer in reflection.ServerReflectionInfo(iter([request])):
+                names = {found.name for found in answer.list_services_response.service}
+                break
+            assert any(name.startswith("trireme.wire.") for name in names)
+            assert "grpc.health.v1.Health" in names
+
+
+async def test_a_draining_worker_says_so_to_those_who_watch(fleet: Fleet) -> None:
+    worker = (await fleet.ready_workers(2))[0]
+    async with grpc.aio.insecure_channel(worker.grpc_address) as channel:
+        watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING
+        os.kill(worker.pid, signal.SIGTERM)
+        assert (await watching.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    await fleet.ready_workers(2)
+
+
+async def test_a_request_that_is_there_at_two_crashes_is_quarantined(fleet: Fleet) -> None:
+    await fleet.ready_workers(2)
+    killed: set[str] = set()
+    pauses = 0
+    async with TriremeClient(fleet.grpc) as client:
+        with pytest.raises(RequestQuarantined):
+            prompt = list(range(200, 240))
+            sampling = Sampling(max_tokens=1900, temperature=0.0, ignore_eos=True)
+            async for event in client.generate("py", prompt, sampling, request_id="poison"):
+                if isinstance(event, Paused):
+                    pauses += 1
+                if isinstance(event, Delta) and len(killed) == pauses:
+                    victim = await _server_of(fleet, "poison", exclude=killed)
+                    killed.add(victim)
+                    pids = {record.id: record.pid for record in await fleet.living("worker")}
+                    os.kill(pids[victim], signal.SIGKILL)
+    assert len(killed) == 2
+    await fleet.ready_workers(2)
+
+
+async def _server_of(fleet: Fleet, request_id: str, *, exclude: set[str]) -> str:
+    for record in await fleet.living("scheduler"):
+        async with grpc.aio.insecure_channel(record.grpc_address) as channel:
+            stub = scheduler_pb2_grpc.SchedulerStub(channel)
+            explained = await stub.Explain(scheduler_pb2.ExplainRequest(request_id=request_id))
+            worker_id: str = explained.decisions[-1].worker_id
+            assert worker_id not in exclude
+            return worker_id
+    raise AssertionError("no scheduler lives")
+
+
+@pytest.mark.parametrize("after_tokens", [0, 5])
+async def test_a_client_that_goes_away_stops_the_engine(fleet: Fleet, after_tokens: int) -> None:
+    await fleet.ready_workers(2)
+    request_id = f"gone-{after_tokens}"
+    async with TriremeClient(fleet.grpc) as client:
+        sampling = Sampling(max_tokens=1900, temperature=0.0, ignore_eos=True)
+        stream = client.generate("py", list(range(300, 350)), sampling, request_id=request_id)
+        tokens = 0
+        async for event in stream:
+            tokens += len(event.token_ids) if isinstance(event, Delta) else 0
+            if (isinstance(event, Accepted) and after_tokens == 0) or tokens > after_tokens:
+                break
+        await stream.aclose()
+    async with open_redis(str(fleet.state["redis_url"])) as redis:
+        events = Stream(redis, Keys(str(fleet.state["bus_prefix"])).events, Event)
+        for _ in range(200):
+            ended = [
+                entry.fact.finished
+                for entry in await events.everything()
+                if entry.fact.finished.request_id == request_id
+            ]
+            idle = all(
+                variant.running == 0
+                for record in await fleet.living("worker")
+                for variant in record.worker.variants
+            )
+            if idle and (ended or after_tokens == 0):
+                break
+            await asyncio.sleep(0.05)
+    assert idle, "no engine goes on with it"
+    assert all(end.reason == FINISH_REASON_CANCELLED for end in ended)
+    assert all(end.usage.completion_tokens < 1900 for end in ended)
+
+
+async def test_scores_and_vectors_equal_the_reference(fleet: Fleet) -> None:
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+    text, labels = "import os\nimport ", ["sys", "re", "zebra"]
+    expected = {}
+    for label in labels:
+        prompt, continuation = tokenizer.encode(text).ids, tokenizer.encode(label).ids
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + continuation])).logits[0].log_softmax(-1)
+        rows = range(len(prompt) - 1, len(prompt) + len(continuation) - 1)
+        expected[label] = sum(
+            logits[row, token].item() for row, token in zip(rows, continuation, strict=True)
+        )
+    async with TriremeClient(fleet.grpc) as client:
+        found = await client.classify("py", text, labels)
+        embedded = await client.embed("py", [text, text, "def f():"])
+    assert {score.label: score.logprob for score in found.scores} == pytest.approx(expected, abs=1e-3)
+    assert [score.label for score in found.scores] == sorted(labels, key=expected.__getitem__, reverse=True)
+    assert sum(score.probability for score in found.scores) == pytest.approx(1.0)
+    with torch.inference_mode():
+        ids = torch.tensor([tokenizer.encode(text).ids])
+        hidden = model.model(ids).last_hidden_state[0].mean(0)
+    vector = (hidden / hidden.norm()).tolist()
+    assert embedded.vectors[0] == pytest.approx(vector, abs=1e-4)
+    assert embedded.vectors[1] == pytest.approx(vector, abs=1e-4)
+    assert embedded.vectors[2] != pytest.approx(vector, abs=1e-2)
+
+
+async def test_a_second_turn_finds_the_first_ones_blocks(fleet: Fleet) -> None:
+    await fleet.ready_workers(2)
+    history = "def first(items):\n    return items[0]\n\n" * 12
+    async with TriremeClient(fleet.grpc) as client:
+        summaries = []
+        for text in (history, history + "def second(items):\n"):
+            async for event in client.generate("py", text, Sampling(max_tokens=8, temperature=0.0)):
+                if isinstance(event, Summary):
+                    summaries.append(event)
+    first, second = (summary.usage for summary in summaries)
+    assert second.cached_prompt_tokens >= first.prompt_tokens - 16
+    assert "tokens cached" in summaries[1].decision
+
+
+async def test_the_books_of_energy_balance(fleet: Fleet) -> None:
+    async with TriremeClient(fleet.grpc) as client:
+        async for event in client.generate("py", "x = ", Sampling(max_tokens=200, ignore_eos=True, seed=1)):
+            if isinstance(event, Summary):
+                usage = event.usage
+    assert usage.joules > 0 and usage.grams_co2e > 0 and usage.engine_s > 0
+    [power] = await fleet.living("power")
+    async with grpc.aio.insecure_channel(power.grpc_address) as channel:
+        ledger = await power_pb2_grpc.PowerStub(channel).GetLedger(power_pb2.GetLedgerRequest())
+    [device] = ledger.devices
+    books = device.total
+    assert books.billed_joules > 0
+    balance = books.billed_joules + books.idle_joules + books.unattributed_joules
+    assert balance == pytest.approx(books.metered_joules, rel=1e-9)
+
+
+async def test_the_openai_sdk_streams_and_its_errors_are_typed(fleet: Fleet) -> None:
+    async with openai.AsyncOpenAI(
+        base_url=f"http://{fleet.http[0]}/v1", api_key="none", max_retries=0
+    ) as client:
+        names = {model.id async for model in client.models.list()}
+        assert {"py", VARIANT} <= names
+        stream = await client.chat.completions.create(
+            model="py",
+            messages=[{"role": "user", "content": "Complete this code:\ndef main():\n"}],
+            max_tokens=24,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        chunks = [chunk async for chunk in stream]
+        assert chunks[0].choices[0].delta.role == "assistant"
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        assert chunks[-1].usage is not None and chunks[-1].choices == []
+        whole = await client.chat.completions.create(
+            model="py",
+            messages=[{"role": "user", "content": "Complete this code:\ndef main():\n"}],
+            max_tokens=24,
+            temperature=0,
+        )
+        assert whole.choices[0].message.content == text
+        with pytest.raises(openai.NotFoundError) as missing:
+            await client.completions.create(model="nobody", prompt="x")
+        assert missing.value.code == "model_not_found"
+        with pytest.raises(openai.BadRequestError):
+            await client.completions.create(model="py", prompt="x", temperature=-1)
+
+
+def test_an_unknown_model_is_a_typed_error(fleet: Fleet) -> None:
+    with SyncTriremeClient(fleet.grpc) as client, pytest.raises(ModelNotFound):
+        list(client.generate("nobody", "x"))
+
+
+def readme_blocks() -> list[tuple[str, str]]:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"```(sh|python)\n(.*?)```", text, flags=re.DOTALL)
+    assert len(found) >= 3
+    return found
+
+
+@pytest.mark.parametrize("language, code", readme_blocks())
+def test_the_readmes_examples_run(fleet: Fleet, language: str, code: str, tmp_path: Path) -> None:
+    code = code.replace("127.0.0.1:8000", fleet.http[0]).replace("127.0.0.1:9000", fleet.grpc[0])
+    code = code.replace('"trireme-py"', '"py"')
+    environ = {**os.environ, "PYTHONPATH": f"{REPOSITORY}/libs:{REPOSITORY}/services"}
+    if language == "sh" and shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    words = [sys.executable, "-c", code] if language == "python" else ["bash", "-euc", code]
+    done = subprocess.run(words, env=environ, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) > 20
