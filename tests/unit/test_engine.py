@@ -516,9 +516,10 @@ def test_a_context_that_does_not_fit_is_refused(model: Model) -> None:
 # Scores and vectors.
 
 
-def test_scores_are_sums_of_log_probabilities(model: Model, directory: Path) -> None:
+@pytest.mark.parametrize("length", [21, 24])
+def test_scores_are_sums_of_log_probabilities(model: Model, length: int) -> None:
     engine = Engine(model, settings())
-    prompt = prompt_of(1, 21)
+    prompt = prompt_of(1, length)
     continuations = ((5,), (6, 7, 8), tuple(prompt_of(2, 30)), (5, 9))
     engine.add(
         SequenceRequest(

@@ -53,6 +53,23 @@ def test_linear_add_adds_the_residual_once() -> None:
     torch.testing.assert_close(residual, kept)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_weight_multiplies_like_a_plain_one(rows: int, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(rows, 24, dtype=dtype), torch.randn(40, 24, dtype=dtype)
+    bias, residual = torch.randn(40, dtype=dtype), torch.randn(rows, 40, dtype=dtype)
+    packed, kept = ops.pack_weight(weight), residual.clone()
+    atol, rtol = (1e-5, 1e-5) if dtype is torch.float32 else (0.1, 0.05)
+    plain = x @ weight.t()
+    torch.testing.assert_close(ops.linear(x, packed), plain, atol=atol, rtol=rtol)
+    torch.testing.assert_close(ops.linear(x, packed, bias), plain + bias, atol=atol, rtol=rtol)
+    torch.testing.assert_close(ops.linear_add(x, packed, residual), plain + residual, atol=atol, rtol=rtol)
+    torch.testing.assert_close(
+        ops.linear_add(x, packed, residual, bias), plain + bias + residual, atol=atol, rtol=rtol
+    )
+    torch.testing.assert_close(residual, kept)
+
+
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_paged_attention_equals_dense_attention_per_sequence(data: st.DataObject) -> None:

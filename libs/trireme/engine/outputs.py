@@ -60,7 +60,7 @@ class EmbeddingOutput(NamedTuple):
 
 
 class SequenceWork(NamedTuple):
-    """What one sequence cost in one step."""
+    """What one sequence cost in one step. A SCORE request has an entry per continuation that ran."""
 
     sequence_id: str
     prefill_tokens: int

@@ -2,15 +2,16 @@
 
 Every function takes contiguous tensors of one device and one floating type unless it says
 otherwise. `tokens` is the flattened batch: all tokens of all sequences of one step, one after
-the other, no padding. Each function below goes to the PyTorch reference; a native kernel for
-a device is chosen here, behind the same signature.
+the other, no padding. Each function below goes to the PyTorch reference unless a native kernel
+for the device is chosen here, behind the same signature.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from trireme.kernels import reference
+from trireme.kernels import onednn, reference
 from trireme.kernels.attention_batch import AttentionBatch
 
 
@@ -60,13 +61,29 @@ def activation(x: Tensor, kind: str) -> Tensor:
     return reference.activation(x, kind)
 
 
+def pack_weight(weight: Tensor) -> Tensor:
+    """Bring a weight (outputs, inputs) into the form that `linear` is fastest with on its device.
+
+    The result is good for `linear` and `linear_add` alone; it may be `weight` itself.
+    """
+    is_packable = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+    return onednn.pack(weight) if is_packable and onednn.is_available() else weight
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (tokens, inputs) times weight (outputs, inputs) transposed, plus bias (outputs,)."""
+    """x (tokens, inputs) times weight (outputs, inputs) transposed, plus bias (outputs,).
+
+    `weight` may be packed (`pack_weight`).
+    """
+    if weight.is_mkldnn:
+        return onednn.linear(x, weight, bias)
     return reference.linear(x, weight, bias)
 
 
 def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear`, plus residual (tokens, outputs), in one pass where there is no bias."""
+    """`linear`, plus residual (tokens, outputs), in one pass where that is possible."""
+    if weight.is_mkldnn:
+        return onednn.linear_add(x, weight, residual, bias)
     return reference.linear_add(x, weight, residual, bias)
 
 

@@ -27,7 +27,7 @@ Read = Callable[[str, tuple[int, ...]], Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderLayer:
-    """One layer's weights, those of one input fused."""
+    """One layer's weights, those of one input fused; matrices as `ops.pack_weight` leaves them."""
 
     input_norm: Tensor
     qkv: Tensor
@@ -101,7 +101,7 @@ class Decoder:
             embedding=embedding,
             layers=[_read_layer(config, read, prefix, layer) for layer in range(config.num_layers)],
             final_norm=read(f"{prefix}norm.weight", (config.hidden_size,)),
-            head=embedding if config.tie_embeddings else read("lm_head.weight", table),
+            head=ops.pack_weight(embedding if config.tie_embeddings else read("lm_head.weight", table)),
             max_positions=max_positions,
         )
 
@@ -156,15 +156,15 @@ def _read_layer(config: ModelConfig, read: Read, prefix: str, index: int) -> Dec
         qk_norm = torch.stack([q_norm] * config.num_heads + [k_norm] * config.num_kv_heads)
     return DecoderLayer(
         input_norm=read(f"{at}input_layernorm.weight", (hidden,)),
-        qkv=weights(qkv),
+        qkv=ops.pack_weight(weights(qkv)),
         qkv_bias=fused(qkv, config.qkv_bias),
         qk_norm=qk_norm,
-        out=read(f"{at}self_attn.o_proj.weight", (hidden, q_rows)),
+        out=ops.pack_weight(read(f"{at}self_attn.o_proj.weight", (hidden, q_rows))),
         out_bias=read(f"{at}self_attn.o_proj.bias", (hidden,)) if config.out_bias else None,
         mlp_norm=read(f"{at}post_attention_layernorm.weight", (hidden,)),
-        gate_up=weights(gate_up),
+        gate_up=ops.pack_weight(weights(gate_up)),
         gate_up_bias=fused(gate_up, config.mlp_bias),
-        down=read(f"{at}mlp.down_proj.weight", (hidden, inner)),
+        down=ops.pack_weight(read(f"{at}mlp.down_proj.weight", (hidden, inner))),
         down_bias=read(f"{at}mlp.down_proj.bias", (hidden,)) if config.mlp_bias else None,
         window=config.windows[index],
     )

@@ -82,7 +82,9 @@ class Gpt2:
 
         def affine(name: str, inputs: int, outputs: int) -> Affine:
             weight = read(f"{prefix}{name}.weight", inputs, outputs)  # stored (inputs, outputs)
-            return Affine(weight=weight.t().contiguous(), bias=read(f"{prefix}{name}.bias", outputs))
+            return Affine(
+                weight=ops.pack_weight(weight.t().contiguous()), bias=read(f"{prefix}{name}.bias", outputs)
+            )
 
         layers = []
         for index in range(config.num_layers):
@@ -106,7 +108,9 @@ class Gpt2:
             position_embedding=read(f"{prefix}wpe.weight", config.max_positions, hidden),
             layers=layers,
             final_norm=norm("ln_f"),
-            head=embedding if config.tie_embeddings else read("lm_head.weight", config.vocab_size, hidden),
+            head=ops.pack_weight(
+                embedding if config.tie_embeddings else read("lm_head.weight", config.vocab_size, hidden)
+            ),
         )
 
     def forward(
