@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from trireme.errors import ServiceUnavailable, TriremeError
+from trireme.errors import ModelNotFound, ServiceUnavailable, TriremeError
 from trireme.runtime.fleet import Fleet
 from trireme.wire.worker.v1 import worker_pb2, worker_pb2_grpc
 
@@ -21,7 +21,16 @@ class VariantLoader:
         self._fleet = fleet
 
     async def load(self, address: str, variant: str) -> None:
-        """Returns when the variant can be asked for at the worker."""
+        """Returns when the variant can be asked for at the worker.
+
+        Raises:
+            ModelNotFound: fleet.yaml has no such variant.
+            grpc.RpcError: the worker could not load it.
+        """
+        known = [name for model in self._fleet.models.values() for name in model.variants]
+        if variant not in known:
+            message = f"no variant {variant!r}: fleet.yaml has {', '.join(known)}"
+            raise ModelNotFound(message, param="variant")
         wanted = self._fleet.variant(variant)
         request = worker_pb2.LoadVariantRequest(
             variant=variant,
