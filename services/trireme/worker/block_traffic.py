@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 
 from trireme.engine import Engine
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 
 SAVE_BATCH = 32
 """Blocks copied out of the engine between two steps."""
+ASK_SMOOTHING = 0.1
 MAX_REMEMBERED = 200_000
 """Hashes known to be in the store, so that they are not saved again."""
 
@@ -35,12 +37,16 @@ class BlockTraffic:
         self._unsaved: dict[str, dict[bytes, None]] = {}
         self._saved: dict[tuple[str, bytes], None] = {}
         self._wake = asyncio.Event()
+        self._ask_s = 0.001
         self.fetched_blocks = 0
         self.saved_blocks = 0
 
     def worth_asking(self, loaded: LoadedVariant, hashes: Sequence[bytes]) -> bool:
-        """Whether the store could hold blocks of this prompt that the engine does not."""
-        return self._store is not None and any(block not in loaded.resident for block in hashes)
+        """Whether computing the blocks that the engine lacks would take longer than asking for them."""
+        if self._store is None or loaded.prefill_tokens_per_s <= 0:
+            return False
+        missing = sum(block not in loaded.resident for block in hashes)
+        return missing * loaded.block_tokens / loaded.prefill_tokens_per_s > self._ask_s
 
     async def fetch(self, variant: str, hashes: Sequence[bytes]) -> int:
         """Bring the prompt's missing leading blocks into the engine; returns how many came."""
@@ -48,9 +54,11 @@ class BlockTraffic:
         loaded = self._variants.get(variant)
         first = next(i for i, block in enumerate(hashes) if block not in loaded.resident)
         missing = list(hashes[first:])
+        started_s = time.monotonic()
         try:
             async with asyncio.timeout(self._deadline_s):
                 found = await self._store.match(loaded.kv_namespace, missing)
+                self._ask_s += ASK_SMOOTHING * (time.monotonic() - started_s - self._ask_s)
                 if not found:
                     return 0
                 payloads = await self._store.load(
