@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 
 import torch
 
@@ -92,9 +92,7 @@ def _sequence(request: SequenceRequest, sequence_id: str, token_ids: list[int]) 
     )
 
 
-def _check_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
-    for token_id in token_ids:
-        if not 0 <= token_id < vocab_size:
-            raise InvalidRequest(
-                f"{name} has token {token_id}, but the model has {vocab_size} tokens", param=name
-            )
+def _check_ids(name: str, token_ids: Seq[int], vocab_size: int) -> None:
+    if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+        wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+        raise InvalidRequest(f"{name} has token {wrong}, but the model has {vocab_size} tokens", param=name)
