@@ -17,7 +17,7 @@ from redis import Redis
 
 from tests.service.local_fleet import LocalFleet, local_fleet, stand_in_environ
 from tests.service.processes import wait_until
-from trireme.runtime.child_processes import identify
+from trireme.runtime.child_processes import LOG_LIMIT_BYTES, identify
 
 pytestmark = pytest.mark.fleet
 
@@ -218,3 +218,33 @@ def test_a_foreground_fleet_stops_in_order_on_ctrl_c(fleet: LocalFleet) -> None:
     assert output.rstrip().endswith("stopped")
     assert fleet.marked() == []
 
+
+
+def test_a_second_ctrl_c_waits_for_nobody(fleet: LocalFleet) -> None:
+    (fleet.steering / "worker.slow").touch()
+    (fleet.steering / "gateway.slow").touch()
+    words = ["up", "--config", str(fleet.root / "fleet.yaml"), "--run-dir", str(fleet.directory.path)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "trireme.cli", *words],
+        env=stand_in_environ(fleet.steering),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as supervisor:
+        wait_until(lambda: fleet.directory.state_file.exists() and fleet.state.phase == "ready")
+        supervisor.send_signal(signal.SIGINT)
+        wait_until(lambda: fleet.state.phase == "stopping")
+        supervisor.send_signal(signal.SIGINT)
+        output, _ = supervisor.communicate(timeout=30)  # a gateway alone may take 40 s to end
+    assert "asked twice" in output
+    assert fleet.marked() == []
+
+
+def test_logs_are_bounded_while_their_writers_go_on(running: LocalFleet) -> None:
+    log_path = running.directory.log_of("redis")
+    with log_path.open("ab") as log_file:
+        log_file.truncate(LOG_LIMIT_BYTES + 1)
+    wait_until(lambda: log_path.stat().st_size < LOG_LIMIT_BYTES, what="the log is cut")
+    assert log_path.with_name("redis.log.1").stat().st_size > LOG_LIMIT_BYTES
+    pid = running.process("redis").pid
+    os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: b"User requested shutdown" in log_path.read_bytes(), what="Redis logs on")

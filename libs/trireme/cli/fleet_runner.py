@@ -9,7 +9,6 @@ import secrets
 import signal
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from redis.asyncio import Redis
@@ -24,7 +23,7 @@ from trireme.cli.readiness import LOOK_TIMEOUT_S, Sighting, health_of, look
 from trireme.cli.redis_server import prepare
 from trireme.cli.run_directory import FleetState, Phase, RunDirectory
 from trireme.cli.supervisor import TICK_S, Child, Supervisor, become_subreaper
-from trireme.errors import ServiceUnavailable, TriremeError
+from trireme.errors import ServiceUnavailable
 from trireme.runtime.child_processes import bound_log, identify, last_lines
 from trireme.runtime.fleet import Fleet
 
@@ -94,40 +93,38 @@ class _Runner:
 
     async def run(self, *, ready_timeout_s: float, on_ready: Callable[[FleetState], None]) -> None:
         stop = asyncio.Event()
+
+        def ask_to_stop() -> None:
+            if stop.is_set():
+                self._say("asked twice: killing what is left")
+                self._supervisor.hurry()
+            stop.set()
+
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
+            loop.add_signal_handler(number, ask_to_stop)
         ticking = asyncio.create_task(self._tick())
-        failure: TriremeError | None = None
-        try:
-            starting = asyncio.create_task(self._start(ready_timeout_s))
-            stopping = asyncio.create_task(stop.wait())
-            await asyncio.wait([starting, stopping, ticking], return_when=asyncio.FIRST_COMPLETED)
-            if starting.done():
-                starting.result()
-                on_ready(self._state)
-                watching = asyncio.create_task(self._watch())
-                await asyncio.wait([watching, stopping, ticking], return_when=asyncio.FIRST_COMPLETED)
-                await _end(watching)
-            await _end(starting)
-            await _end(stopping)
-        except TriremeError as error:
-            failure = error
-            self._change(phase="failed", error=error.message)
-        else:
-            self._change(phase="stopping")
-        finally:
-            await _end(ticking)
-            await self._supervisor.stop()
-            await self._redis.aclose()
-            if failure is None:
-                self._change(phase="stopped")
-            else:
-                self._change()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
-        if failure is not None:
-            raise failure
+        serving = asyncio.create_task(self._serve(ready_timeout_s, on_ready))
+        stopping = asyncio.create_task(stop.wait())
+        tasks = [ticking, serving, stopping]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        # Whatever went wrong: first everything is stopped, then it is told.
+        failures = [error for task in tasks if not task.cancelled() and (error := task.exception())]
+        told = "".join(str(error) for error in failures[:1])
+        self._change(phase="failed" if failures else "stopping", error=told)
+        await self._supervisor.stop()
+        await self._redis.aclose()
+        self._change(phase="failed" if failures else "stopped")
+        if failures:
+            raise failures[0]
+
+    async def _serve(self, ready_timeout_s: float, on_ready: Callable[[FleetState], None]) -> None:
+        await self._start(ready_timeout_s)
+        on_ready(self._state)
+        await self._watch()
 
     async def _tick(self) -> None:
         checked_logs_s = 0.0
@@ -252,10 +249,7 @@ class _Runner:
         state = dataclasses.replace(self._state, processes=processes, **fields)  # type: ignore[arg-type]
         if state != self._state:
             self._state = state
-            self._run_directory.write(state)
-
-
-async def _end(task: asyncio.Task[object] | asyncio.Task[None]) -> None:
-    task.cancel()
-    with suppress(asyncio.CancelledError):
-        await task
+            try:
+                self._run_directory.write(state)
+            except OSError as error:
+                self._say(f"cannot write {self._run_directory.state_file}: {error.strerror}")

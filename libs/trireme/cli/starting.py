@@ -61,7 +61,12 @@ def start_detached(path: Path, run_dir: Path, *, timeout_s: float) -> None:
             start_new_session=True,
             env={**os.environ, MARK: str(run_directory.path)},
         )
-    state = _wait_until_ready(supervisor, run_directory, console)
+    try:
+        state = _wait_until_ready(supervisor, run_directory, console)
+    except KeyboardInterrupt:
+        supervisor.terminate()
+        supervisor.wait()
+        raise
     if state is None or state.phase != "ready":
         supervisor.wait()
         why = state.error if state is not None else ""

@@ -69,6 +69,7 @@ class Supervisor:
         self._run_directory = run_directory
         self._say = say
         self._stopping = False
+        self._hurried = False
         self.changed = True
         """Set where the state file is out of date."""
 
@@ -151,6 +152,10 @@ class Supervisor:
                 return
             os.waitpid(ended.si_pid, os.WNOHANG)
 
+    def hurry(self) -> None:
+        """Give nothing any more time to end."""
+        self._hurried = True
+
     async def stop(self) -> None:
         """Stop all in order, then whatever of the fleet is left; returns when nothing lives."""
         self._stopping = True
@@ -173,9 +178,10 @@ class Supervisor:
         while any(child.process is not None for child in members):
             self.tick()
             for child in members:
-                overdue = time.monotonic() - begun_s > child.spec.stop_timeout_s
+                waited_s = time.monotonic() - begun_s
+                overdue = self._hurried or waited_s > child.spec.stop_timeout_s
                 if overdue and child.process is not None:
-                    self._say(f"{child.spec.name} did not stop in {child.spec.stop_timeout_s:.0f} s: killed")
+                    self._say(f"{child.spec.name} did not stop in {waited_s:.0f} s: killed")
                     child.process.kill()
             await asyncio.sleep(TICK_S / 2)
 
@@ -184,17 +190,21 @@ class Supervisor:
             self.tick()
             return [found for found in self._run_directory.processes() if found.pid not in spared]
 
-        await stop_processes(left, say=self._say)
+        await stop_processes(left, say=self._say, is_hurried=lambda: self._hurried)
 
 
 async def stop_processes(
-    left: Callable[[], list[ProcessIdentity]], *, say: Callable[[str], None], grace_s: float = 10.0
+    left: Callable[[], list[ProcessIdentity]],
+    *,
+    say: Callable[[str], None],
+    grace_s: float = 10.0,
+    is_hurried: Callable[[], bool] = lambda: False,
 ) -> int:
     """Ask what `left` finds to end, kill what remains after `grace_s`; returns how many there were."""
     asked: set[int] = set()
     begun_s = time.monotonic()
     while found := left():
-        overdue = time.monotonic() - begun_s > grace_s
+        overdue = is_hurried() or time.monotonic() - begun_s > grace_s
         for process in found:
             if overdue:
                 child_processes.send_signal(process, signal.SIGKILL)
@@ -202,7 +212,7 @@ async def stop_processes(
                 asked.add(process.pid)
                 child_processes.send_signal(process, signal.SIGTERM)
         if overdue:
-            say(f"killed {len(found)} processes that did not stop in {grace_s:.0f} s")
+            say(f"killed {len(found)} processes that were left")
         await asyncio.sleep(0.1)
     return len(asked)
 

@@ -5,6 +5,7 @@ A pid alone may be reused; a pid with its start time is one process for ever.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+log = logging.getLogger(__name__)
 
 LOG_LIMIT_BYTES = 16 * 2**20
 """A log that grew beyond this is moved to `<name>.log.1`, which it replaces."""
@@ -58,9 +61,7 @@ def send_signal(identity: ProcessIdentity, number: signal.Signals) -> bool:
     return True
 
 
-def start(
-    command: Sequence[str], *, environ: Mapping[str, str], log_path: Path
-) -> subprocess.Popen[bytes]:
+def start(command: Sequence[str], *, environ: Mapping[str, str], log_path: Path) -> subprocess.Popen[bytes]:
     """Start a child that logs to `log_path`, in its own session so that a terminal's Ctrl-C misses it.
 
     Raises:
@@ -92,13 +93,19 @@ def describe_exit(returncode: int | None) -> str:
 
 
 def bound_log(path: Path, *, limit_bytes: int = LOG_LIMIT_BYTES) -> bool:
-    """Move a log that is too long to `<name>.1` under its writer's hands; True where it did."""
+    """Move a log that is too long to `<name>.1` under its writer's hands; True where it did.
+
+    Where there is no room for the copy, the log is emptied without one.
+    """
     try:
         if path.stat().st_size <= limit_bytes:
             return False
     except FileNotFoundError:
         return False
-    shutil.copyfile(path, path.with_name(path.name + ".1"))
+    try:
+        shutil.copyfile(path, path.with_name(path.name + ".1"))
+    except OSError as error:
+        log.warning("log_not_kept", extra={"path": str(path), "error": error.strerror})
     os.truncate(path, 0)
     return True
 
