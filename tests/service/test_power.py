@@ -77,7 +77,7 @@ class Bench:
             return await getattr(PowerStub(channel), method)(request, timeout=20)
 
     async def gpu_ledger(self) -> pb.DeviceLedger:
-        answer = await self.ask("GetLedger", pb.GetLedgerRequest())
+        answer: pb.GetLedgerResponse = await self.ask("GetLedger", pb.GetLedgerRequest())
         return next(book for book in answer.devices if book.device == "cuda:0")
 
     async def books(self) -> Any:
@@ -87,7 +87,7 @@ class Bench:
 
     async def tariff(self) -> float | None:
         """What a worker on cuda:0 would bill by now."""
-        newest = await self.redis.xrevrange(KEYS.directives, count=1)
+        newest: Any = await self.redis.xrevrange(KEYS.directives, count=1)
         if not newest:
             return None
         rates = Directive.FromString(newest[0][1][b"f"]).tariff.joules_per_engine_s

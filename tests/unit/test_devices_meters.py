@@ -200,7 +200,7 @@ def cpu(**changes: object) -> Cpu:
 
 def test_a_slice_of_a_package_draws_its_share_of_the_package() -> None:
     model = calibrated(cpu())
-    assert (model.max_w, model.idle_w) == (pytest.approx(500 * 2 / 128), pytest.approx(500 * 2 / 128 / 4))
+    assert [model.max_w, model.idle_w] == pytest.approx([500 * 2 / 128, 500 * 2 / 128 / 4])
     assert calibrated(cpu(threads_per_core=2)).max_w == pytest.approx(500 * 1 / 128)
     assert calibrated(cpu(usable_cpus=0.5)).max_w == pytest.approx(500 * 0.5 / 128)
 

@@ -86,6 +86,10 @@ def test_engine_time_that_served_no_request_is_not_billed() -> None:
     assert active_uj(window(50.0, busy_s=1.0, billed_s=0.5), idle_w=20.0, max_w=None) == 25_000_000
 
 
+def test_a_trace_of_engine_time_prices_nothing() -> None:
+    assert active_uj(window(50.0, busy_s=0.0005), idle_w=20.0, max_w=None) == 0
+
+
 # --- the exact sum, whatever comes
 
 
@@ -286,6 +290,18 @@ def test_a_fact_that_straddles_windows_is_split_by_time() -> None:
     straddling = use(2.25, joules=8.0)
     account = advance(account, now_s=3.0, meter=None, uses=[straddling], limits=NO_LIMITS, rule=Rule())
     assert [w.billed_uj for w in account.windows] == [0, 6_000_000, 2_000_000]
+
+
+def test_a_fact_that_runs_ahead_of_the_meter_counts_for_the_newest_window() -> None:
+    account = opened(0.0)
+    for index in range(2):
+        account = advance(
+            account, now_s=index + 1.0, meter=reading(index, 1.0), uses=[], limits=NO_LIMITS, rule=Rule()
+        )
+    ahead = use(2.4, joules=10.0)
+    account = advance(account, now_s=2.4, meter=None, uses=[ahead], limits=NO_LIMITS, rule=Rule())
+    assert [w.billed_uj for w in account.windows] == [0, 10_000_000]
+    assert account.unmetered_billed_uj == 0
 
 
 def test_what_was_billed_while_no_meter_watched_stands_outside_the_sum() -> None:

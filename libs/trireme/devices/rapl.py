@@ -53,7 +53,10 @@ class RaplMeter:
             )
             for zone in packages
         ]
-        caps_uw = [_optional(zone / "constraint_0_max_power_uw") for zone in packages]
+        caps_uw = [
+            _optional(zone / "constraint_0_max_power_uw") or _optional(zone / "constraint_0_power_limit_uw")
+            for zone in packages
+        ]
         self._max_w = sum(cap for cap in caps_uw if cap) / 1e6 if all(caps_uw) else None
         self.epoch = f"rapl:{boot_id()}"
 

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 UJ_PER_J = 1_000_000
+MIN_ENGINE_S = 0.001
+"""Less billed engine time than this in a window says nothing of what engine time costs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +162,7 @@ def active_uj(window: Window, *, idle_w: float, max_w: float | None) -> int:
     engine's, up to what the device can draw in that time; engine time that served no request
     takes its share with it.
     """
-    if window.busy_s <= 0 or window.billed_engine_s <= 0 or window.length_s <= 0:
+    if window.busy_s <= 0 or window.billed_engine_s < MIN_ENGINE_S or window.length_s <= 0:
         return 0
     busy = min(1.0, window.busy_s / window.length_s)
     base_uj = min(float(window.energy_uj), idle_w * window.length_s * UJ_PER_J)
@@ -238,7 +240,7 @@ def _post(account: Account, *, now_s: float, limits: Limits, rule: Rule) -> Acco
         idle_uj = window.energy_uj - own_uj
         carry_uj = account.carry_uj + own_uj - window.billed_uj
         recent = account.recent
-        if window.billed_engine_s > 0:
+        if window.billed_engine_s >= MIN_ENGINE_S:
             recent = (*recent, (own_uj, window.billed_engine_s))[-rule.active_windows :]
         kept_uj = _kept_carry(carry_uj, window, recent, rule)
         account = replace(
@@ -253,9 +255,7 @@ def _post(account: Account, *, now_s: float, limits: Limits, rule: Rule) -> Acco
     return account
 
 
-def _kept_carry(
-    carry_uj: int, window: Window, recent: Sequence[tuple[int, float]], rule: Rule
-) -> int:
+def _kept_carry(carry_uj: int, window: Window, recent: Sequence[tuple[int, float]], rule: Rule) -> int:
     """Old debts end: the carry halves while nobody computes, and never exceeds the recent active energy."""
     if window.busy_s <= 0:
         carry_uj = math.trunc(carry_uj * 0.5 ** (window.length_s / rule.carry_half_life_s))
@@ -291,7 +291,7 @@ def _tariff(account: Account, *, now_s: float, limits: Limits, rule: Rule) -> fl
             break
         own_uj = active_uj(window, idle_w=idle_w, max_w=limits.max_w)
         carry_uj += own_uj - window.billed_uj
-        if window.billed_engine_s > 0:
+        if window.billed_engine_s >= MIN_ENGINE_S:
             recent.append((own_uj, window.billed_engine_s))
     recent = recent[-rule.active_windows :]
     own_total_uj = sum(own_uj for own_uj, _ in recent)
