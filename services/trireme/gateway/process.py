@@ -26,6 +26,7 @@ from trireme.gateway.worker_links import WorkerLinks
 from trireme.runtime.fleet import load_fleet
 from trireme.runtime.health import HealthReporter
 from trireme.runtime.serving import grpc_server
+from trireme.runtime.shutdown import end_tasks
 from trireme.wire.bus.v1.facts_pb2 import ProcessRecord
 from trireme.wire.inference.v1.inference_pb2_grpc import add_InferenceServicer_to_server
 
@@ -93,8 +94,8 @@ async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
         )
         health = HealthReporter({SERVICE_NAME: partial(fleet_answers, links)})
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        for work in (links.run(), recovery.run()):
-            stack.callback(tasks.create_task(work).cancel)
+        running = [tasks.create_task(links.run()), tasks.create_task(recovery.run())]
+        stack.push_async_callback(end_tasks, running)
         servicer = InferenceServicer(core, links, trust_tenant_header=settings.trust_tenant_header)
         grpc_address = await stack.enter_async_context(
             grpc_server(

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from typing import Protocol
 
 import grpc
@@ -19,6 +18,7 @@ from trireme.bus.connection import AWAY
 from trireme.bus.registry import Registry
 from trireme.gateway.metrics import Metrics
 from trireme.runtime.serving import MAX_MESSAGE_BYTES
+from trireme.runtime.shutdown import end_tasks
 from trireme.wire.bus.v1.facts_pb2 import ProcessRecord
 from trireme.wire.worker.v1.worker_pb2 import Attach, Confirm, GatewayMessage, Hello, Stop, TokenBatch
 from trireme.wire.worker.v1.worker_pb2_grpc import WorkerStub
@@ -75,9 +75,7 @@ class WorkerLink:
 
     async def close(self) -> None:
         """End the stream."""
-        self.task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self.task
+        await end_tasks([self.task])
 
     def lost(self) -> None:
         """Tell the listener, once per break."""
