@@ -30,6 +30,8 @@ class DecodeGroup:
     """(sequences,) int64: their tokens in the batch; None: all decoding sequences, in order."""
     blocks: Tensor
     """(sequences * width,) int64: their blocks, padded with the first one's."""
+    run_start: int | None
+    """The blocks are run_start, run_start + 1, ...: they can be read in place."""
     num_sequences: int
     width: int
     """Blocks per sequence after padding."""
@@ -49,6 +51,8 @@ class ChunkPlan:
     num_tokens: int
     blocks: Tensor
     """(width,) int64: the blocks that hold the keys seen by any query of the chunk."""
+    run_start: int | None
+    """As for a decode group."""
     start: int
     stop: int
     """Keys used, of the gathered ones."""
@@ -194,6 +198,7 @@ class AttentionBatch:
         return DecodeGroup(
             rows=None if rows is None else self._to_device(np.ascontiguousarray(rows)),
             blocks=self._to_device(np.ascontiguousarray(blocks)),
+            run_start=_run_start(blocks) if count == 1 else None,
             num_sequences=count,
             width=width,
             start=bounds[0],
@@ -226,12 +231,21 @@ class AttentionBatch:
                 hidden |= keys <= queries - window
             mask = torch.zeros(hidden.shape, dtype=self.dtype)
             mask = mask.masked_fill_(hidden, float("-inf")).to(self.device)
+        blocks = self.block_tables[index, first_block:last_block]
         return ChunkPlan(
             first_token=token,
             num_tokens=length,
-            blocks=self._to_device(np.ascontiguousarray(self.block_tables[index, first_block:last_block])),
+            blocks=self._to_device(np.ascontiguousarray(blocks)),
+            run_start=_run_start(blocks),
             start=start - first_block * size,
             stop=context - first_block * size,
             mask=mask,
             is_causal=is_causal,
         )
+
+
+def _run_start(blocks: NDArray[np.int64]) -> int | None:
+    """The first of `blocks` if each is the one after the one before."""
+    first, last = int(blocks[0]), int(blocks[-1])
+    is_run = last - first == len(blocks) - 1 and bool((blocks[1:] > blocks[:-1]).all())
+    return first if is_run else None

@@ -89,8 +89,8 @@ def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: DecodeGroup, sca
     count = group.num_sequences
     _, block_size, kv_heads, head_dim = k_cache.shape
     shape = (count, group.width * block_size, kv_heads, head_dim)
-    k = k_cache.index_select(0, group.blocks).view(shape)
-    v = v_cache.index_select(0, group.blocks).view(shape)
+    k = _blocks(k_cache, group).view(shape)
+    v = _blocks(v_cache, group).view(shape)
     if count == 1:
         k, v = k[:, group.start : group.stop], v[:, group.start : group.stop]
     out = F.scaled_dot_product_attention(
@@ -108,8 +108,8 @@ def _prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: ChunkPlan, scal
     _, _, kv_heads, head_dim = k_cache.shape
     tokens, heads, _ = q.shape
     group = heads // kv_heads
-    k = k_cache.index_select(0, chunk.blocks).view(-1, kv_heads, head_dim)[chunk.start : chunk.stop]
-    v = v_cache.index_select(0, chunk.blocks).view(-1, kv_heads, head_dim)[chunk.start : chunk.stop]
+    k = _blocks(k_cache, chunk).view(-1, kv_heads, head_dim)[chunk.start : chunk.stop]
+    v = _blocks(v_cache, chunk).view(-1, kv_heads, head_dim)[chunk.start : chunk.stop]
     keys = k.shape[0]
     out = F.scaled_dot_product_attention(
         q.view(tokens, kv_heads, group, head_dim).permute(1, 2, 0, 3),
@@ -120,3 +120,10 @@ def _prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: ChunkPlan, scal
         scale=scale,
     )
     return out.permute(2, 0, 1, 3).reshape(tokens, -1)
+
+
+def _blocks(cache: Tensor, plan: DecodeGroup | ChunkPlan) -> Tensor:
+    """The plan's blocks, in order: read in place where they lie side by side, else copied."""
+    if plan.run_start is None:
+        return cache.index_select(0, plan.blocks)
+    return cache.narrow(0, plan.run_start, plan.blocks.shape[0])
