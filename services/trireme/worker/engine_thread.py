@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 EXIT_ENGINE_BROKEN = 70
 """Exit status after an error that no fault barrier caught: what was in flight counts a crash."""
+ENGINE_NICE = 10
+"""Scheduling priority of the engine's thread; the event loops of all processes stay at 0."""
 
 
 class EngineThread:
@@ -74,6 +76,8 @@ class EngineThread:
         return await future
 
     def _run(self) -> None:
+        # Whoever carries tokens must not wait for a core behind those who compute the next ones.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), ENGINE_NICE)
         try:
             while not self._stopping:
                 self._turn()
