@@ -9,6 +9,7 @@ from trireme.bus.request_records import (
     SCHEDULERS,
     WORKERS,
     Admission,
+    Handover,
     RequestRecords,
     Requeue,
     State,
@@ -48,9 +49,9 @@ class Bench:
 
     async def assign(self, entry: Entry[AdmittedRequest], worker: str = "w1") -> bool:
         assignment = Assignment(request=entry.fact, variant="v", worker_id=worker)
-        return await self.records.assign(
-            entry.entry_id, assignment, Decision(worker_id=worker), tokens=work_tokens(entry.fact)
-        )
+        handover = Handover(entry.entry_id, assignment, Decision(worker_id=worker), work_tokens(entry.fact))
+        [assigned] = await self.records.assign([handover])
+        return assigned
 
     async def taken(self, worker: str = "w1") -> Entry[Assignment]:
         stream = self.assignments(worker)
@@ -178,3 +179,11 @@ async def test_tailing_gives_facts_appended_after_the_start(bench: Bench) -> Non
     async for entry in bench.requests.tail(after=start):
         assert entry.fact.request_id == "after"
         break
+
+
+async def test_assigning_survives_a_server_that_forgot_its_scripts(bench: Bench) -> None:
+    first = await bench.admit("r1")
+    assert await bench.assign(first)
+    await bench.redis.script_flush()  # type: ignore[attr-defined]
+    second = await bench.admit("r2")
+    assert await bench.assign(second)

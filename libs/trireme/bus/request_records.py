@@ -8,10 +8,12 @@ when a worker is lost.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 from redis.asyncio import Redis
+from redis.exceptions import NoScriptError
 
 from trireme.bus.connection import Keys
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, Assignment, Decision
@@ -148,6 +150,18 @@ class Standing:
     worker_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """A queued request on its way to a worker."""
+
+    entry_id: bytes
+    """Its entry in `requests`."""
+    assignment: Assignment
+    decision: Decision
+    tokens: int
+    """The work it adds to the worker's load; `end` takes the same off again."""
+
+
 class RequestRecords:
     """The records of one fleet."""
 
@@ -171,36 +185,47 @@ class RequestRecords:
             return AdmissionResult(admission, None, "", int(state))
         return AdmissionResult(admission, State(state.decode()), worker.decode(), 0)
 
-    async def assign(
-        self, entry_id: bytes, assignment: Assignment, decision: Decision, *, tokens: int
-    ) -> bool:
-        """Hand a queued request to a worker and take it off the queue; False where it was stale.
+    async def assign(self, handovers: Sequence[Handover]) -> list[bool]:
+        """Hand queued requests to workers and take them off the queue; False where one was stale.
 
-        `tokens` is the work it adds to the worker's load; `end` takes the same off again.
+        One round trip for all of them. Repeating it is harmless: what was assigned is stale then.
         """
+        if not handovers:
+            return []
+        try:
+            return await self._assign_at_once(handovers)
+        except NoScriptError:
+            await self._redis.script_load(_ASSIGN)
+            return await self._assign_at_once(handovers)
+
+    async def _assign_at_once(self, handovers: Sequence[Handover]) -> list[bool]:
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for handover in handovers:
+                keys, arguments = self._assign_words(handover)
+                pipe.evalsha(self._assign.sha, len(keys), *keys, *arguments)
+            return [bool(assigned) for assigned in await pipe.execute()]
+
+    def _assign_words(self, handover: Handover) -> tuple[list[str], list[str | bytes | int]]:
+        assignment = handover.assignment
         request = assignment.request
-        return bool(
-            await self._assign(
-                keys=[
-                    self._keys.request(request.request_id),
-                    self._keys.requests,
-                    self._keys.assignments(assignment.worker_id),
-                    self._keys.load(assignment.worker_id),
-                    self._keys.decisions(request.request_id),
-                    self._keys.assigned_workers,
-                ],
-                args=[
-                    entry_id,
-                    SCHEDULERS,
-                    request.attempt,
-                    assignment.worker_id,
-                    assignment.SerializeToString(),
-                    decision.SerializeToString(),
-                    tokens,
-                    RECORD_S,
-                ],
-            )
-        )
+        keys = [
+            self._keys.request(request.request_id),
+            self._keys.requests,
+            self._keys.assignments(assignment.worker_id),
+            self._keys.load(assignment.worker_id),
+            self._keys.decisions(request.request_id),
+            self._keys.assigned_workers,
+        ]
+        return keys, [
+            handover.entry_id,
+            SCHEDULERS,
+            request.attempt,
+            assignment.worker_id,
+            assignment.SerializeToString(),
+            handover.decision.SerializeToString(),
+            handover.tokens,
+            RECORD_S,
+        ]
 
     async def requeue(self, request: AdmittedRequest, *, crashed: bool) -> Requeue:
         """Queue an assigned request again, as its next attempt.

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 
 from trireme.bus.connection import AWAY
-from trireme.bus.request_records import SCHEDULERS, RequestRecords, State, work_tokens
+from trireme.bus.request_records import SCHEDULERS, Handover, RequestRecords, State, work_tokens
 from trireme.bus.streams import Entry, Stream
 from trireme.policies.fair_sharing import Waiting, cost
 from trireme.policies.fair_window import FairWindow
@@ -24,6 +24,7 @@ from trireme.wire.inference.v1.inference_pb2 import SloClass
 log = logging.getLogger(__name__)
 
 READ_BATCH = 512
+HANDOVER_BATCH = 64
 RETRY_S = 0.02
 """Pause before asking again for room while all workers are full."""
 
@@ -126,24 +127,28 @@ class Dispatcher:
 
     async def _assign_in_order(self) -> int:
         """Hand out requests until nobody who waits can go; returns how many left the window."""
-        left = 0
+        chosen: list[tuple[Entry[AdmittedRequest], Choice]] = []
+        expired = 0
         full: set[str] = set()
-        while True:
+        while len(chosen) < HANDOVER_BATCH:
             now_s = time.time()
             found = self._held.next(counters=self._shares.counters, now_s=now_s, without_models=full)
             if found is None:
-                return left
+                break
             entry = self._entries[found[0]]
             if 0 < entry.fact.deadline_unix_s < now_s:
                 await self._expire(entry)
-                left += 1
+                expired += 1
                 continue
             choice = self._choose(entry.fact)
             if choice is None:
                 full.add(entry.fact.model)
                 continue
-            await self._assign(entry, choice)
-            left += 1
+            self._held.discard(entry.entry_id)
+            self._note(entry.fact, choice)
+            chosen.append((entry, choice))
+        await self._hand_over(chosen)
+        return len(chosen) + expired
 
     def _release(self, entry: Entry[AdmittedRequest]) -> None:
         self._held.discard(entry.entry_id)
@@ -161,15 +166,41 @@ class Dispatcher:
         )
         return choose_worker(routed, self._view.views(request.model, hashes))
 
-    async def _assign(self, entry: Entry[AdmittedRequest], choice: Choice) -> None:
+    def _note(self, request: AdmittedRequest, choice: Choice) -> None:
+        """Count a choice at once, so that the next one in this pass sees it."""
+        self._view.note_assigned(
+            choice.worker_id,
+            choice.variant,
+            tokens=work_tokens(request),
+            hashes=split_hashes(request.prefix_hashes),
+        )
+        answer_tokens = int(self._expected_answer(request) * max(1, request.sampling.n))
+        prompt_tokens = len(request.prompt_token_ids) - choice.cached_tokens
+        self._shares.charge(request.tenant, cost(prompt_tokens=prompt_tokens, answer_tokens=answer_tokens))
+
+    async def _hand_over(self, chosen: list[tuple[Entry[AdmittedRequest], Choice]]) -> None:
+        """Make the choices durable; on failure the requests wait again."""
+        handovers = [self._handover(entry, choice) for entry, choice in chosen]
+        try:
+            assigned = await self._records.assign(handovers)
+        except AWAY:
+            self.hold([entry for entry, _ in chosen])
+            raise
+        now_s = time.time()
+        for (entry, _), done in zip(chosen, assigned, strict=True):
+            self._release(entry)
+            self._metrics.decided(assigned=done, waited_s=now_s - entry.fact.admitted_unix_s)
+
+    def _handover(self, entry: Entry[AdmittedRequest], choice: Choice) -> Handover:
         request = entry.fact
         with span("schedule", traceparent=request.traceparent) as current:
             current.set_attribute("trireme.decision", choice.reason)
             current.set_attribute("trireme.worker", choice.worker_id)
             request.traceparent = current_traceparent() or request.traceparent
-            tokens = work_tokens(request)
-            now_s = time.time()
-            assignment = Assignment(
+        now_s = time.time()
+        return Handover(
+            entry_id=entry.entry_id,
+            assignment=Assignment(
                 request=request,
                 variant=choice.variant,
                 worker_id=choice.worker_id,
@@ -177,19 +208,10 @@ class Dispatcher:
                 expected_cached_tokens=choice.cached_tokens,
                 decision=choice.reason,
                 assigned_unix_s=now_s,
-            )
-            decision = self._explain(request, choice, now_s)
-            assigned = await self._records.assign(entry.entry_id, assignment, decision, tokens=tokens)
-        self._release(entry)
-        self._metrics.decided(assigned=assigned, waited_s=now_s - request.admitted_unix_s)
-        if not assigned:
-            return
-        self._view.note_assigned(
-            choice.worker_id, choice.variant, tokens=tokens, hashes=split_hashes(request.prefix_hashes)
+            ),
+            decision=self._explain(request, choice, now_s),
+            tokens=work_tokens(request),
         )
-        answer_tokens = int(self._expected_answer(request) * max(1, request.sampling.n))
-        prompt_tokens = len(request.prompt_token_ids) - choice.cached_tokens
-        self._shares.charge(request.tenant, cost(prompt_tokens=prompt_tokens, answer_tokens=answer_tokens))
 
     def _expected_answer(self, request: AdmittedRequest) -> float:
         """Answer tokens of one choice, by what requests to this model have used so far."""

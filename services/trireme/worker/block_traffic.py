@@ -82,8 +82,8 @@ class BlockTraffic:
 
     def note_cached(self, loaded: LoadedVariant, hashes: Sequence[bytes]) -> None:
         """The engine completed these blocks: save them when there is time."""
-        if self._store is None:
-            return
+        if self._store is None or loaded.plan.device == "null":
+            return  # the null model's blocks hold nothing
         namespace = loaded.kv_namespace
         fresh = [block for block in hashes if (namespace, block) not in self._saved]
         if fresh:
