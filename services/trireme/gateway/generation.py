@@ -38,6 +38,9 @@ from trireme.wire.inference.v1.inference_pb2 import TokenIds
 
 log = logging.getLogger(__name__)
 
+SETTLING_S = 2.0
+"""How long a leaving gateway tries to record its last cancels."""
+
 
 class Generation:
     """Submits requests and looks after them until their clients are served or gone."""
@@ -124,8 +127,8 @@ class Generation:
         self._abandoning = True
         for answer in list(self._answers):
             answer.displace()
-        while self._endings:
-            await asyncio.wait(self._endings)
+        if self._endings:
+            await asyncio.wait(self._endings, timeout=SETTLING_S)
 
     async def _admit(self, submission: Submission, traceparent: str) -> Answer:
         started_s = time.monotonic()
@@ -133,7 +136,8 @@ class Generation:
         live = self._live(admitted, submission.model)
         self._table.add(live)
         try:
-            result = await self._records.admit(admitted, max_waiting=self._settings.max_waiting)
+            async with asyncio.timeout(self._settings.admission_s):
+                result = await self._records.admit(admitted, max_waiting=self._settings.max_waiting)
             if result.admission is Admission.FULL:
                 raise Overloaded(
                     f"{result.waiting} requests wait in the fleet, its limit",
@@ -141,9 +145,11 @@ class Generation:
                 )
             if result.admission is Admission.KNOWN:
                 live = await self._attach(live, submission)
-        except AWAY as error:
+        except (*AWAY, TimeoutError) as error:
             failure = ServiceUnavailable("the bus does not answer: try again", retry_after_s=1.0)
             self._give_up(live, failure)
+            # It may have taken the request before it fell silent.
+            self._in_background(self._settle(live, "refused"))
             raise failure from error
         except TriremeError as error:
             self._give_up(live, error)

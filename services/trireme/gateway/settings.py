@@ -28,6 +28,8 @@ class Settings:
     """Requests that this gateway holds at once; more are refused."""
     retry_after_s: float = 1.0
     """When a refused client should come back."""
+    admission_s: float = 5.0
+    """How long Redis may take to make a request durable."""
     max_request_s: float = 3600.0
     """A request that is not done by then is stopped."""
     flush_interval_s: float = 0.02

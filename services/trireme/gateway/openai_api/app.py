@@ -31,6 +31,8 @@ from trireme.runtime.metrics_server import metrics_routes
 
 PARSE_INLINE_BYTES = 256 * 2**10
 """Larger bodies are parsed in a thread."""
+REQUEST_ID = web.RequestKey("request_id", str)
+"""The call's id as its client knows it."""
 _READABLE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,95}")
 
 
@@ -61,13 +63,14 @@ class OpenAiApi:
         limits = self._core.limits
         at_most("messages", len(body.messages), limits.max_messages)
         model = self._core.catalog.find(body.model)
+        sampling = chat_sampling(body)
         prompt = await model.tokenize_chat([message.for_template() for message in body.messages])
         caller = self._caller(request, raw, body.priority, body.service_tier, body.prompt_cache_key)
         submission = generation(
             caller,
             model,
             prompt,
-            chat_sampling(body),
+            sampling,
             limits,
             prompt_param="messages",
             max_tokens_param="max_tokens" if body.max_tokens is not None else "max_completion_tokens",
@@ -169,7 +172,7 @@ class OpenAiApi:
         base_id = submissions[0].caller.request_id
         if len(submissions) > 1:
             base_id = base_id.removesuffix("/0")
-        request["request_id"] = given or base_id
+        request[REQUEST_ID] = given or base_id
         frame = Frame(
             shape, call_id=base_id, created=int(time.time()), model=model, with_usage=stream and with_usage
         )
@@ -204,7 +207,7 @@ class OpenAiApi:
                 answers=answers,
                 choices_each=submissions[0].sampling.n,
                 with_usage=with_usage,
-                request_id=request["request_id"],
+                request_id=request[REQUEST_ID],
             )
             if not stream:
                 return await whole_answer(call)
@@ -245,13 +248,13 @@ def _marked_and_counted(core: Generation) -> Middleware:
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if not request.path.startswith("/v1/"):
             return await handler(request)
-        request["request_id"] = request.headers.get("x-request-id", "")
+        request[REQUEST_ID] = request.headers.get("x-request-id", "")
         code = "cancelled"
         try:
             response = await handler(request)
             code = str(response.status)
             if not response.prepared:
-                response.headers.setdefault("x-request-id", request["request_id"] or new_request_id())
+                response.headers.setdefault("x-request-id", request[REQUEST_ID] or new_request_id())
             return response
         finally:
             core.metrics.requests.labels("http" + request.path.replace("/", "_")[:40], code).inc()
