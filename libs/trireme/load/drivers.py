@@ -137,6 +137,8 @@ async def openai_driver(
         except (aiohttp.ClientError, TimeoutError) as error:
             outcome.error = type(error).__name__
         outcome.ended_s = time.monotonic()
+        # A server that reports no usage is taken to send a token per chunk, as those servers do.
+        outcome.answer_tokens = outcome.answer_tokens or len(outcome.arrivals)
         return outcome
 
     try:
