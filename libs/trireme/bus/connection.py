@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
@@ -92,13 +92,32 @@ class Keys:
         return f"{self.prefix}:ledger:{name}"
 
 
+class _CancellableRedis(Redis):
+    """A client whose commands end with their task's cancellation, always.
+
+    Where a reply arrives in the same turn of the loop as a cancellation, the library (on
+    Python 3.11) returns the reply and the cancellation is lost: a loop that reads for ever
+    would then never end.
+    """
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        task = asyncio.current_task()
+        before = task.cancelling() if task is not None else 0
+        try:
+            return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
+        finally:
+            # Compared, since a task that cleans up after its cancellation may still talk to Redis.
+            if task is not None and task.cancelling() > before:
+                raise asyncio.CancelledError
+
+
 @asynccontextmanager
 async def open_redis(url: str, *, max_connections: int = 64) -> AsyncIterator[Redis]:
     """A client that retries a command for about two seconds while Redis is away.
 
     A repeated command may run twice; the fleet's scripts are idempotent by attempt number.
     """
-    client = Redis.from_url(
+    client: Redis = _CancellableRedis.from_url(
         url,
         max_connections=max_connections,
         socket_connect_timeout=2.0,
