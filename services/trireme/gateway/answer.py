@@ -28,7 +28,7 @@ class Answer:
         *,
         resume_from: tuple[int, ...],
         attached: bool,
-        flush_interval_s: float,
+        flush_interval_s: Callable[[], float],
         usage_wait_s: float,
         metrics: Metrics,
         on_close: Callable[[Answer], None],
@@ -183,7 +183,7 @@ class Answer:
             self._metrics.inter_token.observe((now_s - self._last_token_s) / tokens)
         self._metrics.tokens.inc(tokens)
         self._last_token_s = now_s
-        self._flush_s = now_s + self._flush_interval_s
+        self._flush_s = now_s + self._flush_interval_s()
 
     def _summary(self) -> Summary:
         live = self.live

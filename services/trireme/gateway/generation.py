@@ -38,6 +38,8 @@ from trireme.wire.inference.v1.inference_pb2 import TokenIds
 
 log = logging.getLogger(__name__)
 
+LONGEST_FLUSH_S = 0.25
+"""However many clients there are, each hears from its answer so often."""
 SETTLING_S = 2.0
 """How long a leaving gateway tries to record its last cancels."""
 
@@ -194,13 +196,17 @@ class Generation:
             live,
             resume_from=resume_from,
             attached=attached,
-            flush_interval_s=self._settings.flush_interval_s,
+            flush_interval_s=self._flush_interval_s,
             usage_wait_s=self._settings.usage_wait_s,
             metrics=self.metrics,
             on_close=self._closed,
         )
         self._answers.add(answer)
         return answer
+
+    def _flush_interval_s(self) -> float:
+        crowded_s = len(self._answers) / self._settings.max_deliveries_per_s
+        return max(self._settings.flush_interval_s, min(crowded_s, LONGEST_FLUSH_S))
 
     def _closed(self, answer: Answer) -> None:
         self._answers.discard(answer)
