@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -27,16 +28,20 @@ class Answer:
     text: str = ""
     finished: ChoiceFinished | None = None
     summary: Summary | None = None
+    first_s: float = 0.0
+    """Until the first text was here, as this process saw it; resumptions included."""
+    total_s: float = 0.0
 
 
 def print_answer(events: Iterator[Event]) -> Answer:
     """Print the text as it comes; pauses are told on standard error."""
-    answer = Answer()
+    answer, begun_s = Answer(), time.monotonic()
     for event in events:
         match event:
             case Accepted():
                 answer.request_id = event.request_id
             case Delta():
+                answer.first_s = answer.first_s or time.monotonic() - begun_s
                 answer.text += event.text
                 sys.stdout.write(event.text)
                 sys.stdout.flush()
@@ -46,6 +51,7 @@ def print_answer(events: Iterator[Event]) -> Answer:
                 answer.finished = event
             case Summary():
                 answer.summary = event
+    answer.total_s = time.monotonic() - begun_s
     return answer
 
 
@@ -55,14 +61,14 @@ def show_summary(answer: Answer) -> None:
     if summary is None:
         return
     usage = summary.usage
-    decode_s = summary.total_s - summary.first_token_s
+    decode_s = answer.total_s - answer.first_s
     rate = (usage.completion_tokens - 1) / decode_s if decode_s > 0 and usage.completion_tokens > 1 else 0.0
     cached = f" ({usage.cached_prompt_tokens} cached)" if usage.cached_prompt_tokens else ""
     why = f", ended by {answer.finished.reason.value}" if answer.finished is not None else ""
     attempts = f", {summary.attempts} attempts" if summary.attempts > 1 else ""
     _tell(
         f"[{usage.prompt_tokens} prompt tokens{cached}, {usage.completion_tokens} new{why}; "
-        f"first after {1000 * summary.first_token_s:.0f} ms, then {rate:.0f}/s; "
+        f"first after {1000 * answer.first_s:.0f} ms, then {rate:.0f}/s; "
         f"{usage.joules:.2f} J, {1000 * usage.grams_co2e:.2f} mgCO2e; "
         f"{summary.variant} at {summary.worker_id}{attempts}; {answer.request_id}]"
     )
