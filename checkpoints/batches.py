@@ -2,16 +2,32 @@
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from checkpoints.corpus import Module, chats_of, is_test_module
-from checkpoints.tokenizer import END_OF_TEXT_ID, render_chat
+from checkpoints.tokenizer import END_OF_TEXT_ID, MAX_POSITIONS, render_chat
+
+WINDOW_TOKENS = MAX_POSITIONS
+SEGMENT_TOKENS = 256
+SEQUENCE_TOKENS = 2 * SEGMENT_TOKENS
 
 CHAT_SHARE = 0.10
 """Share of an epoch's tokens that are chats."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What one step reads; all three (sequences, SEQUENCE_TOKENS)."""
+
+    inputs: Tensor
+    targets: Tensor
+    """The token that follows each input."""
+    positions: Tensor
+    """Where each input stands in its window; with a hole in the middle of some sequences."""
 
 
 class TrainingText:
@@ -24,8 +40,8 @@ class TrainingText:
         self._modules_with_chats = [module for module in modules if not is_test_module(module.name)]
         self.source_tokens = sum(map(len, self._sources))
 
-    def epoch(self, epoch_index: int, *, window_tokens: int) -> Tensor:
-        """All windows of one pass, shuffled: (windows, window_tokens + 1).
+    def epoch(self, epoch_index: int) -> Tensor:
+        """All windows of one pass: (windows, WINDOW_TOKENS + 1).
 
         Neighbours share no token but the last, which is the target of one and unread by the next.
         Equal arguments give equal windows.
@@ -38,11 +54,9 @@ class TrainingText:
             stream.append(END_OF_TEXT_ID)
             stream.extend(document)
         # A random start, so that each epoch cuts the text in other places.
-        start = rng.randrange(window_tokens)
+        start = rng.randrange(WINDOW_TOKENS)
         tokens = torch.tensor(stream[start:], dtype=torch.int32)
-        windows = tokens.unfold(0, window_tokens + 1, window_tokens)
-        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(rng.getrandbits(63)))
-        return windows[order].long()
+        return tokens.unfold(0, WINDOW_TOKENS + 1, WINDOW_TOKENS).long()
 
     def _chats(self, rng: random.Random) -> Iterator[list[int]]:
         wanted_tokens = self.source_tokens * CHAT_SHARE / (1 - CHAT_SHARE)
@@ -57,8 +71,26 @@ class TrainingText:
                 yield token_ids
 
 
-def batches(windows: Tensor, *, batch_windows: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets, each (batch_windows, window_tokens); a short last batch is dropped."""
-    for first in range(0, len(windows) - batch_windows + 1, batch_windows):
-        batch = windows[first : first + batch_windows]
-        yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+def batches(windows: Tensor, *, batch_tokens: int, seed: int) -> Iterator[Batch]:
+    """Cut windows into sequences of two segments each and batch them; a short last batch is dropped.
+
+    In half of the windows the two segments are neighbours. In the others they lie anywhere in the
+    window and keep their positions, with a hole between them: so the model meets every distance it
+    will be served with, and attention never costs more than a short sequence does.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    num_windows, segments = len(windows), WINDOW_TOKENS // SEGMENT_TOKENS
+    order = torch.arange(segments).repeat(num_windows, 1)
+    order[::2] = torch.rand(order[::2].shape, generator=generator).argsort(dim=1)
+    pairs = order.view(num_windows, -1, 2).sort(dim=-1).values
+    starts = pairs.flatten(0, 1)[:, :, None] * SEGMENT_TOKENS
+    positions = (starts + torch.arange(SEGMENT_TOKENS)).flatten(1)  # (sequences, SEQUENCE_TOKENS)
+    rows = torch.arange(num_windows).repeat_interleave(pairs.shape[1])
+    shuffled = torch.randperm(len(rows), generator=generator)
+    for chosen in shuffled.split(batch_tokens // SEQUENCE_TOKENS):
+        if len(chosen) * SEQUENCE_TOKENS < batch_tokens:
+            return
+        window, position = rows[chosen, None], positions[chosen]
+        yield Batch(
+            inputs=windows[window, position], targets=windows[window, position + 1], positions=position
+        )

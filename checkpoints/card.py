@@ -21,6 +21,14 @@ _ROLES = {
     LARGE: f"The large one: `{DEFAULT}`, made deeper by layers that at first add nothing, and trained on.",
 }
 
+# What a command line cannot tell: these runs were begun by an earlier version of the script.
+_HISTORIES = {
+    DRAFT: " The first 5 minutes used batches of 8,192 tokens and sequences without holes.",
+    DEFAULT: " The first 40 minutes used a peak rate of 0.004, batches of 8,192 tokens, sequences without"
+    " holes and, in the last 6 of them, sequences of 2,048; the command above resumed that run.",
+    LARGE: "",
+}
+
 _CARD = """---
 license: psf-2.0
 language: [en, code]
@@ -60,9 +68,9 @@ checkpoint that a distilled or grown one starts from.
 ```
 
 Python {python}, torch {torch}, two CPU cores shared with other work: {steps:,} steps, {tokens:,} tokens,
-{minutes:.0f} minutes of wall time. Muon for the matrices, AdamW for the rest, peak rate {rate:g}, windows of
-512 tokens and, in the last 15 % of the time, 2,048. The schedule follows the clock, so another machine
-sees another number of tokens.
+{minutes:.0f} minutes of wall time. Muon for the matrices, AdamW for the rest. Sequences are 512 tokens out of
+windows of 2,048; half of them have a hole in the middle, which teaches the distances that lie beyond 512.
+The schedule follows the clock, so another machine sees another number of tokens.{history}
 
 ## Figures
 
@@ -116,7 +124,7 @@ def write_card(root: Path, name: str, evaluation: dict[str, Any]) -> None:
         steps=training["step"],
         tokens=training["tokens"],
         minutes=training["elapsed_s"] / 60,
-        rate=training["recipe"]["learning_rate"],
+        history=_HISTORIES[name],
         evaluation_command=evaluation["command"],
         library=figures["bits_per_byte_library"],
         tests=figures["bits_per_byte_tests"],

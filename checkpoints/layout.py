@@ -21,6 +21,7 @@ def save_checkpoint(model: CausalLm, tokenizer: Tokenizer, folder: Path) -> None
     # A reader beside us sees the old file or the new one, never half of one.
     unfinished = folder / f"{WEIGHTS}.part"
     save_file(tensors, unfinished, metadata={"format": "pt"})
+    unfinished.chmod(0o644)  # safetensors leaves it to its owner; a server may run as another user
     unfinished.replace(folder / WEIGHTS)
     _write_json(folder / "config.json", huggingface_config(model.shape))
     _write_json(

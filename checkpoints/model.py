@@ -169,12 +169,15 @@ class Decoder(nn.Module):
         self.register_buffer("cosine", cosine, persistent=False)
         self.register_buffer("sine", sine, persistent=False)
 
-    def forward(self, token_ids: Tensor) -> Tensor:
+    def forward(self, token_ids: Tensor, positions: Tensor | None = None) -> Tensor:
         assert isinstance(self.cosine, Tensor) and isinstance(self.sine, Tensor)
-        length = token_ids.shape[1]
+        if positions is None:
+            positions = torch.arange(token_ids.shape[1])[None]
+        # (batch or 1, 1, length, head_dim), to meet heads of (batch, heads, length, head_dim)
+        cosine, sine = self.cosine[positions][:, None], self.sine[positions][:, None]
         hidden: Tensor = self.embed_tokens(token_ids)
         for layer in self.layers:
-            hidden = layer(hidden, self.cosine[:length], self.sine[:length])
+            hidden = layer(hidden, cosine, sine)
         output: Tensor = self.norm(hidden)
         return output
 
@@ -194,9 +197,12 @@ class CausalLm(nn.Module):
                     deviation /= (2 * shape.num_hidden_layers) ** 0.5
                 nn.init.normal_(parameter, std=deviation)
 
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """Logits of the next token: (batch, length) in, (batch, length, vocab) out."""
-        return functional.linear(self.model(token_ids), self.model.embed_tokens.weight)
+    def forward(self, token_ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Logits of the next token: (batch, length) in, (batch, length, vocab) out.
+
+        `positions` is shaped like `token_ids`; without it each sequence counts from zero.
+        """
+        return functional.linear(self.model(token_ids, positions), self.model.embed_tokens.weight)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -26,17 +26,11 @@ from torch.optim import AdamW, Muon, Optimizer
 if not __package__:  # started as a script: find the package, and only it, beside this file's folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from checkpoints.batches import TrainingText, batches
+from checkpoints.batches import Batch, TrainingText, batches
 from checkpoints.corpus import read_corpus
 from checkpoints.layout import load_checkpoint, save_checkpoint
 from checkpoints.model import SHAPES, CausalLm, count_parameters
 from checkpoints.tokenizer import train_tokenizer
-
-BATCH_TOKENS = 8192
-SHORT_WINDOW_TOKENS = 512
-LONG_WINDOW_TOKENS = 2048
-LONG_WINDOWS_FROM = 0.85
-"""Progress at which windows grow to the length that is served. Long ones train more slowly."""
 
 WARMUP = 0.02
 """Share of the run in which the learning rate rises."""
@@ -51,6 +45,8 @@ class Recipe:
 
     learning_rate: float = 4e-3
     """Peak."""
+    batch_tokens: int = 8192
+    """Fewer take more steps of less effect out of the same time: right for short or slow runs."""
     weight_decay: float = 0.1
     teacher_weight: float = 0.75
     """Share of the loss that follows the teacher's distribution, where there is a teacher."""
@@ -71,21 +67,22 @@ class Progress:
     """Mean over the last report's steps, nats per token, the teacher's share included."""
 
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Of inputs, targets and positions."""
 
 
 def make_loss(model: CausalLm, teacher: CausalLm | None, *, teacher_weight: float) -> Loss:
     """Cross-entropy with the text, mixed with the divergence from the teacher if there is one."""
 
-    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
+    def loss(inputs: Tensor, targets: Tensor, positions: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = model(inputs)
+            logits = model(inputs, positions)
         log_probabilities = functional.log_softmax(logits.float().flatten(0, 1), dim=-1)
         cross_entropy = functional.nll_loss(log_probabilities, targets.flatten())
         if teacher is None:
             return cross_entropy
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-            taught = teacher(inputs)
+            taught = teacher(inputs, positions)
         taught = functional.log_softmax(taught.float().flatten(0, 1), dim=-1)
         divergence = functional.kl_div(log_probabilities, taught, log_target=True, reduction="batchmean")
         return (1 - teacher_weight) * cross_entropy + teacher_weight * divergence
@@ -117,8 +114,7 @@ def train_step(
     model: CausalLm,
     loss_of: Loss,
     optimizers: tuple[Optimizer, ...],
-    inputs: Tensor,
-    targets: Tensor,
+    batch: Batch,
     *,
     learning_rate: float,
 ) -> float:
@@ -126,7 +122,7 @@ def train_step(
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-    loss = loss_of(inputs, targets)
+    loss = loss_of(batch.inputs, batch.targets, batch.positions)
     loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
     for optimizer in optimizers:
@@ -166,12 +162,17 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, help="checkpoint to distil from")
     parser.add_argument("--grow", type=Path, help="shallower checkpoint of equal width to start from")
     parser.add_argument("--learning-rate", type=float, default=Recipe().learning_rate)
+    parser.add_argument("--batch-tokens", type=int, default=Recipe().batch_tokens)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-compile", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
-    recipe = Recipe(learning_rate=arguments.learning_rate, compiled=not arguments.no_compile)
+    recipe = Recipe(
+        learning_rate=arguments.learning_rate,
+        batch_tokens=arguments.batch_tokens,
+        compiled=not arguments.no_compile,
+    )
 
     corpus = read_corpus()
     tokenizer = train_tokenizer(module.text for module in corpus.training)
@@ -227,11 +228,11 @@ def _run(
     reported_s = saved_s = progress.elapsed_s
     reported_tokens = progress.tokens
     losses: list[float] = []
-    for inputs, targets in _stream(text, progress, budget_s=budget_s):
+    for batch in _stream(text, progress, batch_tokens=recipe.batch_tokens, budget_s=budget_s):
         rate = recipe.learning_rate * learning_rate_factor(progress.elapsed_s / budget_s)
-        losses.append(train_step(model, loss_of, optimizers, inputs, targets, learning_rate=rate))
+        losses.append(train_step(model, loss_of, optimizers, batch, learning_rate=rate))
         progress.step += 1
-        progress.tokens += inputs.numel()
+        progress.tokens += batch.inputs.numel()
         progress.elapsed_s = time.monotonic() - started_s
         since_report_s = progress.elapsed_s - reported_s
         if since_report_s >= REPORT_EVERY_S:
@@ -250,18 +251,13 @@ def _run(
             saved_s = progress.elapsed_s
 
 
-def _stream(text: TrainingText, progress: Progress, *, budget_s: float) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches for as long as the budget lasts: short windows first, long ones at the end."""
+def _stream(text: TrainingText, progress: Progress, *, batch_tokens: int, budget_s: float) -> Iterator[Batch]:
+    """Batches, epoch after epoch, for as long as the budget lasts."""
     for epoch in itertools.count(progress.epoch):
         progress.epoch = epoch
-        is_late = progress.elapsed_s >= LONG_WINDOWS_FROM * budget_s
-        window_tokens = LONG_WINDOW_TOKENS if is_late else SHORT_WINDOW_TOKENS
-        windows = text.epoch(epoch, window_tokens=window_tokens)
-        for batch in batches(windows, batch_windows=BATCH_TOKENS // window_tokens):
+        for batch in batches(text.epoch(epoch), batch_tokens=batch_tokens, seed=epoch):
             if progress.elapsed_s >= budget_s:
                 return
-            if not is_late and progress.elapsed_s >= LONG_WINDOWS_FROM * budget_s:
-                break
             yield batch
 
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 # `checkpoints` is a package beside `tests`, not an installed one.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from checkpoints.batches import TrainingText, batches
+from checkpoints.batches import SEQUENCE_TOKENS, WINDOW_TOKENS, Batch, TrainingText, batches
 from checkpoints.corpus import Message, Module, chats_of, is_held_out, read_corpus
 from checkpoints.evaluate import accepted_lengths, bits_per_byte, choice_accuracy, make_questions
 from checkpoints.layout import load_checkpoint, save_checkpoint
@@ -191,23 +191,32 @@ def test_chats_answer_with_source_of_the_module() -> None:
 
 
 def test_epochs_repeat_exactly_and_differ_from_one_another(tokenizer: Tokenizer) -> None:
-    text = TrainingText([MODULE] * 8, tokenizer, seed=0)
-    first = text.epoch(0, window_tokens=16)
-    again = TrainingText([MODULE] * 8, tokenizer, seed=0).epoch(0, window_tokens=16)
-    assert torch.equal(first, again)
-    assert not torch.equal(first[:4], text.epoch(1, window_tokens=16)[:4])
-    inputs, targets = next(batches(first, batch_windows=4))
-    assert inputs.shape == targets.shape == (4, 16)
-    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    text = TrainingText([MODULE] * 100, tokenizer, seed=0)
+    again = TrainingText([MODULE] * 100, tokenizer, seed=0)
+    assert torch.equal(text.epoch(0), again.epoch(0))
+    assert not torch.equal(text.epoch(0)[0], text.epoch(1)[0])
+
+
+def test_batches_use_every_token_once_at_its_own_position() -> None:
+    windows = torch.arange(3 * (WINDOW_TOKENS + 1)).view(3, WINDOW_TOKENS + 1)
+    read = list(batches(windows, batch_tokens=2 * SEQUENCE_TOKENS, seed=0))
+
+    inputs = torch.cat([batch.inputs for batch in read])
+    assert inputs.shape == (3 * WINDOW_TOKENS // SEQUENCE_TOKENS, SEQUENCE_TOKENS)
+    assert torch.equal(inputs.flatten().sort().values, windows[:, :-1].flatten())
+    for batch in read:
+        assert torch.equal(batch.targets, batch.inputs + 1)
+        assert torch.equal(batch.inputs % (WINDOW_TOKENS + 1), batch.positions)
+        assert (batch.positions.diff(dim=1) >= 1).all()
 
 
 def test_a_few_steps_reduce_the_loss(tokenizer: Tokenizer) -> None:
     model = CausalLm(TINY)
-    windows = TrainingText([MODULE] * 16, tokenizer, seed=0).epoch(0, window_tokens=64)
-    inputs, targets = next(batches(windows, batch_windows=8))
+    text = TrainingText([MODULE] * 100, tokenizer, seed=0)
+    batch = next(batches(text.epoch(0), batch_tokens=2 * SEQUENCE_TOKENS, seed=0))
     loss_of = make_loss(model, None, teacher_weight=0.0)
     optimizers = make_optimizers(model)
-    losses = [train_step(model, loss_of, optimizers, inputs, targets, learning_rate=1e-2) for _ in range(30)]
+    losses = [train_step(model, loss_of, optimizers, batch, learning_rate=1e-2) for _ in range(30)]
     assert losses[0] == pytest.approx(8.3, abs=0.3)  # ln 4096: at first every token is as likely
     assert losses[-1] < losses[0] / 2
 
@@ -218,9 +227,10 @@ def test_distillation_moves_the_student_toward_its_teacher(tokenizer: Tokenizer)
     for parameter in teacher.parameters():  # an opinionated teacher
         parameter.mul_(4.0)
     inputs = torch.randint(0, 4096, (4, 32))
+    batch = Batch(inputs=inputs, targets=inputs, positions=torch.arange(32).repeat(4, 1))
     loss_of = make_loss(student, teacher, teacher_weight=1.0)
     optimizers = make_optimizers(student)
-    losses = [train_step(student, loss_of, optimizers, inputs, inputs, learning_rate=1e-2) for _ in range(20)]
+    losses = [train_step(student, loss_of, optimizers, batch, learning_rate=1e-2) for _ in range(20)]
     assert losses[-1] < 0.7 * losses[0]
 
 
