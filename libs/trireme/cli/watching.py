@@ -29,7 +29,10 @@ def watch_fleet(run_dir: Path, *, period_s: float, count: int) -> None:
     Raises:
         ServiceUnavailable: no fleet runs, or it was stopped.
     """
-    asyncio.run(_watch(RunDirectory.at(run_dir), period_s=period_s, count=count))
+    try:
+        asyncio.run(_watch(RunDirectory.at(run_dir), period_s=period_s, count=count))
+    except KeyboardInterrupt:
+        return  # the usual way to leave
 
 
 async def _watch(run_directory: RunDirectory, *, period_s: float, count: int) -> None:
