@@ -27,7 +27,8 @@ ALLOWED = {
     "kvcache": COMMON | {"policies"},
     "engine": COMMON | {"loading", "models", "kernels", "quant", "policies", "kvcache"},
     "client": COMMON,
-    "cli": COMMON | {"client", "policies", "devices", "kvcache"},
+    "cli": COMMON | {"client", "policies", "devices", "kvcache", "load"},
+    "load": COMMON | {"client"},
     "simulator": COMMON | {"policies"},
     "parallel": COMMON | {"kernels"},
 }
