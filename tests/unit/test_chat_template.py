@@ -57,6 +57,12 @@ def test_a_template_cannot_reach_out_or_change_anything(source: str) -> None:
         ChatTemplate(source, {}).render([{"role": "user", "content": "x"}])
 
 
+def test_marks_for_training_render_as_their_content() -> None:
+    source = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}.{% endfor %}"
+    template = ChatTemplate(source, {})
+    assert template.render([{"role": "assistant", "content": "a"}]) == "a."
+
+
 def test_a_broken_template_is_the_checkpoints_fault(tmp_path: Path) -> None:
     with pytest.raises(InvalidCheckpoint):
         ChatTemplate("{% for %}", {})

@@ -7,6 +7,7 @@ meanwhile is merged into the next delta.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 
 from trireme.errors import ServiceUnavailable
@@ -74,6 +75,10 @@ class Answer:
                 raise self.live.error
         return []
 
+    def hear_only_the_end(self) -> None:
+        """Merge everything: for clients that want the whole answer at once."""
+        self._flush_interval_s = lambda: math.inf
+
     def close(self) -> None:
         """The client is served or gone; closing twice is harmless."""
         if self._closed:
@@ -118,7 +123,7 @@ class Answer:
                 self._timer.cancel()
                 self._timer = None
             self._wake.set()
-        elif self._timer is None:
+        elif self._timer is None and self._flush_s < math.inf:
             self._timer = self._loop.call_at(self._flush_s, self._flush)
 
     def _flush(self) -> None:

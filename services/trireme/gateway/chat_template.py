@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from trireme.errors import InvalidCheckpoint, InvalidRequest
@@ -17,6 +19,16 @@ from trireme.errors import InvalidCheckpoint, InvalidRequest
 
 class _TemplateSays(jinja2.TemplateError):
     """A template called `raise_exception`."""
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}` marks an assistant's text for training; here it only stands around it."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class ChatTemplate:
@@ -29,7 +41,7 @@ class ChatTemplate:
             InvalidCheckpoint: the template is not valid Jinja.
         """
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception

@@ -145,7 +145,10 @@ def _load_variant(
         raw = file.read_bytes()
         digest = hashlib.blake2b(raw).hexdigest()
         if digest not in vocabularies:
-            vocabularies[digest] = Vocabulary(Tokenizer.from_buffer(raw))
+            tokenizer = Tokenizer.from_buffer(raw)
+            tokenizer.no_truncation()  # A file may say to cut long texts, which would go unnoticed.
+            tokenizer.no_padding()
+            vocabularies[digest] = Vocabulary(tokenizer)
         created_unix_s = int(os.stat(file).st_mtime)
     except OSError as error:
         raise InvalidCheckpoint(f"{file} cannot be read: {error.strerror}") from error

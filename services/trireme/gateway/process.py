@@ -108,6 +108,9 @@ async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
         )
         http_address = await stack.enter_async_context(openai_server(settings, core, links, health))
 
+        # Whatever ends this process, its clients' requests go on and are theirs to resume.
+        stack.push_async_callback(core.leave, drain_s=0.0)
+
         def describe() -> ProcessRecord:
             found = fleet_answers(links)
             return ProcessRecord(

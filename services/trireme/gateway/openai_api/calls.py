@@ -38,6 +38,8 @@ async def whole_answer(call: Call) -> web.Response:
     """
     parts = [ChoiceParts() for _ in range(len(call.answers) * call.choices_each)]
     summaries: dict[int, Summary] = {}
+    for answer in call.answers:
+        answer.hear_only_the_end()
     for index in range(len(parts)):
         call.shape.opening(index, parts[index])
     async for number, events in _merged(call.answers, timeout_s=None):
