@@ -43,7 +43,6 @@ IMPURE = {
     "redis",
     "grpc",
     "logging",
-    "datetime",
 }
 
 
