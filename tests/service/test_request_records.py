@@ -187,3 +187,30 @@ async def test_assigning_survives_a_server_that_forgot_its_scripts(bench: Bench)
     await bench.redis.script_flush()  # type: ignore[attr-defined]
     second = await bench.admit("r2")
     assert await bench.assign(second)
+
+
+async def test_letting_go_takes_the_load_off_and_leaves_the_record(bench: Bench) -> None:
+    entry = await bench.admit()
+    await bench.assign(entry)
+    taken = await bench.taken()
+    for _ in range(2):  # once more does no harm
+        await bench.records.let_go(taken.entry_id, taken.fact, tokens=17)
+    load = await bench.redis.hgetall(KEYS.load("w1"))  # type: ignore[attr-defined]
+    assert load == {b"requests": b"0", b"tokens": b"0"}
+    assert await bench.redis.xlen(KEYS.assignments("w1")) == 0  # type: ignore[attr-defined]
+    standing = await bench.records.standing("r1")
+    assert standing is not None and (standing.state, standing.attempt) == (State.ASSIGNED, 1)
+
+
+async def test_an_ended_record_expires_soon_however_it_ended(bench: Bench) -> None:
+    entry = await bench.admit("q")
+    await bench.assign(entry)
+    await bench.records.requeue(entry.fact, crashed=True)
+    [again] = await bench.requests.read_group(SCHEDULERS, "s1", count=10, block_ms=10)
+    await bench.assign(again, "w2")
+    await bench.records.requeue(again.fact, crashed=True)
+    await bench.admit("c")
+    await bench.records.settle("c", State.CANCELLED)
+    for name in ("q", "c"):
+        assert 0 < await bench.redis.ttl(KEYS.request(name)) <= 120  # type: ignore[attr-defined]
+        assert await bench.records.body(name) is None

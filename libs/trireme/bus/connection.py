@@ -10,16 +10,32 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
-from redis.exceptions import BusyLoadingError, ConnectionError, TimeoutError
+from redis.exceptions import (
+    BusyLoadingError,
+    ConnectionError,
+    MasterDownError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+    TimeoutError,
+)
 
 log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
+ANSWER_S = 5.0
+"""A reply that takes longer never comes: the host went away without a word. Blocking reads ask for less."""
+
 AWAY = (ConnectionError, TimeoutError, BusyLoadingError, OSError)
-"""What the client raises while Redis is away or replays its log."""
+"""What the client raises while Redis is away, replays its log or takes no writes."""
+
+_REFUSALS = (OutOfMemoryError, ReadOnlyError, MasterDownError)
+_REFUSAL_WORDS = ("MISCONF", "NOREPLICAS", "-OOM", "-READONLY", "-MASTERDOWN")
+"""As they stand in a script's error, or where the client has no class for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,19 +108,45 @@ class Keys:
         return f"{self.prefix}:ledger:{name}"
 
 
-class _CancellableRedis(Redis):
-    """A client whose commands end with their task's cancellation, always.
+class BusRefuses(ConnectionError):
+    """Redis answers but takes no writes: its disk or memory is full, or it is a replica now."""
+
+
+def _as_away(error: ResponseError) -> ResponseError | BusRefuses:
+    """A refusal that passes with time as one of `AWAY`; other errors as they are."""
+    if isinstance(error, _REFUSALS) or any(word in str(error) for word in _REFUSAL_WORDS):
+        return BusRefuses(str(error))
+    return error
+
+
+class _BusPipeline(Pipeline):
+    """A pipeline whose refusals are `AWAY`."""
+
+    async def execute(self, raise_on_error: bool = True) -> list[Any]:
+        try:
+            return await super().execute(raise_on_error)
+        except ResponseError as error:
+            raise _as_away(error) from error
+
+
+class _BusRedis(Redis):
+    """A client whose refusals are `AWAY`, and whose commands end with their task's cancellation, always.
 
     Where a reply arrives in the same turn of the loop as a cancellation, the library (on
     Python 3.11) returns the reply and the cancellation is lost: a loop that reads for ever
     would then never end.
     """
 
+    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:
+        return _BusPipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
+
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         task = asyncio.current_task()
         before = task.cancelling() if task is not None else 0
         try:
             return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
+        except ResponseError as error:
+            raise _as_away(error) from error
         finally:
             # Compared, since a task that cleans up after its cancellation may still talk to Redis.
             if task is not None and task.cancelling() > before:
@@ -117,10 +159,11 @@ async def open_redis(url: str, *, max_connections: int = 64) -> AsyncIterator[Re
 
     A repeated command may run twice; the fleet's scripts are idempotent by attempt number.
     """
-    client: Redis = _CancellableRedis.from_url(
+    client: Redis = _BusRedis.from_url(
         url,
         max_connections=max_connections,
         socket_connect_timeout=2.0,
+        socket_timeout=ANSWER_S,
         socket_keepalive=True,
         health_check_interval=0,
         retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), retries=8),

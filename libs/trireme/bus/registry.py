@@ -80,17 +80,34 @@ class Registry:
 
         `describe` returns the present record, or None to let the lease run out (no progress).
         `on_lost` is called once if the lease ended while the process lived and Redis answered:
-        a worker must then drop its work, since others have taken it over.
+        a worker must then drop its work, since others have taken it over. A renewal that fails for
+        another reason than an absence of Redis ends the block with its error.
         """
         record = describe()
         if record is None:
             raise ValueError("a process registers with a record")
         await self.put(record)
+        block = asyncio.current_task()
+        assert block is not None
         renewer = asyncio.create_task(self._renew(describe, on_lost))
+
+        def end_block(renewer: asyncio.Task[None]) -> None:
+            # A process that only seems to be a member would compute what others have taken over.
+            if not renewer.cancelled() and renewer.exception() is not None:
+                block.cancel()
+
+        renewer.add_done_callback(end_block)
         try:
             yield
+        except asyncio.CancelledError:
+            if renewer.done() and not renewer.cancelled() and (error := renewer.exception()) is not None:
+                raise error from None
+            raise
         finally:
-            renewer.cancel()
+            renewer.remove_done_callback(end_block)
+            while not renewer.done():
+                renewer.cancel()
+                await asyncio.wait([renewer], timeout=0.2)
             try:
                 await self.remove(record.id)
             except AWAY:

@@ -25,6 +25,8 @@ WORKERS = "worker"
 
 MAX_CRASHES = 2
 """A request that was in an engine at so many crashes is quarantined."""
+NO_ATTEMPT = 0
+"""No record has this attempt."""
 RECORD_S = 6 * 3600
 """A record outlives its last change by so long while the request is open."""
 RETENTION_S = 120
@@ -46,6 +48,7 @@ local known = redis.call('HMGET', KEYS[1], 'state', 'attempt')
 local assigned = 0
 if known[1] == 'queued' and known[2] == ARGV[3] then
   redis.call('HSET', KEYS[1], 'state', 'assigned', 'worker', ARGV[4])
+  redis.call('EXPIRE', KEYS[1], ARGV[8])
   redis.call('RPUSH', KEYS[5], ARGV[6])
   redis.call('EXPIRE', KEYS[5], ARGV[8])
   redis.call('HINCRBY', KEYS[4], 'requests', 1)
@@ -64,10 +67,13 @@ local known = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'crashes')
 if known[1] ~= 'assigned' or known[2] ~= ARGV[1] then return 0 end
 if tonumber(ARGV[3]) >= tonumber(ARGV[4]) then
   redis.call('HSET', KEYS[1], 'state', 'quarantined', 'crashes', ARGV[3])
+  redis.call('HDEL', KEYS[1], 'body')
+  redis.call('EXPIRE', KEYS[1], ARGV[6])
   return -1
 end
 redis.call('HSET', KEYS[1], 'state', 'queued', 'attempt', tonumber(ARGV[1]) + 1,
            'crashes', ARGV[3], 'body', ARGV[2], 'worker', '')
+redis.call('EXPIRE', KEYS[1], ARGV[5])
 redis.call('XADD', KEYS[2], '*', 'f', ARGV[2])
 return 1
 """
@@ -241,7 +247,14 @@ class RequestRecords:
         return Requeue(
             await self._requeue(
                 keys=[self._keys.request(request.request_id), self._keys.requests],
-                args=[request.attempt, again.SerializeToString(), crashes, MAX_CRASHES],
+                args=[
+                    request.attempt,
+                    again.SerializeToString(),
+                    crashes,
+                    MAX_CRASHES,
+                    RECORD_S,
+                    RETENTION_S,
+                ],
             )
         )
 
@@ -258,6 +271,19 @@ class RequestRecords:
                 ],
                 args=[entry_id, WORKERS, request.attempt, state.value, tokens, RETENTION_S],
             )
+        )
+
+    async def let_go(self, entry_id: bytes, assignment: Assignment, *, tokens: int) -> None:
+        """Acknowledge an assignment that is overtaken or handed back; its request's record stays as it is."""
+        request = assignment.request
+        await self._end(
+            keys=[
+                self._keys.request(request.request_id),
+                self._keys.assignments(assignment.worker_id),
+                self._keys.load(assignment.worker_id),
+                self._keys.decisions(request.request_id),
+            ],
+            args=[entry_id, WORKERS, NO_ATTEMPT, "", tokens, RETENTION_S],
         )
 
     async def settle(self, request_id: str, state: State) -> tuple[bool, str]:

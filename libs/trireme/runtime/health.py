@@ -48,12 +48,12 @@ class HealthReporter:
         """The first unhealthy probe's finding, or health."""
         if self._stopping:
             return Health(healthy=False, status="stopping")
-        findings = [probe() for probe in self._probes.values()]
+        findings = [_finding(probe) for probe in self._probes.values()]
         return next((found for found in findings if not found.healthy), Health(healthy=True))
 
     async def refresh(self) -> None:
         """Ask every probe once and publish what changed."""
-        found = {} if self._stopping else {name: probe() for name, probe in self._probes.items()}
+        found = {} if self._stopping else {name: _finding(p) for name, p in self._probes.items()}
         found[""] = self.overall()
         for name, health in found.items():
             if self._last.get(name) == health:
@@ -74,6 +74,14 @@ class HealthReporter:
         """Say NOT_SERVING everywhere, before a drain."""
         self._stopping = True
         await self.servicer.enter_graceful_shutdown()
+
+
+def _finding(probe: Probe) -> Health:
+    # A reporter that ended here would show the last good finding for ever.
+    try:
+        return probe()
+    except Exception as error:
+        return Health(healthy=False, status=f"its probe failed: {error!r}")
 
 
 def _serving(healthy: bool) -> health_pb2.HealthCheckResponse.ServingStatus:
