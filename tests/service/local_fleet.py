@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 
-from tests.conftest import free_port
 from tests.service.processes import REPOSITORY, wait_until
+from trireme.cli.redis_server import free_port
 from trireme.cli.run_directory import FleetState, RunDirectory, SupervisedProcess
 
 STAND_INS = REPOSITORY / "tests" / "service" / "stand_ins"
