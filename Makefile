@@ -7,13 +7,16 @@ PYTHON ?= python3.11
 VENV := .venv
 STAMP := $(VENV)/.installed
 TRIREME := $(VENV)/bin/trireme
+# Servers that Trireme is measured against, in an environment of their own.
+PEERS := .tools/peers
 # File the fleet is read from; empty: fleet.yaml here, or else the built-in fleet.
 CONFIG ?=
 
-.PHONY: help setup demo up down status test test-unit check lint types imports proto clean
+.PHONY: help setup demo up down status test test-unit check lint types imports proto clean \
+        bench-engine bench-overhead bench-scaling bench-kvstore bench-peers
 
 help: ## list the targets
-	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: $(STAMP) ## make .venv with the pinned versions of constraints.txt
 
@@ -51,6 +54,26 @@ imports: setup ## the import directions of the house
 
 proto: setup ## fail if libs/trireme/wire differs from what proto/ generates
 	.ci/generate_proto.sh --check
+
+bench-engine: setup ## the engine against transformers, in process
+	$(VENV)/bin/python -m benchmarks.engine
+
+bench-overhead: setup ## what the fleet adds to the engine
+	$(VENV)/bin/python -m benchmarks.overhead
+
+bench-scaling: setup ## cost per request as workers, streams and tenants grow
+	$(VENV)/bin/python -m benchmarks.scaling
+
+bench-kvstore: setup ## blocks to and from the KV store, against the floor of copying them
+	$(VENV)/bin/python benchmarks/kvstore_transfer.py
+
+bench-peers: setup $(PEERS)/.installed ## the fleet, llama-cpp-python's server and transformers on one trace
+	$(VENV)/bin/python -m benchmarks.peers
+
+$(PEERS)/.installed: constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet -c constraints.txt 'llama-cpp-python[server]' gguf torch 'transformers[serving]'
+	touch $@
 
 clean: ## remove caches and build outputs, but neither .venv nor .run
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
