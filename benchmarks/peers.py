@@ -86,6 +86,8 @@ def llama_cpp(plan: list[PlannedRequest], variant: str) -> Report | str:
         subprocess.run([python, exporter, CHECKPOINTS / variant, model], check=True)
         command = [str(python), "-m", "llama_cpp.server", "--model", str(model), "--n_ctx", "2048"]
         command += ["--n_threads", str(os.cpu_count()), "--model_alias", variant]
+        # Its default breaks off the running stream when another request comes.
+        command += ["--interrupt_requests", "false"]
         with server(command) as base_url:
             return asyncio.run(drive(base_url, variant, plan, ignore_eos=False))
 
