@@ -53,6 +53,8 @@ log = logging.getLogger(__name__)
 
 EXIT_LEASE_LOST = 75
 """Exit status after the lease ended: others have this worker's requests now."""
+LINGER_S = 0.5
+"""A draining worker reads assignments so much longer: schedulers see it draining a moment late."""
 SERVICE_NAME = "trireme.wire.worker.v1.Worker"
 
 
@@ -178,9 +180,8 @@ async def serve(settings: Settings) -> None:
             )
 
         async with registry.membership(describe, on_lost=_fence), asyncio.TaskGroup() as tasks:
-            reading = tasks.create_task(intake.run())
             running = [
-                reading,
+                tasks.create_task(intake.run()),
                 tasks.create_task(_load_all(fleet, group, variants)),
                 tasks.create_task(biller.follow(Stream(redis, keys.directives, Directive))),
                 tasks.create_task(blocks.save()),
@@ -204,21 +205,25 @@ async def serve(settings: Settings) -> None:
             wanted = tasks.create_task(draining.wait())
             await asyncio.wait([stopped, wanted], return_when=asyncio.FIRST_COMPLETED)
             draining.set()
-            reading.cancel()
-            await registry.put(_present(describe()))
-            handed = await intake.hand_back()
-            left = await drain(settings.drain_s)
+            intake.drain()
+            await _announce(registry, describe())
+            left, _ = await asyncio.gather(drain(settings.drain_s), asyncio.sleep(LINGER_S))
             await _until_confirmed(table, within_s=2.0)
-            log.info("drained", extra={"handed_back": handed, "left": left})
+            log.info("drained", extra={"handed_back": intake.handed_back, "left": left})
             await stopped
             for task in (*running, wanted):
                 task.cancel()
         await table.settle()
 
 
-def _present(record: ProcessRecord | None) -> ProcessRecord:
-    assert record is not None, "a stalled engine cannot drain"
-    return record
+async def _announce(registry: Registry, record: ProcessRecord | None) -> None:
+    """Show the record at once; without Redis, or with a stalled engine, the lease tells the rest."""
+    if record is None:
+        return
+    try:
+        await registry.put(record)
+    except AWAY:
+        log.warning("draining_unannounced")
 
 
 async def _until_confirmed(table: RequestTable, *, within_s: float) -> None:

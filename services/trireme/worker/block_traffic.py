@@ -51,8 +51,12 @@ class BlockTraffic:
     async def fetch(self, variant: str, hashes: Sequence[bytes]) -> int:
         """Bring the prompt's missing leading blocks into the engine; returns how many came."""
         assert self._store is not None
-        loaded = self._variants.get(variant)
-        first = next(i for i, block in enumerate(hashes) if block not in loaded.resident)
+        loaded = self._variants.find(variant)
+        if loaded is None:
+            return 0
+        first = next((i for i, block in enumerate(hashes) if block not in loaded.resident), len(hashes))
+        if first == len(hashes):
+            return 0
         missing = list(hashes[first:])
         started_s = time.monotonic()
         try:
@@ -114,7 +118,9 @@ class BlockTraffic:
             return [(block, payload) for block, payload in copies if payload is not None]
 
         payloads = await self._engines.call(copy_out)
-        loaded = self._variants.get(variant)
+        loaded = self._variants.find(variant)
+        if loaded is None:
+            return  # unloaded meanwhile
         self.saved_blocks += await self._store.save(loaded.kv_namespace, payloads, tenant="")
         for block, _ in payloads:
             self._remember(loaded.kv_namespace, block)

@@ -83,6 +83,7 @@ class EngineThread:
                 self._turn()
         except BaseException:
             log.critical("engine_broken", exc_info=True)
+            logging.shutdown()
             os._exit(EXIT_ENGINE_BROKEN)
 
     def _turn(self) -> None:
@@ -97,7 +98,16 @@ class EngineThread:
             if engine.has_work:
                 result = engine.step()
                 self._alive_s = time.monotonic()
-                self._loop.call_soon_threadsafe(self._deliver, variant, result, engine.stats())
+                self._loop.call_soon_threadsafe(self._hand_over, variant, result, engine.stats())
+
+    def _hand_over(self, variant: str, result: StepResult, stats: EngineStats) -> None:
+        try:
+            self._deliver(variant, result, stats)
+        except Exception:
+            # The step's tokens are lost: going on would leave a gap in answers that nobody fills.
+            log.critical("step_not_delivered", exc_info=True)
+            logging.shutdown()
+            os._exit(EXIT_ENGINE_BROKEN)
 
 
 def _succeed(future: asyncio.Future[T], result: T) -> None:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from trireme.wire.bus.v1.facts_pb2 import Assignment
+from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, Assignment
 from trireme.wire.inference.v1.inference_pb2 import PositionLogprobs, Usage
 from trireme.wire.worker.v1.worker_pb2 import Admitted, Finished, SequenceUpdate
 
+UPDATE_TOKENS = 8192
+"""Tokens in one update at most."""
+UPDATE_LOGPROBS = 16384
+"""Log-probabilities in one update at most, alternatives included; each has about a dozen bytes."""
 
-def sequence_id(request_id: str, choice: int) -> str:
-    """The engine's name for one choice (or one label) of a request."""
-    return f"{request_id}#{choice}"
+
+def sequence_id(request: AdmittedRequest, choice: int) -> str:
+    """The engine's name for one choice (or one label) of one attempt of a request."""
+    return f"{request.request_id}#{choice}@{request.attempt}"
 
 
 @dataclass(slots=True)
@@ -78,23 +83,33 @@ class LiveRequest:
             choice.sent = 0
             choice.finish_sent = False
 
+    @property
+    def has_news(self) -> bool:
+        """Something was not sent yet."""
+        return not self.announced or any(
+            len(choice.token_ids) > choice.sent or (choice.finished is not None and not choice.finish_sent)
+            for choice in self.choices
+        )
+
     def news(self) -> list[SequenceUpdate]:
-        """What was not sent yet, marked as sent."""
+        """What was not sent yet, marked as sent; of a long backlog the next part, as `has_news` then says."""
         updates = []
+        most = self._update_tokens()
         for number, choice in enumerate(self.choices):
             fresh = len(choice.token_ids) > choice.sent
             ends = choice.finished is not None and not choice.finish_sent
             if not (fresh or ends or not self.announced):
                 continue
+            upto = min(len(choice.token_ids), choice.sent + most)
             update = SequenceUpdate(
                 request_id=self.request_id,
                 attempt=self.assignment.request.attempt,
                 choice=number,
                 first_index=choice.first_index + choice.sent,
-                token_ids=choice.token_ids[choice.sent :],
-                logprobs=choice.logprobs[choice.sent :],
+                token_ids=choice.token_ids[choice.sent : upto],
+                logprobs=choice.logprobs[choice.sent : upto],
             )
-            choice.sent = len(choice.token_ids)
+            choice.sent = upto
             if not self.announced:
                 update.admitted.CopyFrom(
                     Admitted(
@@ -104,12 +119,18 @@ class LiveRequest:
                     )
                 )
                 self.announced = True
-            if ends and choice.finished is not None:
+            if ends and choice.finished is not None and upto == len(choice.token_ids):
                 update.finished.CopyFrom(choice.finished)
                 choice.finish_sent = True
             updates.append(update)
-        if updates and self.is_complete:
+        if updates and self.is_complete and all(choice.finish_sent for choice in self.choices):
             updates[-1].usage.CopyFrom(self.usage())
             updates[-1].scores.extend(self.scores)
             updates[-1].embedding.extend(self.embedding)
         return updates
+
+    def _update_tokens(self) -> int:
+        sampling = self.assignment.request.sampling
+        if not sampling.HasField("logprobs"):
+            return UPDATE_TOKENS
+        return max(1, UPDATE_LOGPROBS // (1 + sampling.logprobs))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 
 from trireme.wire.worker.v1.worker_pb2 import SequenceUpdate, TokenBatch
 from trireme.worker.live_requests import LiveRequest
 
 MAX_UPDATES = 4096
-"""Updates in one message, so that it stays far below the message limit."""
+"""Updates, and unknown ids, in one message."""
+MAX_BATCH_BYTES = 4 * 2**20
+"""A message ends after the request that brings it to so much: far below the server's limit of
+`MAX_MESSAGE_BYTES`, since one request's part of it is bounded too."""
 
 
 class Outbox:
@@ -17,8 +21,8 @@ class Outbox:
 
     def __init__(self, worker_id: str) -> None:
         self._worker_id = worker_id
-        self._dirty: dict[str, LiveRequest] = {}
-        self._unknown: list[str] = []
+        self._dirty: OrderedDict[str, LiveRequest] = OrderedDict()
+        self._unknown: OrderedDict[str, None] = OrderedDict()
         self._event = asyncio.Event()
         self.stream: object | None = None
         """The connection that is served now; a newer one replaces it."""
@@ -34,7 +38,7 @@ class Outbox:
 
     def mark_unknown(self, request_id: str) -> None:
         """The gateway asked for something that is not here."""
-        self._unknown.append(request_id)
+        self._unknown[request_id] = None
         self._event.set()
 
     def forget(self, request_id: str) -> None:
@@ -51,10 +55,21 @@ class Outbox:
                 self._event.clear()
                 await self._event.wait()
                 continue
-            updates: list[SequenceUpdate] = []
-            while self._dirty and len(updates) < MAX_UPDATES:
-                _, request = self._dirty.popitem()
-                updates.extend(request.news())
-            unknown, self._unknown = self._unknown, []
-            if updates or unknown:
-                yield TokenBatch(updates=updates, worker_id=self._worker_id, unknown=unknown)
+            batch = self._batch()
+            if batch.updates or batch.unknown:
+                yield batch
+
+    def _batch(self) -> TokenBatch:
+        """The next message; who has more to say than fits goes on behind the others."""
+        updates: list[SequenceUpdate] = []
+        size_bytes = 0
+        while self._dirty and len(updates) < MAX_UPDATES and size_bytes < MAX_BATCH_BYTES:
+            request_id, request = self._dirty.popitem(last=False)
+            news = request.news()
+            updates.extend(news)
+            size_bytes += sum(update.ByteSize() for update in news)
+            if request.has_news:
+                self._dirty[request_id] = request
+        count = min(len(self._unknown), MAX_UPDATES)
+        unknown = [self._unknown.popitem(last=False)[0] for _ in range(count)]
+        return TokenBatch(updates=updates, worker_id=self._worker_id, unknown=unknown)

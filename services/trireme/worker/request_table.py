@@ -6,13 +6,13 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Container, Coroutine, Iterable
 
 from trireme.bus.connection import persistently
-from trireme.bus.request_records import RequestRecords, State
+from trireme.bus.request_records import RequestRecords, State, work_tokens
 from trireme.bus.streams import Stream
 from trireme.engine import FinishReason, StepResult, TokenOutput
-from trireme.wire.bus.v1.facts_pb2 import Event, RequestFinished
+from trireme.wire.bus.v1.facts_pb2 import Assignment, Event, RequestFinished
 from trireme.wire.inference.v1 import inference_pb2 as inference
 from trireme.wire.worker.v1.worker_pb2 import Finished
 from trireme.worker.billing import Biller
@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 TOMBSTONE_S = 60.0
 """A stop for a request that is not here yet is remembered so long."""
+SETTLING_S = 5.0
+"""How long a leaving worker tries to make its last acknowledgements."""
 
 _REASONS = {
     FinishReason.STOP: inference.FINISH_REASON_STOP,
@@ -57,9 +59,15 @@ class RequestTable:
         self._outboxes: dict[str, Outbox] = {}
         self._tombstones: dict[str, float] = {}
         self._endings: set[asyncio.Task[None]] = set()
+        self._entries: set[bytes] = set()
 
     def __len__(self) -> int:
         return len(self._live)
+
+    @property
+    def held_entries(self) -> Container[bytes]:
+        """Assignments, by entry id, that are here or on their way out."""
+        return self._entries
 
     @property
     def computing(self) -> int:
@@ -78,10 +86,35 @@ class RequestTable:
         """Take a request over; a newer attempt of one that is here replaces it."""
         stale = self._live.get(request.request_id)
         if stale is not None:
+            self._cancel(stale.assignment.variant, _sequences_of(stale))
             self._drop(stale)
+            self.let_go(stale.entry_id, stale.assignment)
+        self._entries.add(request.entry_id)
         self._live[request.request_id] = request
-        for number in range(len(request.choices)):
-            self._sequences[sequence_id(request.request_id, number)] = (request, number)
+        for number, name in enumerate(_sequences_of(request)):
+            self._sequences[name] = (request, number)
+
+    def holds(self, request: LiveRequest) -> bool:
+        """Whether this very attempt is here."""
+        return self._live.get(request.request_id) is request
+
+    def withdraw(self, request: LiveRequest) -> None:
+        """Forget a request that the engine never had; its assignment is the caller's again."""
+        self._drop(request)
+        self._entries.discard(request.entry_id)
+
+    def let_go(self, entry_id: bytes, assignment: Assignment) -> None:
+        """Acknowledge, in the background, an assignment that a later attempt has overtaken."""
+        self._entries.add(entry_id)
+        tokens = work_tokens(assignment.request)
+
+        async def acknowledge() -> None:
+            await persistently(
+                lambda: self._records.let_go(entry_id, assignment, tokens=tokens), what="let go of assignment"
+            )
+            self._entries.discard(entry_id)
+
+        self._in_background(acknowledge())
 
     def has_attempt(self, request_id: str, attempt: int) -> bool:
         """Whether this attempt, or a later one, is here already."""
@@ -125,7 +158,10 @@ class RequestTable:
         return billed_joules, billed_s
 
     def fail(self, request: LiveRequest, *, code: str, message: str) -> None:
-        """End a request that the engine does not take."""
+        """End a request that the engine does not take; no effect where it ended or was overtaken."""
+        if not self.holds(request) or request.ended_s is not None:
+            return
+        self._cancel(request.assignment.variant, _sequences_of(request))
         for choice in request.choices:
             if choice.finished is None:
                 choice.finished = Finished(
@@ -138,14 +174,16 @@ class RequestTable:
         """Stop computing a request or one choice; False (and remembered) where it is not here."""
         request = self._live.get(request_id)
         if request is None:
-            self._tombstones[request_id] = time.monotonic()
+            if choice is None:
+                self._tombstones[request_id] = time.monotonic()
             return False
         numbers = range(len(request.choices)) if choice is None else [choice]
         going = [n for n in numbers if n < len(request.choices) and request.choices[n].finished is None]
         if going:
             for number in going:
                 request.choices[number].finished = Finished(reason=inference.FINISH_REASON_CANCELLED)
-            self._cancel(request.assignment.variant, [sequence_id(request_id, n) for n in going])
+            names = _sequences_of(request)
+            self._cancel(request.assignment.variant, [names[number] for number in going])
             if request.is_complete:
                 self._ended(request, time.time())
             self.outbox(request.gateway_id).mark(request)
@@ -197,9 +235,9 @@ class RequestTable:
                 del self._outboxes[gateway_id]
 
     async def settle(self) -> None:
-        """Wait for acknowledgements that are under way."""
-        while self._endings:
-            await asyncio.wait(self._endings)
+        """Wait for acknowledgements under way; what Redis does not take in time, others take over."""
+        if self._endings:
+            await asyncio.wait(self._endings, timeout=SETTLING_S)
 
     def _take(self, request: LiveRequest, number: int, output: TokenOutput, now_s: float) -> None:
         if output.cached_tokens is not None:
@@ -272,18 +310,24 @@ class RequestTable:
                 ),
                 what="acknowledge assignment",
             )
+            self._entries.discard(request.entry_id)
 
         self._in_background(end())
 
     def _in_background(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.create_task(work)
         self._endings.add(task)
-        task.add_done_callback(self._endings.discard)
+        task.add_done_callback(self._ending_done)
+
+    def _ending_done(self, task: asyncio.Task[None]) -> None:
+        self._endings.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("ending_failed", exc_info=task.exception())
 
     def _drop(self, request: LiveRequest) -> None:
         self._live.pop(request.request_id, None)
-        for number in range(len(request.choices)):
-            self._sequences.pop(sequence_id(request.request_id, number), None)
+        for name in _sequences_of(request):
+            self._sequences.pop(name, None)
         self.outbox(request.gateway_id).forget(request.request_id)
 
 
@@ -292,6 +336,10 @@ def new_choices(delivered: Iterable[inference.TokenIds], count: int) -> list[Cho
     lengths = [len(tokens.ids) for tokens in delivered]
     lengths += [0] * (count - len(lengths))
     return [Choice(first_index=length) for length in lengths[:count]]
+
+
+def _sequences_of(request: LiveRequest) -> list[str]:
+    return [sequence_id(request.assignment.request, number) for number in range(len(request.choices))]
 
 
 def _last_reason(request: LiveRequest) -> inference.FinishReason.ValueType:

@@ -205,10 +205,9 @@ class VariantTable:
         """
         loaded = self.get(variant)
         loaded.ready = False
-        while await self._engines.call(lambda engines: engines[variant].has_work):
+        while not await self._engines.call(lambda engines: _free_if_idle(engines, variant)):
             await asyncio.sleep(0.05)
-        await self._engines.call(lambda engines: engines.pop(variant, None))
-        del self._loaded[variant]
+        self._loaded.pop(variant, None)
         log.info("variant_unloaded", extra={"variant": variant})
 
 
@@ -307,6 +306,15 @@ def _install(engines: dict[str, Engine], variant: str, engine: Engine) -> Engine
         engine.step()
     engines[variant] = engine
     return engine.stats()
+
+
+def _free_if_idle(engines: dict[str, Engine], variant: str) -> bool:
+    """One step, so that nothing is added to an engine between the look and its end."""
+    engine = engines.get(variant)
+    if engine is not None and engine.has_work:
+        return False
+    engines.pop(variant, None)
+    return True
 
 
 def _smooth(previous: float, value: float) -> float:

@@ -1,0 +1,394 @@
+"""The worker's requests in process: overtaken attempts, stops, backlogs, hand-backs."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from redis.exceptions import ConnectionError as RedisAway
+
+from trireme.bus.request_records import State
+from trireme.bus.streams import Entry
+from trireme.engine import StepResult, TokenOutput
+from trireme.engine.outputs import FinishReason
+from trireme.errors import InvalidRequest
+from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, Assignment, Event, RequestKind
+from trireme.wire.inference.v1 import inference_pb2 as inference
+from trireme.wire.worker.v1.worker_pb2 import TokenBatch
+from trireme.worker.billing import Biller
+from trireme.worker.intake import Intake, sequences_of
+from trireme.worker.live_requests import LiveRequest, sequence_id
+from trireme.worker.outboxes import MAX_BATCH_BYTES
+from trireme.worker.request_table import RequestTable, new_choices
+from trireme.worker.variants import VariantTable
+
+MESSAGE_LIMIT_BYTES = 16 * 2**20
+
+
+class Records:
+    """Notes what a worker does to the records."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[str, Any]] = []
+        self.away = False
+
+    def _note(self, *what: Any) -> None:
+        if self.away:
+            raise RedisAway
+        self.done.append(what)  # type: ignore[arg-type]
+
+    async def end(self, entry_id: bytes, assignment: Assignment, state: State, *, tokens: int) -> bool:
+        self._note("end", entry_id)
+        return True
+
+    async def let_go(self, entry_id: bytes, assignment: Assignment, *, tokens: int) -> None:
+        self._note("let_go", entry_id)
+
+    async def requeue(self, request: AdmittedRequest, *, crashed: bool) -> None:
+        assert not crashed
+        self._note("requeue", tuple(request.avoid_worker_ids))
+
+
+class Events:
+    def __init__(self) -> None:
+        self.published: list[Event] = []
+
+    async def publish(self, event: Event) -> None:
+        self.published.append(event)
+
+
+class FakeEngine:
+    def __init__(self) -> None:
+        self.sequences: list[str] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.sequences)
+
+    def add(self, sequence: Any) -> None:
+        assert sequence.sequence_id not in self.sequences, "the engine would refuse it"
+        self.sequences.append(sequence.sequence_id)
+
+    def cancel(self, name: str) -> None:
+        if name in self.sequences:
+            self.sequences.remove(name)
+
+
+class Engines:
+    """Runs what is posted at once, as the engine's thread does before its next step."""
+
+    def __init__(self) -> None:
+        self.engines: dict[str, Any] = {"v": FakeEngine()}
+
+    def post(self, action: Any) -> None:
+        action(self.engines)
+
+    async def call(self, action: Any) -> Any:
+        return action(self.engines)
+
+
+class Blocks:
+    """A store that answers when the test says so."""
+
+    def __init__(self) -> None:
+        self.worth = False
+        self.answer = asyncio.Event()
+        self.error: Exception | None = None
+
+    def worth_asking(self, loaded: Any, hashes: Any) -> bool:
+        return self.worth
+
+    async def fetch(self, variant: str, hashes: Any) -> int:
+        await self.answer.wait()
+        if self.error is not None:
+            raise self.error
+        return 0
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.records, self.events, self.engines, self.blocks = Records(), Events(), Engines(), Blocks()
+
+        def cancel(variant: str, names: list[str]) -> None:
+            for name in names:
+                self.engines.engines[variant].cancel(name)
+
+        self.table = RequestTable(
+            worker_id="w",
+            records=self.records,  # type: ignore[arg-type]
+            events=self.events,  # type: ignore[arg-type]
+            biller=Biller("cpu"),
+            cancel=cancel,
+        )
+        self.variants = VariantTable(self.engines)  # type: ignore[arg-type]
+        self.variants._loaded["v"] = SimpleNamespace(ready=True)  # type: ignore[assignment]
+        self.waiting: list[Entry[Assignment]] = []
+        self.forgotten: list[Entry[Assignment]] = []
+        self.intake = Intake(
+            worker_id="w",
+            assignments=self,  # type: ignore[arg-type]
+            records=self.records,  # type: ignore[arg-type]
+            table=self.table,
+            variants=self.variants,
+            engines=self.engines,  # type: ignore[arg-type]
+            blocks=self.blocks,  # type: ignore[arg-type]
+        )
+
+    async def read_group(self, *_: object, **__: object) -> list[Entry[Assignment]]:
+        await asyncio.sleep(0)
+        waiting, self.waiting = self.waiting, []
+        return waiting
+
+    async def take(self, *entries: Entry[Assignment]) -> None:
+        self.waiting = list(entries)
+        reading = asyncio.create_task(self.intake.run())
+        await asyncio.sleep(0.02)
+        reading.cancel()
+        await asyncio.wait([reading])
+        assert reading.cancelled(), reading.exception()
+
+    @property
+    def in_engine(self) -> list[str]:
+        return list(self.engines.engines["v"].sequences)
+
+    def batch(self) -> TokenBatch:
+        return self.table.outbox("g")._batch()
+
+
+@pytest.fixture
+async def bench() -> Bench:
+    return Bench()
+
+
+def assigned(entry_id: str, *, attempt: int = 1, n: int = 1, **sampling: Any) -> Entry[Assignment]:
+    request = AdmittedRequest(
+        request_id="r",
+        kind=RequestKind.REQUEST_KIND_GENERATE,
+        attempt=attempt,
+        gateway_id="g",
+        prompt_token_ids=[1, 2],
+        sampling=inference.SamplingParameters(max_tokens=10, n=n, **sampling),
+    )
+    return Entry(entry_id.encode(), Assignment(request=request, variant="v", worker_id="w"))
+
+
+def step(entry: Entry[Assignment], *tokens: int, first: int = 0, ends: bool = False) -> StepResult:
+    name = sequence_id(entry.fact.request, 0)
+    outputs = [TokenOutput(name, first + i, token) for i, token in enumerate(tokens)]
+    if ends:
+        outputs.append(
+            TokenOutput(name, first + len(tokens), None, finish_reason=FinishReason.LENGTH)
+        )
+    return StepResult(outputs=tuple(outputs))
+
+
+async def test_a_later_attempt_on_the_same_worker_takes_the_place_of_the_earlier(bench: Bench) -> None:
+    first, second = assigned("1-0"), assigned("2-0", attempt=2)
+    await bench.take(first)
+    await bench.take(second)
+    assert bench.in_engine == [sequence_id(second.fact.request, 0)]
+    assert bench.records.done == [("let_go", b"1-0")], "the overtaken assignment is no load any more"
+    # What the engine had made of the first one before it heard of the second comes late.
+    bench.table.on_step(step(first, 7, 8, 9, ends=True))
+    bench.table.on_step(step(second, 7))
+    [update] = bench.batch().updates
+    assert list(update.token_ids) == [7]
+    assert not update.HasField("finished")
+
+
+async def test_an_overtaken_assignment_that_comes_late_is_let_go(bench: Bench) -> None:
+    await bench.take(assigned("2-0", attempt=2), assigned("1-0"))
+    assert len(bench.in_engine) == 1
+    assert bench.records.done == [("let_go", b"1-0")]
+
+
+async def test_the_same_assignment_twice_is_one(bench: Bench) -> None:
+    await bench.take(assigned("1-0"), assigned("1-0"))
+    assert len(bench.in_engine) == 1
+    assert bench.records.done == []
+
+
+async def test_what_is_stopped_while_its_blocks_are_fetched_never_runs(bench: Bench) -> None:
+    bench.blocks.worth = True
+    await bench.take(assigned("1-0", n=2))
+    assert bench.table.stop("r", None)
+    bench.blocks.answer.set()
+    await asyncio.sleep(0.01)
+    assert bench.in_engine == []
+
+
+async def test_of_two_choices_the_stopped_one_never_runs(bench: Bench) -> None:
+    bench.blocks.worth = True
+    entry = assigned("1-0", n=2)
+    await bench.take(entry)
+    bench.table.stop("r", 0)
+    bench.blocks.answer.set()
+    await asyncio.sleep(0.01)
+    assert bench.in_engine == [sequence_id(entry.fact.request, 1)]
+
+
+async def test_what_is_overtaken_while_its_blocks_are_fetched_never_runs(bench: Bench) -> None:
+    bench.blocks.worth = True
+    await bench.take(assigned("1-0"))
+    bench.blocks.worth = False
+    second = assigned("2-0", attempt=2)
+    await bench.take(second)
+    bench.blocks.answer.set()
+    await asyncio.sleep(0.01)
+    assert bench.in_engine == [sequence_id(second.fact.request, 0)]
+
+
+async def test_a_fetch_that_fails_only_means_that_all_is_computed(bench: Bench) -> None:
+    bench.blocks.worth, bench.blocks.error = True, RuntimeError("torn")
+    await bench.take(assigned("1-0"))
+    bench.blocks.answer.set()
+    await asyncio.sleep(0.01)
+    assert len(bench.in_engine) == 1
+
+
+async def test_a_choice_stopped_elsewhere_does_not_stop_a_request_that_comes_later(bench: Bench) -> None:
+    assert not bench.table.stop("r", 0)
+    await bench.take(assigned("1-0", n=2))
+    assert len(bench.in_engine) == 2
+
+
+async def test_a_draining_worker_hands_back_what_it_is_assigned(bench: Bench) -> None:
+    bench.intake.drain()
+    await bench.take(assigned("1-0"))
+    assert bench.records.done == [("requeue", ("w",)), ("let_go", b"1-0")]
+    assert bench.in_engine == [] and len(bench.table) == 0
+    assert bench.intake.handed_back == 1
+
+
+async def test_handing_back_waits_for_redis(bench: Bench) -> None:
+    bench.intake.drain()
+    bench.records.away = True
+    bench.waiting = [assigned("1-0")]
+    reading = asyncio.create_task(bench.intake.run())
+    await asyncio.sleep(0.05)
+    bench.records.away = False
+    while not bench.intake.handed_back:
+        await asyncio.sleep(0.01)
+    reading.cancel()
+    assert [what for what, _ in bench.records.done] == ["requeue", "let_go"]
+
+
+async def test_an_assignment_for_a_variant_that_left_goes_to_another_worker(bench: Bench) -> None:
+    bench.variants.get("v").ready = False
+    await bench.take(assigned("1-0"))
+    assert bench.records.done[0] == ("requeue", ("w",))
+
+
+async def test_a_request_that_meets_an_engine_just_gone_goes_to_another_worker(bench: Bench) -> None:
+    gone = bench.engines.engines.pop("v")
+    await bench.take(assigned("1-0"))
+    assert [what for what, _ in bench.records.done] == ["requeue", "let_go"]
+    assert len(bench.table) == 0 and gone.sequences == []
+
+
+async def test_a_variant_with_work_is_not_freed(bench: Bench) -> None:
+    await bench.take(assigned("1-0"))
+    unloading = asyncio.create_task(bench.variants.unload("v"))
+    again = asyncio.create_task(bench.variants.unload("v"))
+    await asyncio.sleep(0.1)
+    assert not unloading.done() and "v" in bench.engines.engines
+    bench.engines.engines["v"].sequences.clear()
+    await asyncio.gather(unloading, again)
+    assert "v" not in bench.engines.engines and bench.variants.find("v") is None
+
+
+async def test_a_request_that_the_engine_refuses_ends_once(bench: Bench) -> None:
+    entry = assigned("1-0")
+    live = LiveRequest(entry.fact, entry.entry_id, "g", new_choices((), 1), 12)
+    bench.table.add(live)
+    bench.table.fail(live, code="x", message="no")
+    bench.table.fail(live, code="y", message="no")
+    await bench.table.settle()
+    assert len(bench.events.published) == 1
+    bench.table.confirm_complete("r")
+    await bench.table.settle()
+    assert bench.records.done == [("end", b"1-0")]
+    assert b"1-0" not in bench.table.held_entries
+
+
+async def test_a_leaving_worker_does_not_wait_for_redis_for_ever(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trireme.worker.request_table.SETTLING_S", 0.05)
+    bench.records.away = True
+    bench.table.let_go(b"1-0", assigned("1-0").fact)
+    async with asyncio.timeout(5):
+        await bench.table.settle()
+    assert b"1-0" in bench.table.held_entries, "it is not acknowledged"
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    for kind in (0, 99):
+        with pytest.raises(InvalidRequest):
+            sequences_of(AdmittedRequest(request_id="r", kind=kind, prompt_token_ids=[1]))  # type: ignore[arg-type]
+
+
+def backlog(tokens: int, *, n: int, logprobs: int | None) -> LiveRequest:
+    sampling: dict[str, Any] = {} if logprobs is None else {"logprobs": logprobs}
+    entry = assigned("1-0", n=n, **sampling)
+    live = LiveRequest(entry.fact, entry.entry_id, "g", new_choices((), n), 0)
+    one = inference.TokenLogprob(token_id=100_000, logprob=-0.1)
+    for choice in live.choices:
+        choice.token_ids = list(range(tokens))
+        if logprobs is not None:
+            position = inference.PositionLogprobs(chosen=one, top=[one] * logprobs)
+            choice.logprobs = [position] * tokens
+    return live
+
+
+@pytest.mark.parametrize(("tokens", "n", "logprobs"), [(32_768, 4, 20), (32_768, 16, None), (20_000, 2, 0)])
+async def test_a_long_answer_is_replayed_in_messages_that_fit(
+    bench: Bench, tokens: int, n: int, logprobs: int | None
+) -> None:
+    live = backlog(tokens, n=n, logprobs=logprobs)
+    bench.table.add(live)
+    bench.table.stop("r", None)
+    have = [0] * n
+    finished = usages = 0
+    while True:
+        batch = bench.batch()
+        if not batch.updates:
+            break
+        assert batch.ByteSize() < MESSAGE_LIMIT_BYTES / 2
+        for update in batch.updates:
+            assert update.first_index == have[update.choice], "in order, without a gap"
+            assert not usages, "the account comes last"
+            have[update.choice] += len(update.token_ids)
+            assert len(update.logprobs) == (0 if logprobs is None else len(update.token_ids))
+            if update.HasField("finished"):
+                assert have[update.choice] == tokens
+                finished += 1
+            usages += update.HasField("usage")
+    assert (have, finished, usages) == ([tokens] * n, n, 1)
+
+
+async def test_a_long_replay_does_not_hold_up_the_others(bench: Bench) -> None:
+    long = backlog(32_768, n=8, logprobs=20)
+    bench.table.add(long)
+    short = assigned("2-0")
+    short.fact.request.request_id = "short"
+    await bench.take(short)
+    bench.table.outbox("g").mark(long)
+    bench.table.on_step(step(short, 7))
+    named = {update.request_id for update in bench.batch().updates}
+    assert "short" in named
+    assert long.has_news
+
+
+async def test_many_unknown_ids_come_in_messages_that_fit(bench: Bench) -> None:
+    box = bench.table.outbox("g")
+    for number in range(10_000):
+        box.mark_unknown(f"{number:0128d}")
+        box.mark_unknown(f"{number:0128d}")
+    found: list[str] = []
+    while batch := bench.batch().unknown:
+        assert len(batch) * 130 < MAX_BATCH_BYTES
+        found.extend(batch)
+    assert len(found) == 10_000
