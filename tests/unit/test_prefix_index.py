@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trireme.policies.prefix_index import PrefixIndex, split_hashes
+from trireme.policies.prefix_index import MAX_EXPECTED, PrefixIndex, split_hashes
 
 BLOCKS = [bytes([i]) * 16 for i in range(6)]
 
@@ -44,3 +44,26 @@ def test_the_index_equals_a_set(steps: list[tuple[str, set[bytes]]]) -> None:
 def test_hashes_survive_concatenation() -> None:
     assert split_hashes(b"".join(BLOCKS)) == BLOCKS
     assert split_hashes(b"") == []
+
+
+def test_what_is_expected_counts_until_the_worker_says_otherwise() -> None:
+    index = PrefixIndex()
+    index.expect(("w", "v"), BLOCKS[:3])
+    assert index.leading_blocks(("w", "v"), BLOCKS) == 3
+    index.add(("w", "v"), BLOCKS[:2])
+    index.remove(("w", "v"), [BLOCKS[2]])
+    assert index.leading_blocks(("w", "v"), BLOCKS) == 2
+    index.expect(("w", "v"), BLOCKS)
+    index.reset(("w", "v"))
+    assert index.leading_blocks(("w", "v"), BLOCKS) == 0
+
+
+def test_what_is_expected_and_never_comes_does_not_pile_up() -> None:
+    index = PrefixIndex()
+    for start in range(0, 3 * MAX_EXPECTED, 1000):
+        index.expect(("w", "v"), [n.to_bytes(16, "big") for n in range(start, start + 1000)])
+    assert len(index._expected["w", "v"]) <= MAX_EXPECTED
+    newest = [n.to_bytes(16, "big") for n in range(start, start + 1000)]
+    assert index.leading_blocks(("w", "v"), newest) == 1000
+    index.keep_only([])
+    assert not index._expected

@@ -102,6 +102,12 @@ def test_the_wait_for_a_slot_follows_from_the_work_ahead() -> None:
     assert expected.decode_s == 0.5
 
 
+def test_a_rate_that_is_no_rate_gives_a_time_all_the_same() -> None:
+    for rate in (5e-324, float("nan"), float("inf"), -1.0):
+        expected = estimate(request(), worker("a", assigned=6, decode=rate))
+        assert 0 <= expected.finish_s < float("inf")
+
+
 @given(st.lists(views, max_size=8))
 def test_nobody_without_room_is_chosen_and_somebody_is_if_there_is_room(all_views: list[WorkerView]) -> None:
     choice = choose_worker(request(), all_views)

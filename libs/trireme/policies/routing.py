@@ -15,6 +15,8 @@ from hashlib import blake2b
 UNMEASURED_PREFILL_TOKENS_PER_S = 2000.0
 UNMEASURED_DECODE_TOKENS_PER_S = 100.0
 """Stand in until a worker has measured itself; equal for all, so they only set the scale."""
+SLOWEST_TOKENS_PER_S = 1e-3
+"""What a worker reports below this counts as this: times stay finite."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +88,8 @@ class Choice:
 
 def estimate(request: RoutedRequest, view: WorkerView) -> Estimate:
     """Expected times of `request` on one worker."""
-    prefill_rate = view.prefill_tokens_per_s or UNMEASURED_PREFILL_TOKENS_PER_S
-    decode_rate = view.decode_tokens_per_s or UNMEASURED_DECODE_TOKENS_PER_S
+    prefill_rate = _rate(view.prefill_tokens_per_s, UNMEASURED_PREFILL_TOKENS_PER_S)
+    decode_rate = _rate(view.decode_tokens_per_s, UNMEASURED_DECODE_TOKENS_PER_S)
     # A batch that grows slows each of its sequences; the worst case is in proportion.
     batch = min(view.assigned_requests + request.choices, view.max_sequences)
     slowdown = max(1.0, batch / max(1, view.running))
@@ -105,6 +107,10 @@ def estimate(request: RoutedRequest, view: WorkerView) -> Estimate:
         decode_s=request.expected_answer_tokens / sequence_rate,
         cached_tokens=view.cached_tokens,
     )
+
+
+def _rate(measured_per_s: float, unmeasured_per_s: float) -> float:
+    return max(measured_per_s, SLOWEST_TOKENS_PER_S) if measured_per_s > 0 else unmeasured_per_s
 
 
 def has_room(view: WorkerView) -> bool:

@@ -29,6 +29,7 @@ from trireme.scheduler.servicer import SchedulerServicer
 from trireme.scheduler.settings import Settings
 from trireme.scheduler.tenant_shares import TenantShares
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, Event, ProcessRecord
+from trireme.wire.inference.v1.inference_pb2 import FinishReason
 from trireme.wire.scheduler.v1.scheduler_pb2_grpc import add_SchedulerServicer_to_server
 
 log = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ async def serve(settings: Settings) -> None:
                 for work in (
                     view.run(),
                     view.follow_residency(),
-                    shares.run(),
+                    shares.run(dispatcher.waiting_by_tenant),
                     dispatcher.read(),
                     dispatcher.dispatch(),
                     reaper.run(),
@@ -134,7 +135,12 @@ async def _learn_answer_lengths(events: Stream[Event], dispatcher: Dispatcher) -
     async for entry in events.tail():
         if entry.fact.HasField("finished"):
             finished = entry.fact.finished
-            dispatcher.note_answer(finished.model, finished.usage.completion_tokens)
+            # An answer that was cut off, or that is no text, says nothing of the next one's length.
+            if finished.usage.completion_tokens and finished.reason in (
+                FinishReason.FINISH_REASON_STOP,
+                FinishReason.FINISH_REASON_LENGTH,
+            ):
+                dispatcher.note_answer(finished.model, finished.usage.completion_tokens)
 
 
 def main() -> None:

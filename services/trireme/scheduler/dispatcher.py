@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 READ_BATCH = 512
 HANDOVER_BATCH = 64
+LOOK_BACK_S = 5.0
+"""Between two looks for requests whose reply was lost."""
 RETRY_S = 0.02
 """Pause before asking again for room while all workers are full."""
 
@@ -61,6 +63,7 @@ class Dispatcher:
         self._entries: dict[bytes, Entry[AdmittedRequest]] = {}
         self._answer_tokens: dict[str, float] = {}
         self._arrived = asyncio.Event()
+        self._looked_back_s = time.monotonic()
         self.last_progress_s = time.monotonic()
         """When the loop last turned; health follows from it."""
 
@@ -89,6 +92,22 @@ class Dispatcher:
                 SCHEDULERS, self._scheduler_id, count=min(room, READ_BATCH), block_ms=500
             )
             self.hold(entries)
+            await self._look_back()
+
+    async def _look_back(self) -> None:
+        """Hold what was read, but whose reply was lost with a connection: nobody else will."""
+        if time.monotonic() - self._looked_back_s < LOOK_BACK_S:
+            return
+        self._looked_back_s = time.monotonic()
+        try:
+            lost = await self._requests.forgotten(
+                SCHEDULERS, self._scheduler_id, held=self._entries, idle_ms=int(LOOK_BACK_S * 1000)
+            )
+        except AWAY:
+            return
+        if lost:
+            log.warning("held_again", extra={"requests": len(lost)})
+            self.hold(lost)
 
     def hold(self, entries: list[Entry[AdmittedRequest]]) -> None:
         """Put requests into the window."""
@@ -128,7 +147,7 @@ class Dispatcher:
     async def _assign_in_order(self) -> int:
         """Hand out requests until nobody who waits can go; returns how many left the window."""
         chosen: list[tuple[Entry[AdmittedRequest], Choice]] = []
-        expired = 0
+        expired: list[Entry[AdmittedRequest]] = []
         full: set[str] = set()
         while len(chosen) < HANDOVER_BATCH:
             now_s = time.time()
@@ -137,8 +156,10 @@ class Dispatcher:
                 break
             entry = self._entries[found[0]]
             if 0 < entry.fact.deadline_unix_s < now_s:
-                await self._expire(entry)
-                expired += 1
+                self._held.discard(entry.entry_id)
+                expired.append(entry)
+                if len(expired) >= HANDOVER_BATCH:
+                    break
                 continue
             choice = self._choose(entry.fact)
             if choice is None:
@@ -147,12 +168,17 @@ class Dispatcher:
             self._held.discard(entry.entry_id)
             self._note(entry.fact, choice)
             chosen.append((entry, choice))
-        await self._hand_over(chosen)
-        return len(chosen) + expired
+        try:
+            await self._hand_over(chosen)
+            await self._expire(expired)
+        except AWAY:
+            # They wait again; what had been done nevertheless is stale the next time.
+            self.hold([entry for entry in (*(e for e, _ in chosen), *expired) if self._has(entry)])
+            raise
+        return len(chosen) + len(expired)
 
-    def _release(self, entry: Entry[AdmittedRequest]) -> None:
-        self._held.discard(entry.entry_id)
-        self._entries.pop(entry.entry_id, None)
+    def _has(self, entry: Entry[AdmittedRequest]) -> bool:
+        return entry.entry_id in self._entries
 
     def _choose(self, request: AdmittedRequest) -> Choice | None:
         hashes = split_hashes(request.prefix_hashes)
@@ -174,21 +200,33 @@ class Dispatcher:
             tokens=work_tokens(request),
             hashes=split_hashes(request.prefix_hashes),
         )
-        answer_tokens = int(self._expected_answer(request) * max(1, request.sampling.n))
-        prompt_tokens = len(request.prompt_token_ids) - choice.cached_tokens
-        self._shares.charge(request.tenant, cost(prompt_tokens=prompt_tokens, answer_tokens=answer_tokens))
+        self._shares.charge(request.tenant, self._cost(request, choice))
+
+    def _take_back(self, request: AdmittedRequest, choice: Choice) -> None:
+        """The choice had no effect: it costs the tenant nothing and fills no place."""
+        self._view.note_withdrawn(choice.worker_id, tokens=work_tokens(request))
+        self._shares.charge(request.tenant, -self._cost(request, choice))
+
+    def _cost(self, request: AdmittedRequest, choice: Choice) -> float:
+        return cost(
+            prompt_tokens=len(request.prompt_token_ids) - choice.cached_tokens,
+            answer_tokens=int(self._expected_answer(request) * max(1, request.sampling.n)),
+        )
 
     async def _hand_over(self, chosen: list[tuple[Entry[AdmittedRequest], Choice]]) -> None:
-        """Make the choices durable; on failure the requests wait again."""
+        """Make the choices durable; what was stale, or could not be made so, is taken back."""
         handovers = [self._handover(entry, choice) for entry, choice in chosen]
         try:
             assigned = await self._records.assign(handovers)
         except AWAY:
-            self.hold([entry for entry, _ in chosen])
+            for entry, choice in chosen:
+                self._take_back(entry.fact, choice)
             raise
         now_s = time.time()
-        for (entry, _), done in zip(chosen, assigned, strict=True):
-            self._release(entry)
+        for (entry, choice), done in zip(chosen, assigned, strict=True):
+            self._entries.pop(entry.entry_id, None)
+            if not done:
+                self._take_back(entry.fact, choice)
             self._metrics.decided(assigned=done, waited_s=now_s - entry.fact.admitted_unix_s)
 
     def _handover(self, entry: Entry[AdmittedRequest], choice: Choice) -> Handover:
@@ -242,8 +280,9 @@ class Dispatcher:
             scheduler_id=self._scheduler_id,
         )
 
-    async def _expire(self, entry: Entry[AdmittedRequest]) -> None:
-        await self._records.settle(entry.fact.request_id, State.FAILED)
-        await self._requests.acknowledge(SCHEDULERS, [entry.entry_id], delete=True)
-        self._release(entry)
-        log.info("expired_in_queue", extra={"request_id": entry.fact.request_id})
+    async def _expire(self, entries: list[Entry[AdmittedRequest]]) -> None:
+        for entry in entries:
+            await self._records.settle(entry.fact.request_id, State.FAILED)
+            await self._requests.acknowledge(SCHEDULERS, [entry.entry_id], delete=True)
+            self._entries.pop(entry.entry_id, None)
+            log.info("expired_in_queue", extra={"request_id": entry.fact.request_id})

@@ -78,7 +78,12 @@ class FleetView:
         """Count an assignment of this replica before the next refresh shows it."""
         self._requests[worker_id] = self._requests.get(worker_id, 0) + 1
         self._tokens[worker_id] = self._tokens.get(worker_id, 0) + tokens
-        self._prefixes.add((worker_id, variant), hashes)
+        self._prefixes.expect((worker_id, variant), hashes)
+
+    def note_withdrawn(self, worker_id: str, *, tokens: int) -> None:
+        """An assignment that was counted had no effect."""
+        self._requests[worker_id] = max(0, self._requests.get(worker_id, 0) - 1)
+        self._tokens[worker_id] = max(0, self._tokens.get(worker_id, 0) - tokens)
 
     def views(self, model: str, hashes: Sequence[bytes]) -> list[WorkerView]:
         """Every place where the model (or variant) `model` can be answered now."""

@@ -135,7 +135,12 @@ class Reaper:
 
     async def _take_from_replicas(self) -> None:
         living = {record.id for record in await self._registry.living("scheduler")}
-        consumers = await self._redis.xinfo_consumers(self._requests.key, SCHEDULERS)
+        try:
+            consumers = await self._redis.xinfo_consumers(self._requests.key, SCHEDULERS)
+        except ResponseError as error:
+            if "NOGROUP" not in str(error) and "no such key" not in str(error):
+                raise
+            return  # Redis lost its memory; the next read makes the group anew
         for consumer in consumers:
             name = consumer["name"].decode()
             if name in living or name == self._scheduler_id:

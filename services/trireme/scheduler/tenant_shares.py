@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import cast
 
 from redis.asyncio import Redis
@@ -15,6 +15,8 @@ from trireme.policies.fair_sharing import lift
 log = logging.getLogger(__name__)
 
 REFRESH_S = 0.25
+MAX_TENANTS = 4096
+"""Counters kept: names that clients make up must not fill Redis, nor slow its readers."""
 
 
 class TenantShares:
@@ -37,8 +39,8 @@ class TenantShares:
             self.counters[tenant] = self.counters.get(tenant, 0.0) + weighted_tokens
             self._unsent[tenant] = self._unsent.get(tenant, 0.0) + weighted_tokens
 
-    async def synchronise(self) -> None:
-        """Send own charges, read the sums."""
+    async def synchronise(self, *, waiting: Container[str] = ()) -> None:
+        """Send own charges, read the sums; of too many tenants forget some that do not wait."""
         unsent, self._unsent = self._unsent, {}
         try:
             async with self._redis.pipeline(transaction=True) as pipe:
@@ -51,14 +53,26 @@ class TenantShares:
                 self._unsent[tenant] = self._unsent.get(tenant, 0.0) + amount
             raise
         self.counters = {name.decode(): float(value) for name, value in rows.items()}
+        if len(self.counters) > MAX_TENANTS:
+            await self._forget_some(waiting)
         for tenant, amount in self._unsent.items():
             self.counters[tenant] = self.counters.get(tenant, 0.0) + amount
 
-    async def run(self) -> None:
-        """Synchronise for ever."""
+    async def _forget_some(self, waiting: Container[str]) -> None:
+        # The least served lose least: they would be lifted anyway when they come back.
+        absent = [name for name in self.counters if name not in waiting]
+        absent.sort(key=self.counters.__getitem__)
+        forgotten = absent[: len(self.counters) - MAX_TENANTS // 2]
+        if forgotten:
+            await self._redis.hdel(self._key, *forgotten)
+            self.counters = {name: self.counters[name] for name in self.counters.keys() - set(forgotten)}
+            log.info("tenants_forgotten", extra={"tenants": len(forgotten)})
+
+    async def run(self, waiting: Callable[[], Container[str]]) -> None:
+        """Synchronise for ever; `waiting` names the tenants that wait now."""
         while True:
             try:
-                await self.synchronise()
+                await self.synchronise(waiting=waiting())
             except AWAY:
                 pass
             await asyncio.sleep(REFRESH_S)
