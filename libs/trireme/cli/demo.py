@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MODEL = "trireme-py"
 STREAMS = 16
-KILL_AFTER_S = 0.3
+KILL_AFTER_TOKENS = 8 * STREAMS
 TURNS = (
     "Complete this code:\ndef read_lines(path):\n",
     "Now write a class that counts words:\nclass WordCounter:\n",
@@ -136,7 +136,7 @@ async def _show(console: Console, run_dir: Path, answer_tokens: int) -> int:
     reports[f"{STREAMS} × OpenAI"] = await _streams(show, f"{STREAMS} streams by the OpenAI API", by_openai())
     reports["worker killed"] = await _streams(
         show,
-        f"{STREAMS} streams by gRPC; after {KILL_AFTER_S:.1f} s one of the two workers is killed",
+        f"{STREAMS} streams by gRPC; one of the two workers is killed while it answers",
         by_grpc(),
         disturb=lambda: _kill_worker(state),
     )
@@ -203,13 +203,14 @@ async def _streams(
     async with opened as driver, asyncio.TaskGroup() as tasks:
         with show.running(title, total=len(plan)):
             if disturb is not None:
-                tasks.create_task(_after(KILL_AFTER_S, disturb))
+                tasks.create_task(_when_under_way(show, disturb))
             run = await run_closed_loop(plan, driver, concurrency=STREAMS)
     return summarise(run)
 
 
-async def _after(seconds: float, action: Callable[[], Awaitable[None]]) -> None:
-    await asyncio.sleep(seconds)
+async def _when_under_way(show: LiveStreams, action: Callable[[], Awaitable[None]]) -> None:
+    while show.tokens() < KILL_AFTER_TOKENS:
+        await asyncio.sleep(0.005)
     await action()
 
 

@@ -32,6 +32,10 @@ class LiveStreams:
         """Show this request from now on."""
         self._outcomes.append(outcome)
 
+    def tokens(self) -> int:
+        """Tokens that have come so far, over all requests."""
+        return sum(outcome.answer_tokens or len(outcome.arrivals) for outcome in self._outcomes)
+
     @contextmanager
     def running(self, title: str, *, total: int) -> Iterator[None]:
         """Draw until the block ends."""
@@ -44,10 +48,8 @@ class LiveStreams:
 
     def _draw(self) -> Group:
         rows = Table.grid(padding=(0, 1))
-        tokens = 0
         for outcome in sorted(self._outcomes, key=lambda one: one.index):
             count = outcome.answer_tokens or len(outcome.arrivals)
-            tokens += count
             tail = " ".join(outcome.text.split())[-TAIL:]
             mark = "!" if outcome.error else ("✓" if outcome.ended_s else " ")
             rows.add_row(
@@ -58,5 +60,5 @@ class LiveStreams:
             )
         elapsed_s = time.monotonic() - self._started_s
         done = sum(1 for outcome in self._outcomes if outcome.ended_s)
-        line = f"{done}/{self._total} done, {tokens} tokens in {elapsed_s:.1f} s"
+        line = f"{done}/{self._total} done, {self.tokens()} tokens in {elapsed_s:.1f} s"
         return Group(rows, Text(line))
