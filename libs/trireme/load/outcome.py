@@ -62,7 +62,7 @@ class Outcome:
 
     @property
     def tpot_s(self) -> float | None:
-        """Time per output token after the first: (e2e - TTFT) / (tokens - 1)."""
+        """Time per output token after the first: (last arrival - first arrival) / (tokens - 1)."""
         ttft_s = self.ttft_s
         if ttft_s is None or self.answer_tokens < 2:
             return None

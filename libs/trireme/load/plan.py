@@ -13,6 +13,9 @@ from typing import Any
 
 from trireme.errors import InvalidConfiguration
 
+TRACE_BLOCK_TOKENS = 512
+"""Prompt tokens that one block id of a Mooncake trace stands for."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedRequest:
@@ -95,13 +98,14 @@ def from_trace(
         InvalidConfiguration: the file has neither form.
     """
     rng = random.Random(seed)
+    per_block = max(1, round(TRACE_BLOCK_TOKENS * length_scale))
     planned = []
     for index, (at_s, prompt_tokens, answer_tokens, blocks) in enumerate(_trace_rows(path)):
         if index >= limit:
             break
         length = max(1, round(prompt_tokens * length_scale))
         if blocks:
-            prompt = _from_blocks(blocks, length, prompt_tokens, vocabulary)
+            prompt = _from_blocks(blocks, length, per_block, vocabulary)
         else:
             prompt = _random_tokens(rng, length, vocabulary)
         planned.append(
@@ -135,15 +139,15 @@ def _random_tokens(rng: random.Random, count: int, vocabulary: int) -> tuple[int
     return tuple(rng.randrange(min(16, vocabulary - 1), vocabulary) for _ in range(count))
 
 
-def _from_blocks(blocks: Sequence[int], length: int, full_length: int, vocabulary: int) -> tuple[int, ...]:
+def _from_blocks(blocks: Sequence[int], length: int, per_block: int, vocabulary: int) -> tuple[int, ...]:
     """Tokens in which equal leading block ids give equal leading tokens, as in the trace."""
-    per_block = max(1, round(length / max(1, full_length) * 512))
     tokens: list[int] = []
-    for block in blocks:
-        tokens.extend(_random_tokens(random.Random(block), per_block, vocabulary))
-        if len(tokens) >= length:
-            break
-    return tuple(tokens[:length])
+    for place, block in enumerate(blocks):
+        room = length - len(tokens)
+        # What scaling rounded off is made up for by the last block, which others do not share as a whole.
+        count = room if place == len(blocks) - 1 else min(per_block, room)
+        tokens.extend(_random_tokens(random.Random(block), count, vocabulary))
+    return tuple(tokens)
 
 
 def _trace_rows(path: Path) -> Iterator[tuple[float, int, int, Sequence[int]]]:
@@ -156,7 +160,13 @@ def _trace_rows(path: Path) -> Iterator[tuple[float, int, int, Sequence[int]]]:
                     f"{path} needs the columns t_s, context_tokens and generated_tokens", param="trace"
                 )
             for row in reader:
-                yield float(row["t_s"]), int(row["context_tokens"]), int(row["generated_tokens"]), ()
+                try:
+                    found = float(row["t_s"]), int(row["context_tokens"]), int(row["generated_tokens"]), ()
+                except (TypeError, ValueError) as error:
+                    raise InvalidConfiguration(
+                        f"{path}, line {reader.line_num}: {error}", param="trace"
+                    ) from error
+                yield found
         return
     for row in _json_lines(path):
         try:
@@ -174,9 +184,14 @@ def _prompt_of(row: dict[str, Any]) -> str:
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
     with _open_text(path) as lines:
-        for line in lines:
+        for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield json.loads(line)
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise InvalidConfiguration(
+                        f"{path}, line {number}: not JSON: {error}", param=str(path)
+                    ) from error
 
 
 def _open_text(path: Path):  # type: ignore[no-untyped-def]

@@ -173,6 +173,8 @@ def load_fleet(path: Path) -> Fleet:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidConfiguration(f"cannot read {path}: {error.strerror}", param=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise InvalidConfiguration(f"{path} is not UTF-8 text: {error}", param=str(path)) from error
     except yaml.YAMLError as error:
         raise InvalidConfiguration(f"{path} is not valid YAML: {error}", param=str(path)) from error
     try:
