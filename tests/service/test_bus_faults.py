@@ -172,3 +172,24 @@ async def test_a_member_that_is_cancelled_leaves(redis: Redis) -> None:
     with pytest.raises(asyncio.CancelledError):
         await member
     assert await Registry(redis, KEYS).living() == []
+
+
+async def test_a_server_that_hangs_past_the_lease_takes_no_member_for_dead(redis: Redis) -> None:
+    lost: list[bool] = []
+    registry = Registry(redis, KEYS)
+    record = ProcessRecord(id="p", service="worker")
+    async with registry.membership(lambda: record, on_lost=lambda: lost.append(True)):
+        await redis.execute_command("CLIENT", "PAUSE", 4000)
+        await asyncio.sleep(0.6)  # a renewal is under way
+        await redis.ping()
+        await asyncio.sleep(0.2)
+        assert [found.id for found in await registry.living()] == ["p"]
+        assert not lost
+
+
+async def test_a_member_whose_lease_ended_while_the_server_answered_is_told(redis: Redis) -> None:
+    lost = asyncio.Event()
+    record = ProcessRecord(id="p", service="worker")
+    async with Registry(redis, KEYS).membership(lambda: record, on_lost=lost.set), asyncio.timeout(5):
+        await redis.delete(KEYS.process("p"))
+        await lost.wait()

@@ -122,9 +122,12 @@ class Registry:
             record = describe()
             if record is None:
                 continue
+            asked_s = time.monotonic()
             try:
                 # After an absence of Redis the lease may have ended without anyone seeing it.
                 held = await self.put(record, only_if_held=on_lost is not None and not away)
+                if not held and time.monotonic() - asked_s > RENEW_S:
+                    held = await self.put(record)  # it was Redis that hung
                 away = False
             except AWAY:
                 away = True
