@@ -49,6 +49,10 @@ class Vocabulary:
         added = tokenizer.get_added_tokens_decoder()
         self._special = {index: token.content for index, token in added.items() if token.special}
         self._pieces = _byte_pieces(tokenizer, frozenset(self._special))
+        spellings = sorted((text for text in self._special.values() if len(text) > 1), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, spellings)) or r"(?!)")
+        keeps_length = self._pieces is not None and tokenizer.normalizer is None
+        self._longest_bytes = max(map(len, self._pieces or [b""])) if keeps_length else 0
 
     @property
     def is_bytewise(self) -> bool:
@@ -58,6 +62,16 @@ class Vocabulary:
     def is_special(self, token_id: int) -> bool:
         """True for tokens that give no text."""
         return token_id in self._special
+
+    def disarmed(self, text: str, seam: str) -> str:
+        """The text with `seam` put into each spelling of a special token, so that none is left."""
+        while self._control.search(text):
+            text = self._control.sub(lambda found: found[0][0] + seam + found[0][1:], text)
+        return text
+
+    def fewest_tokens(self, text: str) -> int:
+        """A bound from below, without tokenising; 0 where nothing can be said."""
+        return len(text) // self._longest_bytes if self._longest_bytes else 0
 
     def detokenizer(self, prompt_token_ids: Sequence[int]) -> Detokenizer:
         """A detokenizer for an answer to this prompt."""

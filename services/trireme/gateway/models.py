@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,19 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from trireme.errors import InvalidCheckpoint, InvalidConfiguration, InvalidRequest, ModelNotFound
+from trireme.errors import (
+    ContextLengthExceeded,
+    InvalidCheckpoint,
+    InvalidConfiguration,
+    InvalidRequest,
+    ModelNotFound,
+)
 from trireme.gateway.chat_template import ChatTemplate, load_chat_template, read_json
 from trireme.gateway.detokenizer import Vocabulary
 from trireme.runtime.fleet import Fleet
 
+ROLES = ("system", "user", "assistant")
+"""Who may speak in a conversation; templates put roles next to their control tokens."""
 INLINE_CHARACTERS = 4096
 """Longer texts are tokenised in a thread, so that other requests' tokens go on flowing."""
 
@@ -42,7 +51,14 @@ class ServedModel:
 
         Raises:
             InvalidRequest: the text is not valid Unicode (a lone surrogate).
+            ContextLengthExceeded: it is so long that it need not be tokenised to say so.
         """
+        fewest = self.vocabulary.fewest_tokens(text)
+        if fewest > self.context_tokens:
+            raise ContextLengthExceeded(
+                f"the prompt has at least {fewest} tokens; {self.name}'s context is {self.context_tokens}",
+                param="prompt",
+            )
         if not text.isascii():
             try:
                 text.encode()
@@ -60,15 +76,33 @@ class ServedModel:
     async def tokenize_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The ids of a conversation up to where the answer starts.
 
+        Control tokens come from the template alone: what a message says is text, also where it
+        spells a special token, so nobody can end their own turn and speak as another role.
+
         Raises:
-            InvalidRequest: the checkpoint has no chat template, or it refuses the messages.
+            InvalidRequest: the checkpoint has no chat template, it refuses the messages, or a role
+                is none of `ROLES`.
+            ContextLengthExceeded: the conversation is far too long.
         """
         if self.chat_template is None:
             raise InvalidRequest(
                 f"{self.name} has no chat template: ask with a plain prompt (/v1/completions)",
                 param="messages",
             )
-        return await self.tokenize(self.chat_template.render(messages), special_tokens=False)
+        for number, message in enumerate(messages):
+            if message["role"] not in ROLES:
+                raise InvalidRequest(
+                    f"messages[{number}]: the role must be one of {', '.join(ROLES)}", param="messages"
+                )
+        # The seam is drawn, so that no message can have it. Letters would not outlive every template.
+        seam = f"\ue000{secrets.randbits(64)}\ue000"
+        said = [
+            {**message, "content": self.vocabulary.disarmed(message["content"], seam)} for message in messages
+        ]
+        ids: list[int] = []
+        for piece in self.chat_template.render(said).split(seam):
+            ids += await self.tokenize(piece, special_tokens=False)
+        return ids
 
 
 class ModelCatalog:
