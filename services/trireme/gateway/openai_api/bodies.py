@@ -4,11 +4,38 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from trireme.errors import InvalidRequest
 
 B = TypeVar("B", bound="_Body")
+
+TokenId = Annotated[int, Field(ge=0, lt=2**32)]
+
+MAX_FIELDS = 128
+"""Members of one object of a body; no call has so many fields."""
+MAX_MAP_ENTRIES = 4096
+"""Entries of a map from a client's own keys; what they may be is checked later."""
+SHOWN_CHARACTERS = 80
+"""How much of a client's own words an error repeats."""
+
+
+def _bounded(limit: int) -> BeforeValidator:
+    # The checker makes an error of some 500 bytes for each wrong entry, however many there are.
+    def check(data: Any) -> Any:
+        if isinstance(data, dict) and len(data) > limit:
+            raise PydanticCustomError("too_many_entries", f"more than {limit} entries")
+        return data
+
+    return BeforeValidator(check)
 
 
 class _Strict(BaseModel):
@@ -16,8 +43,8 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
-    include_usage: bool = False
-    include_obfuscation: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
     """Accepted: padding is a server's choice, and none is sent."""
 
 
@@ -32,21 +59,25 @@ class _Tolerant(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _drop_what_asks_nothing(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or not data.keys() & _LATER.keys():
+        if not isinstance(data, dict):
             return data
-        return {key: value for key, value in data.items() if key not in _LATER or not _asks_nothing(value)}
+        if len(data) > MAX_FIELDS:
+            raise PydanticCustomError("too_many_fields", f"more than {MAX_FIELDS} fields")
+        if not data.keys() & _LATER.keys():
+            return data
+        return {key: value for key, value in data.items() if not _asks_nothing(key, value)}
 
 
 class Message(_Tolerant):
     """One message; `developer` is what newer clients call `system`."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
-    name: str | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates expect it."""
-        content = self.content
+        content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
         role = "system" if self.role == "developer" else self.role
         message = {"role": role, "content": text}
@@ -63,9 +94,9 @@ class _Body(_Tolerant):
     temperature: float | None = None
     top_p: float | None = None
     n: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], _bounded(MAX_MAP_ENTRIES)] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     user: str | None = None
@@ -77,23 +108,23 @@ class _Body(_Tolerant):
     repetition_penalty: float | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**32)]] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
     priority: Annotated[int, Field(ge=-100, le=100)] | None = None
 
     @property
     def includes_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 class ChatBody(_Body):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     response_format: dict[str, Any] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], _bounded(MAX_MAP_ENTRIES)] | None = None
     """Accepted: an opaque mark of the client's."""
     store: bool | None = None
     """Accepted if false: nothing is stored."""
@@ -107,11 +138,11 @@ class CompletionBody(_Body):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[int], Field(min_length=1)]
-        | Annotated[list[list[int]], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[int], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[Annotated[list[int], Field(fail_fast=True)]], Field(min_length=1, fail_fast=True)]
     )
-    logprobs: Annotated[int, Field(ge=0)] | None = None
+    logprobs: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
 
@@ -124,6 +155,8 @@ _LATER: dict[str, str] = {
     "function_call": "function calls",
     "tool_calls": "tool calls",
     "tool_call_id": "tool calls",
+    "refusal": "refusals",
+    "annotations": "annotations",
     "modalities": "other modalities than text",
     "audio": "audio",
     "prediction": "predicted outputs",
@@ -141,8 +174,10 @@ _LATER: dict[str, str] = {
 """Fields that others know and this server does not; null, an empty list and "none" ask for nothing."""
 
 
-def _asks_nothing(value: Any) -> bool:
-    return value is None or value == "none" or value == [] or value == {}
+def _asks_nothing(key: str, value: Any) -> bool:
+    if key not in _LATER:
+        return False
+    return value in (None, "none", [], {}) or (key == "modalities" and value == ["text"])
 
 
 def parse(body_class: type[B], raw: bytes) -> B:
@@ -163,7 +198,7 @@ def parse(body_class: type[B], raw: bytes) -> B:
 def _fault(error: ValidationError) -> InvalidRequest:
     item = error.errors(include_url=False)[0]
     loc, kind, param = item["loc"], item["type"], _param(item["loc"])
-    name = str(loc[-1]) if loc else ""
+    name = str(loc[-1])[:SHOWN_CHARACTERS] if loc else ""
     match kind:
         case "json_invalid":
             return InvalidRequest(f"the body is not valid JSON: {item['msg'].removeprefix('Invalid JSON: ')}")
@@ -185,5 +220,6 @@ def _param(loc: tuple[int | str, ...]) -> str | None:
         elif "[" in part or part in ("str", "int", "float", "bool", "constrained-int"):
             break
         else:
+            part = part[:SHOWN_CHARACTERS]
             path += f".{part}" if path else part
     return path or None

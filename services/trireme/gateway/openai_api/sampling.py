@@ -65,6 +65,11 @@ def chat_sampling(body: ChatBody) -> SamplingParameters:
             raise InvalidRequest(
                 f"messages[{number}]: tool calls are not supported", param=f"messages[{number}].role"
             )
+        if message.content is None and message.role != "assistant":
+            raise InvalidRequest(
+                f"messages[{number}]: content may be null for an assistant only",
+                param=f"messages[{number}].content",
+            )
     sampling = _shared(body)
     asked = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     if asked is not None:
@@ -119,6 +124,8 @@ def _logit_bias(biases: dict[str, float]) -> dict[int, float]:
         parsed = {int(token_id): bias for token_id, bias in biases.items()}
     except ValueError:
         raise InvalidRequest("logit_bias: the keys must be token ids", param="logit_bias") from None
+    if len(parsed) < len(biases):
+        raise InvalidRequest("logit_bias: two keys are the same token id", param="logit_bias")
     if any(not 0 <= token_id < 2**32 for token_id in parsed):
         raise InvalidRequest("logit_bias: a token id is out of range", param="logit_bias")
     return parsed
