@@ -15,7 +15,14 @@ from trireme.gateway.generation import Generation
 from trireme.gateway.limits import at_most
 from trireme.gateway.models import ServedModel
 from trireme.gateway.scoring import classify, embed
-from trireme.gateway.submission import DEFAULT_TENANT, Caller, checked_request_id, generation
+from trireme.gateway.submission import (
+    DEFAULT_TENANT,
+    Caller,
+    checked_name,
+    checked_request_id,
+    checked_traceparent,
+    generation,
+)
 from trireme.gateway.worker_links import WorkerLinks
 from trireme.runtime.serving import Context
 from trireme.wire.inference.v1 import inference_pb2 as pb
@@ -118,7 +125,7 @@ class InferenceServicer(rpc.InferenceServicer):
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
         if not request.request_id:
             raise InvalidRequest("request_id is empty: name a request", param="request_id")
-        return pb.CancelResponse(cancelled=await self._core.cancel(request.request_id))
+        return pb.CancelResponse(cancelled=await self._core.cancel(checked_request_id(request.request_id)))
 
     async def _prompt(self, request: pb.GenerateRequest, model: ServedModel) -> list[int]:
         match request.WhichOneof("prompt"):
@@ -145,6 +152,9 @@ class InferenceServicer(rpc.InferenceServicer):
     ) -> Caller:
         metadata = _metadata(context)
         tenant = metadata.get("x-trireme-tenant", "") if self._trust_tenant_header else ""
+        checked_name(tenant, param="x-trireme-tenant")
+        if slo_class not in pb.SloClass.values():
+            raise InvalidRequest(f"slo_class {slo_class} is not known", param="slo_class")
         remaining_s = context.time_remaining()
         limited = remaining_s is not None and remaining_s < MAX_DEADLINE_S
         return Caller(
@@ -152,9 +162,9 @@ class InferenceServicer(rpc.InferenceServicer):
             tenant=tenant or DEFAULT_TENANT,
             slo_class=slo_class,
             priority=priority,
-            session_id=session_id,
+            session_id=checked_name(session_id, param="session_id"),
             deadline_unix_s=time.time() + (remaining_s or 0.0) if limited else 0.0,
-            traceparent=metadata.get("traceparent", ""),
+            traceparent=checked_traceparent(metadata.get("traceparent", "")),
         )
 
     @contextmanager

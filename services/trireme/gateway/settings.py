@@ -41,6 +41,10 @@ class Settings:
     """An HTTP stream that has nothing to say for so long sends a comment."""
     stall_s: float = 120.0
     """A client that takes nothing for so long is taken for gone."""
+    body_s: float = 60.0
+    """How long a client may take to send a body."""
+    idle_s: float = 75.0
+    """An HTTP connection without a complete request for so long is closed."""
     silence_s: float = 1.0
     """A request without news for so long is compared with its record."""
     usage_wait_s: float = 1.0

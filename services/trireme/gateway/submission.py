@@ -20,6 +20,8 @@ from trireme.wire.inference.v1.inference_pb2 import (
 
 DEFAULT_TENANT = "default"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
+_NAME = re.compile(r"[!-~]{1,128}")
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +71,27 @@ def checked_request_id(request_id: str) -> str:
             param="request_id",
         )
     return request_id
+
+
+def is_name(text: str) -> bool:
+    """Whether sessions, tenants and HTTP calls may be called so: they become keys and headers."""
+    return _NAME.fullmatch(text) is not None
+
+
+def checked_name(text: str, *, param: str) -> str:
+    """The name, which may be empty for none.
+
+    Raises:
+        InvalidRequest: it is too long or has other characters than names may have.
+    """
+    if text and not is_name(text):
+        raise InvalidRequest(f"{param} must have 1 to 128 visible ASCII characters", param=param)
+    return text
+
+
+def checked_traceparent(text: str) -> str:
+    """The W3C trace context; empty for one that is malformed, which the standard says to ignore."""
+    return text if _TRACEPARENT.fullmatch(text) else ""
 
 
 def generation(

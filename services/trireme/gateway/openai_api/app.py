@@ -11,9 +11,10 @@ from contextlib import ExitStack, asynccontextmanager, closing
 from dataclasses import replace
 
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
-from trireme.errors import RequestCancelled, RequestConflict, RequestNotFound
+from trireme.errors import InvalidRequest, RequestCancelled, RequestConflict, RequestNotFound
 from trireme.gateway.answer import Answer
 from trireme.gateway.generation import Generation
 from trireme.gateway.limits import at_most, check_token_id
@@ -24,7 +25,16 @@ from trireme.gateway.openai_api.errors import errors_as_json
 from trireme.gateway.openai_api.sampling import chat_sampling, completion_sampling, slo_class
 from trireme.gateway.openai_api.shapes import ChatShape, Frame, Shape, TextShape
 from trireme.gateway.settings import Settings
-from trireme.gateway.submission import DEFAULT_TENANT, Caller, Submission, generation, new_request_id
+from trireme.gateway.submission import (
+    DEFAULT_TENANT,
+    Caller,
+    Submission,
+    checked_name,
+    checked_traceparent,
+    generation,
+    is_name,
+    new_request_id,
+)
 from trireme.gateway.worker_links import WorkerLinks
 from trireme.runtime.health import HealthReporter
 from trireme.runtime.metrics_server import metrics_routes
@@ -58,7 +68,7 @@ class OpenAiApi:
         ]
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
-        raw = await request.read()
+        raw = await self._body(request)
         body = await _parsed(ChatBody, raw)
         limits = self._core.limits
         at_most("messages", len(body.messages), limits.max_messages)
@@ -81,7 +91,7 @@ class OpenAiApi:
         )
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
-        raw = await request.read()
+        raw = await self._body(request)
         body = await _parsed(CompletionBody, raw)
         model = self._core.catalog.find(body.model)
         prompts = await self._prompts(body, model)
@@ -124,6 +134,16 @@ class OpenAiApi:
             "ready": model.name in served or any(name in served for name in variants),
         }
 
+    async def _body(self, request: web.Request) -> bytes:
+        """The body, which must come in `body_s` and be what its headers say."""
+        try:
+            async with asyncio.timeout(self._settings.body_s):
+                return await request.read()
+        except TimeoutError:
+            raise web.HTTPRequestTimeout(reason="the body came too slowly") from None
+        except (web.RequestPayloadError, HttpProcessingError) as error:
+            raise InvalidRequest("the body is not encoded as its headers say") from error
+
     async def _prompts(self, body: CompletionBody, model: ServedModel) -> list[list[int]]:
         prompt = body.prompt
         if isinstance(prompt, str):
@@ -146,17 +166,20 @@ class OpenAiApi:
         raw: bytes,
         priority: int | None,
         service_tier: str | None,
-        session_id: str | None,
+        prompt_cache_key: str | None,
     ) -> Caller:
         headers = request.headers
         tenant = headers.get("x-trireme-tenant", "") if self._settings.trust_tenant_header else ""
+        checked_name(tenant, param="x-trireme-tenant")
+        checked_name(headers.get("x-request-id", ""), param="x-request-id")
         return Caller(
-            request_id=_request_id(headers.get("x-request-id", ""), tenant, request.path, raw),
+            request_id=_request_id(request[REQUEST_ID], tenant, request.path, raw),
             tenant=tenant or DEFAULT_TENANT,
             slo_class=slo_class(service_tier, headers.get("x-trireme-slo-class")),
             priority=priority or 0,
-            session_id=headers.get("x-trireme-session", session_id or "")[:128],
-            traceparent=headers.get("traceparent", ""),
+            session_id=checked_name(headers.get("x-trireme-session", ""), param="x-trireme-session")
+            or _session_of(prompt_cache_key),
+            traceparent=checked_traceparent(headers.get("traceparent", "")),
         )
 
     async def _answer(
@@ -168,7 +191,7 @@ class OpenAiApi:
         stream: bool,
         with_usage: bool,
     ) -> web.StreamResponse:
-        given = request.headers.get("x-request-id", "")
+        given = request[REQUEST_ID]
         base_id = submissions[0].caller.request_id
         if len(submissions) > 1:
             base_id = base_id.removesuffix("/0")
@@ -231,6 +254,7 @@ async def openai_server(
         handler_cancellation=True,
         max_line_size=settings.max_header_bytes,
         max_field_size=settings.max_header_bytes,
+        keepalive_timeout=settings.idle_s,
         shutdown_timeout=1.0,
     )
     await runner.setup()
@@ -248,7 +272,10 @@ def _marked_and_counted(core: Generation) -> Middleware:
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if not request.path.startswith("/v1/"):
             return await handler(request)
-        request[REQUEST_ID] = request.headers.get("x-request-id", "")
+        given = request.headers.get("x-request-id", "")
+        request[REQUEST_ID] = given if is_name(given) else ""  # `_caller` refuses what is not one.
+        resource = request.match_info.route.resource  # Not the path: clients may make up any number.
+        api = "http" + resource.canonical.replace("/", "_") if resource else "http_unknown"
         code = "cancelled"
         try:
             response = await handler(request)
@@ -257,7 +284,7 @@ def _marked_and_counted(core: Generation) -> Middleware:
                 response.headers.setdefault("x-request-id", request[REQUEST_ID] or new_request_id())
             return response
         finally:
-            core.metrics.requests.labels("http" + request.path.replace("/", "_")[:40], code).inc()
+            core.metrics.requests.labels(api, code).inc()
 
     return middleware
 
@@ -273,6 +300,13 @@ def _echoes(body: CompletionBody, model: ServedModel, prompts: list[list[int]]) 
         given = zip(body.prompt, prompts, strict=True)
         texts = [part if isinstance(part, str) else decode(ids) for part, ids in given]
     return [text for text in texts for _ in range(body.n or 1)]
+
+
+def _session_of(prompt_cache_key: str | None) -> str:
+    """A session's name: bodies may have any text there, names may not."""
+    if not prompt_cache_key or is_name(prompt_cache_key):
+        return prompt_cache_key or ""
+    return "key-" + hashlib.blake2b(prompt_cache_key.encode(), digest_size=16).hexdigest()
 
 
 async def _parsed(body_class: type[B], raw: bytes) -> B:

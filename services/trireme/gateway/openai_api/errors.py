@@ -74,9 +74,10 @@ async def errors_as_json(
             413: "the body is larger than this server takes",
         }.get(error.status, error.reason)
         inner = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-        return web.json_response(
-            {"error": inner}, status=error.status, headers={"x-should-retry": "false"}
-        )
+        headers = {"x-should-retry": "false"}
+        if "Allow" in error.headers:
+            headers["Allow"] = error.headers["Allow"]
+        return web.json_response({"error": inner}, status=error.status, headers=headers)
     except (ConnectionError, TimeoutError):
         raise  # The client's connection; nobody is left to tell.
     except Exception:
