@@ -18,9 +18,9 @@ import yaml
 from tests.service.processes import service
 from trireme.bus.connection import Keys, open_redis
 from trireme.bus.registry import Registry
-from trireme.bus.request_records import RequestRecords, State
+from trireme.bus.request_records import WORKERS, RequestRecords, Requeue, State
 from trireme.bus.streams import Stream
-from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, Event, ProcessRecord, RequestKind
+from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, Assignment, Event, ProcessRecord, RequestKind
 from trireme.wire.inference.v1 import inference_pb2 as inference
 from trireme.wire.worker.v1 import worker_pb2 as pb
 from trireme.wire.worker.v1 import worker_pb2_grpc as rpc
@@ -287,3 +287,106 @@ async def test_sigterm_drains(bench: Bench) -> None:
     assert await bench.state("r") is State.FINISHED
     log = [json.loads(line) for line in (bench.directory / "worker0.log").read_text().splitlines()]
     assert [line["left"] for line in log if line["event"] == "drained"] == [0]
+
+
+async def test_a_later_attempt_on_the_only_worker_goes_on_where_the_gateway_stood(
+    bench: Bench, checkpoint: Path
+) -> None:
+    bench.start_worker()
+    [record] = await bench.workers()
+    prompt = [9, 8, 7, 6]
+    async with FakeGateway(record.grpc_address) as gateway:
+        await bench.admit("r", prompt=prompt, max_tokens=400, ignore_eos=True)
+        await gateway.until(lambda: len(gateway.tokens.get(("r", 0), [])) > 20)
+        # The gateway takes the worker for lost, though it lives, and queues the request again.
+        body = await bench.records.body("r")
+        assert body is not None
+        body.delivered.add(ids=gateway.tokens["r", 0][:20])
+        body.avoid_worker_ids.append(record.id)
+        assert await bench.records.requeue(body, crashed=False) is Requeue.REQUEUED
+        await gateway.until(lambda: ("r", 0) in gateway.finished)
+        assert gateway.finished["r", 0].reason == inference.FINISH_REASON_LENGTH
+        assert gateway.last["r"].attempt == 2
+        assert gateway.tokens["r", 0] == _continued(checkpoint, prompt, 400)
+        await gateway.send(confirm=pb.Confirm(request_id="r", received=[400], complete=True))
+        while await bench.state("r") is not State.FINISHED:
+            await asyncio.sleep(0.01)
+    assert await bench.redis.xlen(KEYS.assignments(record.id)) == 0  # type: ignore[attr-defined]
+    load = await bench.redis.hgetall(KEYS.load(record.id))  # type: ignore[attr-defined]
+    assert load == {b"requests": b"0", b"tokens": b"0"}
+
+
+async def test_what_a_gateway_sends_amiss_harms_nobody(bench: Bench) -> None:
+    bench.start_worker()
+    [record] = await bench.workers()
+    async with FakeGateway(record.grpc_address) as gateway:
+        request = AdmittedRequest(
+            request_id="odd",
+            tenant="t",
+            model="small",
+            prompt_token_ids=[1],
+            gateway_id="g1",
+            attempt=1,
+            admitted_unix_s=time.time(),
+        )
+        await bench.records.admit(request, max_waiting=1000)
+        await gateway.until(lambda: ("odd", 0) in gateway.finished)
+        assert gateway.finished["odd", 0].error_code == "invalid_request"
+        await gateway.send()
+        await gateway.send(hello=pb.Hello(gateway_id="again"))
+        await gateway.send(stop=pb.Stop(request_id="odd", choice=2**32 - 1))
+        await gateway.send(stop=pb.Stop(request_id="r", choice=0))
+        await gateway.send(confirm=pb.Confirm(request_id="nobody", received=[1] * 1000, complete=True))
+        await gateway.send(attach=pb.Attach(request_id=""))
+        await gateway.until(lambda: gateway.unknown == [""])
+        for first in (pb.GatewayMessage(), pb.GatewayMessage(hello=pb.Hello())):
+            async with grpc.aio.insecure_channel(record.grpc_address) as channel:
+                call = rpc.WorkerStub(channel).Connect(iter([first]))
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await call.read()
+                assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        await bench.admit("r", prompt=[1, 2, 3])
+        await gateway.until(lambda: ("r", 0) in gateway.finished)
+        assert gateway.finished["r", 0].reason != inference.FINISH_REASON_ERROR
+
+
+async def test_an_assignment_whose_reply_was_lost_is_served(bench: Bench) -> None:
+    bench.start_worker()
+    [record] = await bench.workers()
+    async with FakeGateway(record.grpc_address) as gateway:
+        request = AdmittedRequest(
+            request_id="r",
+            model="small",
+            kind=RequestKind.REQUEST_KIND_GENERATE,
+            prompt_token_ids=[1, 2, 3],
+            sampling=inference.SamplingParameters(max_tokens=5, temperature=0.0),
+            gateway_id="g1",
+            attempt=1,
+        )
+        assignment = Assignment(request=request, variant="small-v", worker_id=record.id)
+        async with bench.redis.pipeline(transaction=True) as pipe:  # type: ignore[attr-defined]
+            # In one transaction, so that this read comes before the worker's own.
+            pipe.xadd(KEYS.assignments(record.id), {b"f": assignment.SerializeToString()})
+            pipe.xreadgroup(WORKERS, record.id, {KEYS.assignments(record.id): ">"})
+            replies = await pipe.execute()
+        assert replies[1], "the server counts it as read by the worker"
+        await gateway.until(lambda: ("r", 0) in gateway.finished)
+
+
+async def test_an_idle_variant_is_unloaded_without_a_request_noticing(bench: Bench) -> None:
+    bench.start_worker(0)
+    bench.start_worker(1)
+    first, second = await bench.workers(2)
+    async with (
+        FakeGateway(first.grpc_address) as one,
+        FakeGateway(second.grpc_address) as other,
+        grpc.aio.insecure_channel(first.grpc_address) as channel,
+    ):
+        unloading = rpc.WorkerStub(channel).UnloadVariant(pb.UnloadVariantRequest(variant="small-v"))
+        for number in range(10):
+            await bench.admit(f"r{number}", prompt=[number + 1, 2], max_tokens=4, ignore_eos=True)
+            await asyncio.sleep(0.03)
+        await unloading
+        await other.until(lambda: len(one.finished) + len(other.finished) == 10)
+        reasons = {finished.reason for g in (one, other) for finished in g.finished.values()}
+        assert reasons == {inference.FINISH_REASON_LENGTH}
