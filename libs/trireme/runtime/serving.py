@@ -19,7 +19,7 @@ from trireme.runtime.status import GRPC_CODE
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 16 * 2**20
-"""Largest gRPC message that a server takes; docs/security.md lists the limits."""
+"""Largest gRPC message that a server takes; the gateway limits prompts and bodies far below it."""
 
 Register = Callable[[grpc.aio.Server], None]
 if TYPE_CHECKING:
