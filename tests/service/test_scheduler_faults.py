@@ -191,3 +191,24 @@ async def test_made_up_tenants_do_not_fill_redis(bench: Bench, monkeypatch: pyte
     assert bench.shares.counters["made-up-149"] == 150.0, "who was served most keeps its counter"
     await bench.shares.synchronise()
     assert len(bench.shares.counters) == 50
+
+
+async def test_an_entry_held_again_while_it_is_handed_over_is_let_go(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assign = bench.records.assign
+
+    async def overlapping(handovers: Any) -> list[bool]:
+        bench.dispatcher.hold(list(bench.dispatcher._entries.values()))
+        return await assign(handovers)
+
+    monkeypatch.setattr(bench.records, "assign", overlapping)
+    await bench.admit("r")
+    async with bench.running():
+
+        async def assigned() -> bool:
+            return await bench.assigned() == ["r"] and not bench.dispatcher._entries
+
+        await until(assigned)
+        await asyncio.sleep(0.1)
+    assert not bench.dispatcher.waiting_by_tenant()

@@ -177,6 +177,11 @@ class Dispatcher:
             raise
         return len(chosen) + len(expired)
 
+    def _release(self, entry: Entry[AdmittedRequest]) -> None:
+        # It may have been held again meanwhile, as taken over from a replica that died.
+        self._held.discard(entry.entry_id)
+        self._entries.pop(entry.entry_id, None)
+
     def _has(self, entry: Entry[AdmittedRequest]) -> bool:
         return entry.entry_id in self._entries
 
@@ -224,7 +229,7 @@ class Dispatcher:
             raise
         now_s = time.time()
         for (entry, choice), done in zip(chosen, assigned, strict=True):
-            self._entries.pop(entry.entry_id, None)
+            self._release(entry)
             if not done:
                 self._take_back(entry.fact, choice)
             self._metrics.decided(assigned=done, waited_s=now_s - entry.fact.admitted_unix_s)
@@ -284,5 +289,5 @@ class Dispatcher:
         for entry in entries:
             await self._records.settle(entry.fact.request_id, State.FAILED)
             await self._requests.acknowledge(SCHEDULERS, [entry.entry_id], delete=True)
-            self._entries.pop(entry.entry_id, None)
+            self._release(entry)
             log.info("expired_in_queue", extra={"request_id": entry.fact.request_id})

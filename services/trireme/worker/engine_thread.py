@@ -94,6 +94,7 @@ class EngineThread:
         self._alive_s = time.monotonic()
         for action in calls:
             action()
+            self._alive_s = time.monotonic()
         for variant, engine in list(self._engines.items()):
             if engine.has_work:
                 result = engine.step()
