@@ -138,12 +138,23 @@ def test_prompts_of_each_kind() -> None:
 def test_addresses_are_asked_in_turn_and_pauses_grow_with_each_round() -> None:
     addresses = Addresses(["a", "b"])
     first = addresses.current
-    assert addresses.advance() == 0.0
+    assert addresses.advance(first) == 0.0
     assert {first, addresses.current} == {"a", "b"}
-    pauses = [addresses.advance() for _ in range(40)]
+    pauses = [addresses.advance(addresses.current) for _ in range(40)]
     assert all(0 < pause <= 1.0 for pause in pauses) and pauses[-1] > pauses[0]
-    addresses.answered()
-    assert addresses.advance() == 0.0
+    addresses.answered(addresses.current)
+    assert addresses.advance(addresses.current) == 0.0
     for wrong in ([], "a:1"):
         with pytest.raises(InvalidConfiguration):
             Addresses(wrong)
+
+
+def test_calls_that_lose_a_gateway_together_move_on_together() -> None:
+    addresses = Addresses(["a", "b", "c"])
+    lost = addresses.current
+    assert [addresses.advance(lost) for _ in range(100)] == [0.0] * 100
+    second = addresses.current
+    assert second != lost
+    addresses.answered(lost)  # A last word from before.
+    addresses.advance(second)
+    assert len({lost, second, addresses.current}) == 3

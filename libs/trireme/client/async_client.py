@@ -89,11 +89,12 @@ class TriremeClient:
         )
         broken_s: float | None = None
         while not answer.done:
-            call = self._stub().Generate(answer.next_call())
+            address = self._addresses.current
+            call = self._stub(address).Generate(answer.next_call())
             try:
                 async for response in call:
                     broken_s = None
-                    self._addresses.answered()
+                    self._addresses.answered(address)
                     event = answer.take(response)
                     if event is not None:
                         yield event
@@ -110,8 +111,8 @@ class TriremeClient:
             if not (resumable or answer.outlasts(error)) or now_s - broken_s >= self._retry_s:
                 raise error
             if first:
-                yield Paused(f"the gateway {self._addresses.current} was lost; another one goes on")
-            await asyncio.sleep(self._addresses.advance())
+                yield Paused(f"the gateway {address} was lost; another one goes on")
+            await asyncio.sleep(self._addresses.advance(address))
 
     async def classify(
         self, model: str, text: str, labels: Sequence[str], *, normalise_length: bool = False, slo: str = ""
@@ -164,19 +165,19 @@ class TriremeClient:
         """Call one gateway after the other until one answers or `retry_s` is over."""
         deadline_s = time.monotonic() + self._retry_s
         while True:
+            address = self._addresses.current
             try:
-                response = await call(self._stub())
+                response = await call(self._stub(address))
             except grpc.aio.AioRpcError as failure:
                 error, resumable = told(failure)
                 if not resumable or time.monotonic() >= deadline_s:
                     raise error from failure
-                await asyncio.sleep(self._addresses.advance())
+                await asyncio.sleep(self._addresses.advance(address))
             else:
-                self._addresses.answered()
+                self._addresses.answered(address)
                 return response
 
-    def _stub(self) -> Any:
-        address = self._addresses.current
+    def _stub(self, address: str) -> Any:
         channel = self._channels.get(address)
         if channel is None:
             channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)

@@ -39,16 +39,22 @@ class Addresses:
         """The gateway to call."""
         return self._addresses[self._position]
 
-    def advance(self) -> float:
-        """Go to the next gateway; returns the seconds to wait first: none until all were tried."""
-        self._position = (self._position + 1) % len(self._addresses)
-        self._failures += 1
+    def advance(self, failed: str) -> float:
+        """`failed` did not answer: ask the next one; returns the seconds to wait first.
+
+        There is no wait until all were tried. Of many calls that lose one gateway together, the
+        first moves on and the others follow.
+        """
+        if failed == self.current:
+            self._position = (self._position + 1) % len(self._addresses)
+            self._failures += 1
         rounds = self._failures // len(self._addresses)
         if rounds == 0:
             return 0.0
         longest_s: float = min(_LONGEST_PAUSE_S, _PAUSE_S * 2 ** min(rounds, 10))
         return longest_s * random.uniform(0.5, 1.0)
 
-    def answered(self) -> None:
-        """The current gateway works."""
-        self._failures = 0
+    def answered(self, address: str) -> None:
+        """This gateway works."""
+        if address == self.current:
+            self._failures = 0

@@ -92,11 +92,12 @@ class SyncTriremeClient:
         )
         broken_s: float | None = None
         while not answer.done:
-            call = self._stub().Generate(answer.next_call())
+            address = self._addresses.current
+            call = self._stub(address).Generate(answer.next_call())
             try:
                 for response in call:
                     broken_s = None
-                    self._addresses.answered()
+                    self._addresses.answered(address)
                     event = answer.take(response)
                     if event is not None:
                         yield event
@@ -113,8 +114,8 @@ class SyncTriremeClient:
             if not (resumable or answer.outlasts(error)) or now_s - broken_s >= self._retry_s:
                 raise error
             if first:
-                yield Paused(f"the gateway {self._addresses.current} was lost; another one goes on")
-            time.sleep(self._addresses.advance())
+                yield Paused(f"the gateway {address} was lost; another one goes on")
+            time.sleep(self._addresses.advance(address))
 
     def classify(
         self, model: str, text: str, labels: Sequence[str], *, normalise_length: bool = False, slo: str = ""
@@ -164,20 +165,20 @@ class SyncTriremeClient:
     def _unary(self, call: Callable[[Any], R]) -> R:
         deadline_s = time.monotonic() + self._retry_s
         while True:
+            address = self._addresses.current
             try:
-                response = call(self._stub())
+                response = call(self._stub(address))
             except grpc.RpcError as failure:
                 error, resumable = told(failure)
                 if not resumable or time.monotonic() >= deadline_s:
                     raise error from failure
-                time.sleep(self._addresses.advance())
+                time.sleep(self._addresses.advance(address))
             else:
-                self._addresses.answered()
+                self._addresses.answered(address)
                 return response
 
-    def _stub(self) -> Any:
+    def _stub(self, address: str) -> Any:
         with self._lock:
-            address = self._addresses.current
             channel = self._channels.get(address)
             if channel is None:
                 channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
