@@ -21,7 +21,8 @@ def chat(**changes: Any) -> ChatBody:
 
 def test_an_answer_of_ours_may_be_sent_back_as_the_sdk_does_it() -> None:
     answer = {"role": "assistant", "content": "hello", "refusal": None}
-    fuller: dict[str, Any] = {**answer, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+    nothing = dict.fromkeys(["audio", "function_call", "tool_calls"])
+    fuller: dict[str, Any] = {**answer, "annotations": [], **nothing}
     body = chat(messages=[*CHAT["messages"], answer, fuller])
     assert body.messages[1].for_template() == {"role": "assistant", "content": "hello"}
     with pytest.raises(InvalidRequest) as refused:
