@@ -193,3 +193,9 @@ async def test_a_member_whose_lease_ended_while_the_server_answered_is_told(redi
     async with Registry(redis, KEYS).membership(lambda: record, on_lost=lost.set), asyncio.timeout(5):
         await redis.delete(KEYS.process("p"))
         await lost.wait()
+
+
+async def test_more_commands_at_once_than_connections_wait_their_turn(redis: Redis) -> None:
+    replies = await asyncio.gather(*(redis.incr("n") for _ in range(500)))
+    assert sorted(replies) == list(range(1, 501))
+    assert len(await redis.client_list()) <= 64

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
@@ -157,11 +157,13 @@ class _BusRedis(Redis):
 async def open_redis(url: str, *, max_connections: int = 64) -> AsyncIterator[Redis]:
     """A client that retries a command for about two seconds while Redis is away.
 
-    A repeated command may run twice; the fleet's scripts are idempotent by attempt number.
+    More commands at once than `max_connections` wait for their turn. A repeated command may run
+    twice; the fleet's scripts are idempotent by attempt number.
     """
-    client: Redis = _BusRedis.from_url(
+    pool = BlockingConnectionPool.from_url(
         url,
         max_connections=max_connections,
+        timeout=ANSWER_S,
         socket_connect_timeout=2.0,
         socket_timeout=ANSWER_S,
         socket_keepalive=True,
@@ -169,6 +171,7 @@ async def open_redis(url: str, *, max_connections: int = 64) -> AsyncIterator[Re
         retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), retries=8),
         retry_on_error=[ConnectionError, TimeoutError, BusyLoadingError],
     )
+    client: Redis = _BusRedis.from_pool(pool)
     try:
         yield client
     finally:
