@@ -209,6 +209,33 @@ async def test_a_client_that_leaves_before_the_assignment_stops_it_everywhere(wo
         again.task.cancel()
 
 
+async def test_a_client_that_takes_nothing_is_given_up(world: Fleet) -> None:
+    worker = world.workers[0]
+    async with (
+        world.gateway(stall_s=0.3, flush_interval_s=0.0) as gateway,
+        grpc.aio.insecure_channel(gateway.grpc_address) as channel,
+    ):
+        sampling = wire.SamplingParameters(n=16, logprobs=20, ignore_eos=True)
+        request = wire.GenerateRequest(model="py", text="x", sampling=sampling)
+        stub = InferenceStub(channel)  # type: ignore[no-untyped-call,unused-ignore]
+        call = stub.Generate(request)
+        assert (await call.read()).WhichOneof("event") == "accepted"
+        assignment = await worker.next_assignment()
+        row = wire.PositionLogprobs(chosen=wire.TokenLogprob(token_id=5, logprob=-1.0))
+        row.top.extend(wire.TokenLogprob(token_id=i, logprob=-2.0) for i in range(20))
+        for start in range(0, 1500, 100):
+            for choice in range(16):
+                worker.emit(assignment, choice=choice, first=start, ids=[5] * 100, logprobs=[row] * 100)
+            await asyncio.sleep(0.01)
+        stop = await worker.heard("stop", assignment.request.request_id)
+        assert stop.reason == "client"
+        async with asyncio.timeout(10):
+            with pytest.raises(grpc.aio.AioRpcError) as ended:
+                while await call.read() is not grpc.aio.EOF:
+                    pass
+        assert ended.value.code() is grpc.StatusCode.CANCELLED
+
+
 async def test_cancel_by_id_from_another_gateway(world: Fleet) -> None:
     async with (
         world.gateway() as one,

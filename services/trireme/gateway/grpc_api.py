@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+
+import grpc
 
 from trireme.errors import InvalidRequest, TriremeError
 from trireme.gateway.answer import Answer
@@ -35,10 +38,14 @@ MAX_DEADLINE_S = 7 * 24 * 3600.0
 class InferenceServicer(rpc.InferenceServicer):
     """What clients call over gRPC."""
 
-    def __init__(self, core: Generation, links: WorkerLinks, *, trust_tenant_header: bool) -> None:
+    def __init__(
+        self, core: Generation, links: WorkerLinks, *, trust_tenant_header: bool, stall_s: float
+    ) -> None:
         self._core = core
         self._links = links
         self._trust_tenant_header = trust_tenant_header
+        self._stall_s = stall_s
+        self._endings: set[asyncio.Task[None]] = set()
 
     async def Generate(
         self, request: pb.GenerateRequest, context: Context
@@ -60,10 +67,15 @@ class InferenceServicer(rpc.InferenceServicer):
             answer = await self._core.submit(submission)
             context.add_done_callback(partial(_close, answer))  # type: ignore[arg-type]
             request_id, vocabulary = submission.caller.request_id, model.vocabulary
+            call_later = asyncio.get_running_loop().call_later
             try:
                 while not answer.delivered:
                     for event in await answer.news():
-                        yield _response(request_id, event, vocabulary)
+                        stalled = call_later(self._stall_s, self._give_up, context, answer)
+                        try:
+                            yield _response(request_id, event, vocabulary)
+                        finally:
+                            stalled.cancel()
             finally:
                 answer.close()
 
@@ -167,6 +179,13 @@ class InferenceServicer(rpc.InferenceServicer):
             traceparent=checked_traceparent(metadata.get("traceparent", "")),
         )
 
+    def _give_up(self, context: Context, answer: Answer) -> None:
+        """The client takes nothing: its request ends now, its call once it reads on or goes away."""
+        answer.close()
+        ending = asyncio.create_task(_end(context))
+        self._endings.add(ending)
+        ending.add_done_callback(self._endings.discard)
+
     @contextmanager
     def _counted(self, call: str) -> Iterator[None]:
         code = "cancelled"  # What leaves neither by return nor by error was cut off.
@@ -185,6 +204,12 @@ class InferenceServicer(rpc.InferenceServicer):
 
 def _close(answer: Answer, _: object) -> None:
     answer.close()
+
+
+
+async def _end(context: Context) -> None:
+    with suppress(grpc.aio.AbortError):
+        await context.abort(grpc.StatusCode.CANCELLED, "the answer was not read for too long")
 
 
 def _metadata(context: Context) -> Mapping[str, str]:

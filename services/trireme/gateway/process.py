@@ -96,7 +96,9 @@ async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         running = [tasks.create_task(links.run()), tasks.create_task(recovery.run())]
         stack.push_async_callback(end_tasks, running)
-        servicer = InferenceServicer(core, links, trust_tenant_header=settings.trust_tenant_header)
+        servicer = InferenceServicer(
+            core, links, trust_tenant_header=settings.trust_tenant_header, stall_s=settings.stall_s
+        )
         grpc_address = await stack.enter_async_context(
             grpc_server(
                 settings.grpc_listen,

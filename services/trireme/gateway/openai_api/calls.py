@@ -88,11 +88,13 @@ async def streamed_answer(
     parts = [ChoiceParts() for _ in range(len(call.answers) * call.choices_each)]
     summaries: dict[int, Summary] = {}
 
-    async def send(data: bytes) -> None:
+    async def send(data: bytes, *, last: bool = False) -> None:
         if not response.prepared:
             await response.prepare(request)
         async with asyncio.timeout(stall_s):
             await response.write(data)
+            if last:
+                await response.write_eof()
 
     try:
         async for number, events in _merged(call.answers, timeout_s=ping_s):
@@ -106,17 +108,17 @@ async def streamed_answer(
         if call.with_usage:
             usage = usage_object([summaries[number] for number in sorted(summaries)])
             ending = call.frame.usage_chunk(usage) + ending
-        await send(ending.encode())
-        await response.write_eof()
+        await send(ending.encode(), last=True)
     except TriremeError as error:
         if not response.prepared:
             raise
         with suppress(ConnectionError, TimeoutError):
-            await send(error_event(error))
-            await response.write_eof()
+            await send(error_event(error), last=True)
     except (ConnectionError, TimeoutError):
         if not response.prepared:
             raise
+        if request.transport is not None:
+            request.transport.abort()  # Or the server would wait for it to take what is buffered.
     return response
 
 
