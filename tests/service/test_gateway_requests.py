@@ -420,6 +420,43 @@ async def test_a_stream_resumed_anywhere_joins_without_a_seam(world: Fleet) -> N
             first.task.cancel()
 
 
+async def test_two_calls_that_resume_one_request_at_once_both_have_it(
+    world: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = world.workers[0]
+    async with (
+        world.gateway() as one,
+        world.gateway() as two,
+        TriremeClient([one.grpc_address]) as client,
+        TriremeClient([two.grpc_address]) as elsewhere,
+    ):
+        first = Call(client, request_id="both")
+        assignment = await worker.next_assignment()
+        worker.emit(assignment, ids=IDS[:3])
+        await first.until(lambda: len(first.tokens()) == 3)
+
+        standing, asked, go = two.core._records.standing, asyncio.Event(), asyncio.Event()
+
+        async def slow(request_id: str) -> Any:
+            asked.set()
+            await go.wait()
+            return await standing(request_id)
+
+        monkeypatch.setattr(two.core._records, "standing", slow)
+        calls = [Call(elsewhere, request_id="both")]
+        await asked.wait()
+        calls.append(Call(elsewhere, request_id="both"))
+        while len(two.core._answers) == 0:
+            await asyncio.sleep(0.01)
+        go.set()
+        await worker.heard("attach", "both")
+        worker.emit(assignment, first=3, ids=IDS[3:], finish=1)
+        for call in calls:
+            await call.end()
+            assert (call.error, call.tokens()) == (None, IDS)
+        first.task.cancel()
+
+
 async def test_an_id_that_is_in_use_for_something_else_is_refused(world: Fleet) -> None:
     async with (
         world.gateway() as one,

@@ -178,7 +178,9 @@ class Generation:
         self.metrics.resumes.inc()
         if body is not None:
             _check_same(body, submission)
-            self._table.remove(live)
+            # Calls that came in the meantime wait for what is not served any more: they ask again.
+            again = "this request was just taken over from another gateway: ask again"
+            self._give_up(live, ServiceUnavailable(again, retry_after_s=0.1))
             live = self._live(body, submission.model)
             live.preload(body.delivered, time.monotonic())
             self._table.add(live)
