@@ -147,6 +147,17 @@ class Bench:
         )
         await self.records.admit(request, max_waiting=1000)
 
+    async def until_scheduled_among(self, count: int) -> None:
+        """Return when the scheduler chooses among so many workers: it sees them a moment later."""
+        for number in range(8):
+            await self.admit(f"probe{number}", prompt=[1], max_tokens=1)
+            while not (decisions := await self.records.decisions(f"probe{number}")):
+                await asyncio.sleep(0.01)
+            if len(decisions[-1].candidates) == count:
+                return
+            await asyncio.sleep(0.1)
+        raise AssertionError("the scheduler does not see all workers")
+
     async def state(self, name: str) -> State | None:
         standing = await self.records.standing(name)
         return standing.state if standing else None
@@ -250,13 +261,14 @@ async def test_a_killed_workers_requests_go_to_the_other(bench: Bench, checkpoin
     records = await bench.workers(2)
     victim = next(record for record in records if record.pid == first.pid)
     survivor = next(record for record in records if record.pid != first.pid)
+    await bench.until_scheduled_among(2)
     async with FakeGateway(survivor.grpc_address) as gateway:
         for number in range(8):
             await bench.admit(f"r{number}", prompt=[number + 1, 5, 7], max_tokens=120, ignore_eos=True)
-        await gateway.until(lambda: len(gateway.tokens) >= 2)
+        await gateway.until(lambda: sum(name.startswith("r") for name, _ in gateway.tokens) >= 2)
         assert await bench.redis.xlen(KEYS.assignments(victim.id)) > 0  # type: ignore[attr-defined]
         first.kill()
-        await gateway.until(lambda: len(gateway.finished) == 8)
+        await gateway.until(lambda: all((f"r{number}", 0) in gateway.finished for number in range(8)))
         for number in range(8):
             assert gateway.tokens[f"r{number}", 0] == _continued(checkpoint, [number + 1, 5, 7], 120)
 
