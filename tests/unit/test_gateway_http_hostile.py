@@ -279,6 +279,22 @@ async def test_slow_clients_are_let_go(catalog: ModelCatalog) -> None:
         assert answer.split()[1] == b"408" and b'"error"' in answer
 
 
+async def test_a_flood_of_connections_is_refused_at_the_door(catalog: ModelCatalog) -> None:
+    async with serving(catalog, max_connections=3) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        held = [await asyncio.open_connection(host, int(port)) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        async with server.http.get(server.url + "/v1/models") as response:
+            assert response.status == 429 and int(response.headers["retry-after"]) > 0
+            assert (await response.json())["error"]["type"] == "rate_limit_error"
+        for _, writer in held:
+            writer.close()
+            await writer.wait_closed()
+        await asyncio.sleep(0.05)
+        async with server.http.get(server.url + "/v1/models") as response:
+            assert response.status == 200
+
+
 async def test_made_up_paths_leave_nothing_behind(catalog: ModelCatalog) -> None:
     async with serving(catalog) as server:
         for number in range(20):

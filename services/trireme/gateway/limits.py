@@ -6,6 +6,7 @@
 | max_header_bytes | 16 KiB | HTTP header line; gRPC metadata |
 | body_s, idle_s | 60 s, 75 s | to send a body; an HTTP connection without a complete request |
 | ids, names | 128 characters | request, session, tenant: visible ASCII, since they become keys |
+| max_connections | 4096 | HTTP connections of one gateway |
 | max_inflight | 2048 | requests held by one gateway |
 | max_waiting | 4096 | requests waiting in the fleet |
 | max_prompt_tokens | 131072 | prompt, and the model's context |

@@ -26,6 +26,8 @@ class Settings:
     """Requests that may wait for a worker in the whole fleet; more are refused."""
     max_inflight: int = 2048
     """Requests that this gateway holds at once; more are refused."""
+    max_connections: int = 4096
+    """HTTP connections that this gateway holds at once; more are refused."""
     retry_after_s: float = 1.0
     """When a refused client should come back."""
     admission_s: float = 5.0

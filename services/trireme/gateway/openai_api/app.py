@@ -21,6 +21,7 @@ from trireme.gateway.limits import at_most, check_token_id
 from trireme.gateway.models import ServedModel
 from trireme.gateway.openai_api.bodies import B, ChatBody, CompletionBody, parse
 from trireme.gateway.openai_api.calls import Call, streamed_answer, whole_answer
+from trireme.gateway.openai_api.door import Door
 from trireme.gateway.openai_api.errors import errors_as_json
 from trireme.gateway.openai_api.sampling import chat_sampling, completion_sampling, slo_class
 from trireme.gateway.openai_api.shapes import ChatShape, Frame, Shape, TextShape
@@ -258,11 +259,18 @@ async def openai_server(
         shutdown_timeout=1.0,
     )
     await runner.setup()
+    assert runner.server is not None
+    door = Door(runner.server, max_connections=settings.max_connections)
     host, _, port = settings.http_listen.rpartition(":")
     try:
-        await web.TCPSite(runner, host.strip("[]"), int(port), backlog=1024).start()
-        bound = runner.addresses[0]
-        yield f"{bound[0]}:{bound[1]}"
+        listener = await asyncio.get_running_loop().create_server(
+            door, host.strip("[]"), int(port), backlog=1024
+        )
+        try:
+            bound = listener.sockets[0].getsockname()
+            yield f"{bound[0]}:{bound[1]}"
+        finally:
+            listener.close()
     finally:
         await runner.cleanup()
 

@@ -21,6 +21,8 @@ from trireme.wire.inference.v1.inference_pb2 import (
     FinishReason,
 )
 
+LEAST_LOGPROB = -9999.0
+"""What stands for a token that could not come at all: JSON has no infinity."""
 _FINISH_REASONS = {FINISH_REASON_STOP: "stop", FINISH_REASON_LENGTH: "length"}
 
 
@@ -115,7 +117,7 @@ class ChatShape:
 
     def _row(self, token: Any) -> dict[str, Any]:
         text, raw = self._vocabulary.piece(token.token_id)
-        return {"token": text, "logprob": token.logprob, "bytes": list(raw)}
+        return {"token": text, "logprob": max(token.logprob, LEAST_LOGPROB), "bytes": list(raw)}
 
 
 class TextShape:
@@ -177,9 +179,9 @@ class TextShape:
             parts.offset += len(text)
         return {
             "tokens": [piece(position.chosen.token_id)[0] for position in delta.logprobs],
-            "token_logprobs": [position.chosen.logprob for position in delta.logprobs],
+            "token_logprobs": [max(position.chosen.logprob, LEAST_LOGPROB) for position in delta.logprobs],
             "top_logprobs": [
-                {piece(token.token_id)[0]: token.logprob for token in position.top}
+                {piece(token.token_id)[0]: max(token.logprob, LEAST_LOGPROB) for token in position.top}
                 for position in delta.logprobs
             ],
             "text_offset": offsets,
