@@ -87,9 +87,9 @@ def batches(windows: Tensor, *, batch_tokens: int, seed: int) -> Iterator[Batch]
     positions = (starts + torch.arange(SEGMENT_TOKENS)).flatten(1)  # (sequences, SEQUENCE_TOKENS)
     rows = torch.arange(num_windows).repeat_interleave(pairs.shape[1])
     shuffled = torch.randperm(len(rows), generator=generator)
-    for chosen in shuffled.split(batch_tokens // SEQUENCE_TOKENS):
-        if len(chosen) * SEQUENCE_TOKENS < batch_tokens:
-            return
+    batch_rows = batch_tokens // SEQUENCE_TOKENS
+    for first in range(0, len(rows) - batch_rows + 1, batch_rows):
+        chosen = shuffled[first : first + batch_rows]
         window, position = rows[chosen, None], positions[chosen]
         yield Batch(
             inputs=windows[window, position], targets=windows[window, position + 1], positions=position

@@ -26,7 +26,8 @@ _HISTORIES = {
     DRAFT: " The first 5 minutes used batches of 8,192 tokens and sequences without holes.",
     DEFAULT: " The first 40 minutes used a peak rate of 0.004, batches of 8,192 tokens, sequences without"
     " holes and, in the last 6 of them, sequences of 2,048; the command above resumed that run.",
-    LARGE: "",
+    LARGE: " That is too short: on held-out modules it is still slightly behind the default it started from,"
+    " and so it stands for the cost of a larger model, not for its quality.",
 }
 
 _CARD = """---
@@ -38,7 +39,8 @@ tags: [python, code, llama]
 
 # {name}
 
-{role} It writes text that looks like Python. It is made for trying, testing and measuring a fleet on
+{role}
+It writes text that looks like Python. It is made for trying, testing and measuring a fleet on
 ordinary machines; it is not made for programming with.
 
 | | |
@@ -74,7 +76,7 @@ The schedule follows the clock, so another machine sees another number of tokens
 
 ## Figures
 
-On the held-out modules, by `{evaluation_command}`:
+On the first 24,000 characters of each held-out module, by `{evaluation_command}`:
 
 | | {name} |
 | --- | --- |
