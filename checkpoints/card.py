@@ -23,7 +23,8 @@ _ROLES = {
 
 # What a command line cannot tell: these runs were begun by an earlier version of the script.
 _HISTORIES = {
-    DRAFT: " The first 5 minutes used batches of 8,192 tokens and sequences without holes.",
+    DRAFT: " The first 5 minutes used batches of 8,192 tokens, sequences without holes and an unfinished"
+    " teacher; the run was then resumed with `--minutes 16`, and again by the command above.",
     DEFAULT: " The first 40 minutes used a peak rate of 0.004, batches of 8,192 tokens, sequences without"
     " holes and, in the last 6 of them, sequences of 2,048; the command above resumed that run.",
     LARGE: " That is too short: on held-out modules it is still slightly behind the default it started from,"
