@@ -60,15 +60,22 @@ def at_most(param: str, count: int, limit: int) -> None:
         raise InvalidRequest(f"{param} has {count} entries; at most {limit} are allowed", param=param)
 
 
-def check_sampling(sampling: SamplingParameters, model: ServedModel, limits: Limits) -> None:
-    """Check every field's range; an absent field is in range.
+def check_sampling(
+    sampling: SamplingParameters,
+    model: ServedModel,
+    limits: Limits,
+    *,
+    max_tokens_param: str = "max_tokens",
+    logprobs_param: str = "logprobs",
+) -> None:
+    """Check every field's range; an absent field is in range. Two have other names in other APIs.
 
     Raises:
         InvalidRequest: names the field.
     """
     in_range("n", sampling.n, 0, limits.max_choices)
     if sampling.HasField("max_tokens"):
-        in_range("max_tokens", sampling.max_tokens, 1, limits.max_answer_tokens)
+        in_range(max_tokens_param, sampling.max_tokens, 1, limits.max_answer_tokens)
     in_range("min_tokens", sampling.min_tokens, 0, limits.max_answer_tokens)
     if sampling.HasField("temperature"):
         in_range("temperature", sampling.temperature, 0, 2)
@@ -86,7 +93,7 @@ def check_sampling(sampling: SamplingParameters, model: ServedModel, limits: Lim
         check_token_id("logit_bias", token_id, model)
         in_range("logit_bias", bias, -100, 100)
     if sampling.HasField("logprobs"):
-        in_range("logprobs", sampling.logprobs, 0, limits.max_logprobs)
+        in_range(logprobs_param, sampling.logprobs, 0, limits.max_logprobs)
     at_most("stop", len(sampling.stop), limits.max_stop_strings)
     for stop in sampling.stop:
         if not 0 < len(stop) <= limits.max_stop_characters:

@@ -46,7 +46,9 @@ class ServedModel:
     """Rows of the embedding: token ids from 0 up to here are valid."""
     created_unix_s: int
 
-    async def tokenize(self, text: str, *, special_tokens: bool = True) -> list[int]:
+    async def tokenize(
+        self, text: str, *, special_tokens: bool = True, param: str = "prompt"
+    ) -> list[int]:
         """The ids of a text; `special_tokens` lets the tokenizer add its own, as for plain prompts.
 
         Raises:
@@ -57,14 +59,14 @@ class ServedModel:
         if fewest > self.context_tokens:
             raise ContextLengthExceeded(
                 f"the prompt has at least {fewest} tokens; {self.name}'s context is {self.context_tokens}",
-                param="prompt",
+                param=param,
             )
         if not text.isascii():
             try:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise InvalidRequest(
-                    f"the text has a lone surrogate at character {error.start}", param="prompt"
+                    f"the text has a lone surrogate at character {error.start}", param=param
                 ) from error
         encode = self.vocabulary.tokenizer.encode
         if len(text) > INLINE_CHARACTERS:
@@ -101,7 +103,7 @@ class ServedModel:
         ]
         ids: list[int] = []
         for piece in self.chat_template.render(said).split(seam):
-            ids += await self.tokenize(piece, special_tokens=False)
+            ids += await self.tokenize(piece, special_tokens=False, param="messages")
         return ids
 
 

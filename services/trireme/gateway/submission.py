@@ -103,6 +103,7 @@ def generation(
     *,
     prompt_param: str = "prompt",
     max_tokens_param: str = "max_tokens",
+    logprobs_param: str = "logprobs",
     resume_from: Sequence[int] = (),
 ) -> Submission:
     """Check a request for generation and fill in what it leaves open; draws a seed if there is none.
@@ -112,7 +113,9 @@ def generation(
         ContextLengthExceeded: prompt and answer do not fit.
     """
     in_range("priority", caller.priority, -100, 100)
-    check_sampling(sampling, model, limits)
+    check_sampling(
+        sampling, model, limits, max_tokens_param=max_tokens_param, logprobs_param=logprobs_param
+    )
     check_prompt(prompt_token_ids, model, limits, param=prompt_param)
     asked = sampling.max_tokens if sampling.HasField("max_tokens") else None
     resolved = SamplingParameters()

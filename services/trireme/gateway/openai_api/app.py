@@ -85,6 +85,7 @@ class OpenAiApi:
             limits,
             prompt_param="messages",
             max_tokens_param="max_tokens" if body.max_tokens is not None else "max_completion_tokens",
+            logprobs_param="top_logprobs",
         )
         shape = ChatShape(model.vocabulary, with_logprobs=bool(body.logprobs))
         return await self._answer(
