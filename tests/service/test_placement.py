@@ -249,7 +249,8 @@ def test_workers_live_on_while_redis_is_away(placement: Placement, redis_url: st
     pids = [worker.pid for worker in placement.wait_until_settled(2).workers]
     address = redis_url.removeprefix("redis://").removesuffix("/0")
     # Redis shows its address in its title.
-    server = next(p for p in psutil.process_iter() if address in " ".join(p.cmdline()))
+    found = psutil.process_iter(["cmdline"])
+    server = next(p for p in found if address in " ".join(p.info["cmdline"] or ()))
     with ExitStack() as stack:
         server.suspend()
         stack.callback(server.resume)
