@@ -242,6 +242,8 @@ class FakeScheduler:
         self.holding = asyncio.Event()
         """Set: nothing is assigned."""
         self.workers: list[str] = []
+        self.mistakes: list[str] = []
+        """Workers that the next requests go to, dead or avoided though they are."""
 
     async def run(self) -> None:
         requests = Stream(self._redis, KEYS.requests, AdmittedRequest)
@@ -256,6 +258,8 @@ class FakeScheduler:
                 living = [r.id for r in await self._registry.living("worker") if not r.worker.draining]
                 request = entry.fact
                 fit = [w for w in self.workers if w in living and w not in request.avoid_worker_ids]
+                if self.mistakes:
+                    fit = [self.mistakes.pop()]
                 if not fit:
                     continue
                 held.remove(entry)

@@ -330,6 +330,22 @@ async def test_a_request_that_was_in_two_crashes_is_quarantined(world: Fleet) ->
             await third.end()
 
 
+async def test_one_crash_counts_once_though_the_next_attempt_went_there_too(world: Fleet) -> None:
+    second = await world.add_worker("w2")
+    async with world.gateway() as gateway, TriremeClient([gateway.grpc_address]) as client:
+        call = Call(client)
+        first = await world.workers[0].next_assignment()
+        world.workers[0].emit(first, ids=IDS[:3])
+        await call.until(lambda: len(call.tokens()) == 3)
+        world.scheduler.mistakes.append("w1")
+        await world.workers[0].die()
+        moved = await second.next_assignment()
+        assert (moved.request.attempt, moved.request.crashes) == (3, 1)
+        second.emit(moved, first=3, ids=IDS[3:], finish=1)
+        await call.end()
+        assert call.tokens() == IDS
+
+
 async def test_a_requeue_by_somebody_else_is_followed(world: Fleet) -> None:
     second = await world.add_worker("w2")
     async with world.gateway() as gateway, TriremeClient([gateway.grpc_address]) as client:

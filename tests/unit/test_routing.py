@@ -108,6 +108,11 @@ def test_a_rate_that_is_no_rate_gives_a_time_all_the_same() -> None:
         assert 0 <= expected.finish_s < float("inf")
 
 
+def test_a_request_waits_for_room_rather_than_go_back_to_the_worker_that_failed_it() -> None:
+    full = worker("full", assigned=6, limit=2)
+    assert choose_worker(request(avoid=frozenset({"a"})), [worker("a"), full]) is None
+
+
 @given(st.lists(views, max_size=8))
 def test_nobody_without_room_is_chosen_and_somebody_is_if_there_is_room(all_views: list[WorkerView]) -> None:
     choice = choose_worker(request(), all_views)

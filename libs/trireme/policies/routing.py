@@ -121,12 +121,14 @@ def has_room(view: WorkerView) -> bool:
 def choose_worker(request: RoutedRequest, views: Sequence[WorkerView]) -> Choice | None:
     """The worker with the least expected finish time, or None while nobody has room.
 
+    A worker to be avoided is not considered while there is any other, with room or not: it may be
+    dead already, and waiting for room costs less than finding that out.
+
     Ties go to fewer assigned requests, then to a hash of (request, worker), which spreads
     them evenly and repeats itself.
     """
-    open_views = [view for view in views if has_room(view)]
-    preferred = [view for view in open_views if view.worker_id not in request.avoid_worker_ids]
-    considered = preferred or open_views
+    preferred = [view for view in views if view.worker_id not in request.avoid_worker_ids]
+    considered = [view for view in preferred or views if has_room(view)]
     if not considered:
         return None
     ranked = sorted(

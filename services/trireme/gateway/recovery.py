@@ -219,10 +219,17 @@ class Recovery:
         live.admitted.crashes = standing.crashes
 
     async def _had_started(self, live: LiveRequest, worker_id: str) -> bool:
-        """Whether a lost worker had read this assignment, so that its engine may have had it."""
+        """Whether a lost worker had read this attempt's assignment, so that its engine may have had it.
+
+        An earlier attempt may lie there too: its crash is counted already.
+        """
         key = self._keys.assignments(worker_id)
         entries = await Stream(self._redis, key, Assignment).everything()
-        mine = {entry.entry_id for entry in entries if entry.fact.request.request_id == live.request_id}
+        mine = {
+            entry.entry_id
+            for entry in entries
+            if entry.fact.request.request_id == live.request_id and entry.fact.request.attempt == live.attempt
+        }
         if not mine:
             return False
         try:
