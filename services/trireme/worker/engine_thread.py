@@ -38,6 +38,8 @@ class EngineThread:
         self._wake = threading.Condition()
         self._stopping = False
         self._alive_s = time.monotonic()
+        self._worked: set[str] = set()
+        """Variants that had work at their last turn."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -88,7 +90,8 @@ class EngineThread:
 
     def _turn(self) -> None:
         with self._wake:
-            if not self._calls and not any(engine.has_work for engine in self._engines.values()):
+            has_work = any(engine.has_work for engine in self._engines.values())
+            if not (self._calls or has_work or self._worked & self._engines.keys()):
                 self._wake.wait(timeout=0.5)
             calls, self._calls = self._calls, deque()
         self._alive_s = time.monotonic()
@@ -100,6 +103,11 @@ class EngineThread:
                 result = engine.step()
                 self._alive_s = time.monotonic()
                 self._loop.call_soon_threadsafe(self._hand_over, variant, result, engine.stats())
+                self._worked.add(variant)
+            elif variant in self._worked:
+                # A cancel takes the last sequence without a step: what is told of load must follow.
+                self._worked.discard(variant)
+                self._loop.call_soon_threadsafe(self._hand_over, variant, StepResult(), engine.stats())
 
     def _hand_over(self, variant: str, result: StepResult, stats: EngineStats) -> None:
         try:
