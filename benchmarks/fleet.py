@@ -58,6 +58,7 @@ def running(document: dict[str, object]) -> Iterator[RunningFleet]:
         path.write_text(yaml.safe_dump(document), encoding="utf-8")
         command = [sys.executable, "-m", "trireme.cli"]
         environ = {**os.environ, "PYTHONPATH": f"{REPOSITORY}/libs:{REPOSITORY}/services"}
+        environ["TRIREME_GATEWAY_TRUST_TENANT_HEADER"] = "true"  # the load names its tenants
         up = [*command, "up", "--detach", "--config", str(path), "--run-dir", str(run_dir / "run")]
         subprocess.run(up, check=True, env=environ, stdout=subprocess.DEVNULL)
         try:
