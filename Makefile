@@ -13,7 +13,7 @@ PEERS := .tools/peers
 CONFIG ?=
 
 .PHONY: help setup demo up down status test test-unit check lint types imports proto clean \
-        bench-engine bench-overhead bench-scaling bench-kvstore bench-peers
+        bench-engine bench-floor bench-overhead bench-scaling bench-kvstore bench-peers
 
 help: ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -57,6 +57,9 @@ proto: setup ## fail if libs/trireme/wire differs from what proto/ generates
 
 bench-engine: setup ## the engine against transformers, in process
 	$(VENV)/bin/python -m benchmarks.engine
+
+bench-floor: setup ## what gRPC and Redis alone cost here
+	$(VENV)/bin/python -m benchmarks.floor
 
 bench-overhead: setup ## what the fleet adds to the engine
 	$(VENV)/bin/python -m benchmarks.overhead

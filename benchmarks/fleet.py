@@ -43,8 +43,8 @@ def fleet_document(
         ],
         "gateway": {
             "replicas": gateways,
-            "http": f"127.0.0.1:{_free_block(gateways)}",
-            "grpc": f"127.0.0.1:{_free_block(gateways)}",
+            "http": f"127.0.0.1:{free_block(gateways)}",
+            "grpc": f"127.0.0.1:{free_block(gateways)}",
         },
     }
 
@@ -93,7 +93,7 @@ def _cpu_name() -> str:
     return platform.machine()
 
 
-def _free_block(count: int) -> int:
+def free_block(count: int) -> int:
     """The first of `count` consecutive ports that are free now."""
     while True:
         with socket.socket() as probe:
