@@ -52,7 +52,7 @@ class Placement:
         with (self.root / "placement.log").open("ab") as log:
             words = [sys.executable, "-m", "trireme.placement"]
             self.process = subprocess.Popen(words, env=self.environ, stdout=log, stderr=log)
-        wait_until(lambda: self.address() != "", what="placement registers")
+        self.address()
 
     def kill(self) -> None:
         assert self.process is not None
@@ -60,7 +60,15 @@ class Placement:
         self.process.wait()
 
     def address(self) -> str:
-        return next((r.grpc_address for r in self.records("placement") if self.owns(r)), "")
+        found: list[str] = []
+
+        def registered() -> bool:
+            found[:] = [r.grpc_address for r in self.records("placement") if self.owns(r)]
+            return bool(found)
+
+        # After an absence of Redis it is not registered until its next renewal.
+        wait_until(registered, what="placement in the registry")
+        return found[0]
 
     def owns(self, record: ProcessRecord) -> bool:
         return self.process is not None and record.pid == self.process.pid
