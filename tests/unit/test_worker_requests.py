@@ -119,7 +119,7 @@ class Bench:
             worker_id="w",
             records=self.records,  # type: ignore[arg-type]
             events=self.events,  # type: ignore[arg-type]
-            biller=Biller("cpu"),
+            biller=Biller("cpu", node="local"),
             cancel=cancel,
         )
         self.variants = VariantTable(self.engines)  # type: ignore[arg-type]

@@ -73,7 +73,7 @@ async def serve(settings: Settings) -> None:
         registry = Registry(redis, keys)
         events = Stream(redis, keys.events, Event, max_entries=100_000)
         assignments = Stream(redis, keys.assignments(worker_id), Assignment)
-        biller = Biller(group.device)
+        biller = Biller(group.device, node=settings.node)
 
         def deliver(variant: str, result: StepResult, stats: EngineStats) -> None:
             joules, engine_s = table.on_step(result)
