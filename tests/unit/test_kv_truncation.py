@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from itertools import pairwise
 
 import pytest
 from hypothesis import assume, given
@@ -80,7 +81,7 @@ def test_a_conversation_that_grows_repeats_its_cuts(
 ) -> None:
     lengths = sorted(data.draw(st.lists(st.integers(1, turns[-1]), min_size=2, max_size=8)))
     plans = [plan_at(rule, turns, length, reserved) for length in lengths]
-    for before, after in zip(plans, plans[1:], strict=False):
+    for before, after in pairwise(plans):
         assert after.cuts[: len(before.cuts)] == before.cuts
         held = before.head + after.num_tokens - before.cut + min(reserved, rule.most_reserved)
         if held <= rule.window:  # the window has not overflowed again

@@ -17,6 +17,7 @@ Xiao et al., StreamingLLM, ICLR 2024; turn borders, whole blocks and the standin
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class TruncationRule:
     @property
     def least_drop(self) -> int:
         """Tokens that a cut drops at least, where no turn begins earlier and suffices."""
-        return _up(max(1, int(self.ratio * (self.window - self.head))), self.block_size)
+        return _up(max(1, math.ceil(self.ratio * (self.window - self.head))), self.block_size)
 
     @property
     def reach(self) -> int:
