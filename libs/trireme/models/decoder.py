@@ -76,6 +76,7 @@ class Decoder:
             device=self.device,
             dtype=self.dtype,
         )
+        self.key_rotation = self._rope.key_rotation
 
     @classmethod
     def load(

@@ -55,6 +55,7 @@ class Gpt2:
         self.dtype = embedding.dtype
         self.device = embedding.device
         self.max_positions = config.max_positions
+        self.key_rotation = None  # The position enters before the first layer.
         self._embedding = embedding
         self._position_embedding = position_embedding
         self._layers = tuple(layers)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trireme.kernels.attention_batch import AttentionBatch
 from trireme.models.config import ModelConfig
+from trireme.models.rope import KeyRotation
 
 LayerKv = tuple[Tensor, Tensor]
 """One layer's cache of keys and of values, each (blocks, block_size, kv_heads, head_dim)."""
@@ -33,6 +34,10 @@ class Model(Protocol):
     @property
     def max_positions(self) -> int:
         """Positions must be below this."""
+
+    @property
+    def key_rotation(self) -> KeyRotation | None:
+        """Moves cached keys to other positions; None: they must be computed again there."""
 
     def forward(
         self, tokens: Tensor, positions: Tensor, kv: Sequence[LayerKv], batch: AttentionBatch

@@ -37,6 +37,7 @@ class NullModel:
         self.dtype = torch.float32
         self.device = torch.device("cpu")
         self.max_positions = max_positions
+        self.key_rotation = None
         self._answers = torch.eye(vocab_size) if vocab_size <= 4096 else None
 
     def forward(

@@ -4,6 +4,9 @@ A token's angles depend on its position alone, never on how long its sequence is
 key stays right as its sequence grows, and may be shared by sequences of different lengths.
 Dynamic scaling therefore uses at position p the frequencies for a sequence of p + 1 tokens,
 which is what a token-by-token decode does.
+
+Rotations add up: a key rotated for position p, turned by -n steps, is the key for position p - n.
+So cached keys may move, unless the frequencies themselves depend on the position.
 """
 
 from __future__ import annotations
@@ -13,7 +16,34 @@ import math
 import torch
 from torch import Tensor
 
+from trireme.kernels import ops
 from trireme.models.config import RopeConfig, RopeKind
+
+
+class KeyRotation:
+    """Moves cached keys to other positions, whatever they were rotated for."""
+
+    def __init__(self, frequencies: Tensor) -> None:
+        """`frequencies`: (head_dim / 2) float32, radians per position."""
+        self._frequencies = frequencies.double()
+
+    def turn(self, keys: Tensor, steps: int | Tensor) -> Tensor:
+        """The keys for positions that lie `steps` farther on; negative: that lie before.
+
+        Values have no position and stay as they are.
+
+        Args:
+            keys: (..., tokens, kv_heads, head_dim), float32, bfloat16 or float16.
+            steps: for all tokens, or (tokens,) int64.
+
+        Returns:
+            A new tensor of the shape and type of `keys`, computed in float32 and rounded once.
+        """
+        by = torch.as_tensor(steps, device=keys.device).double().reshape(-1, 1, 1)
+        angles = by * self._frequencies.to(keys.device)  # (tokens or 1, 1, head_dim / 2)
+        cos, sin = angles.cos().float(), angles.sin().float()
+        turned = ops.rotary(keys.float(), torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
+        return turned.to(keys.dtype)
 
 
 class RopeTable:
@@ -29,7 +59,13 @@ class RopeTable:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        angles = _angles(rope, head_dim, max_positions, num_positions)
+        frequencies = _frequencies(rope, head_dim)
+        stretches = rope.kind is RopeKind.DYNAMIC and num_positions > max_positions
+        angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies
+        if stretches:
+            angles[max_positions:] = _stretched(rope, head_dim, max_positions, num_positions)
+        self.key_rotation = None if stretches else KeyRotation(frequencies)
+        """None: a key of one position is no rotation of another's."""
         cos, sin = angles.cos(), angles.sin()
         self._cos = torch.cat((cos, cos), -1)[:, None, :].to(device, dtype)  # (positions, 1, head_dim)
         self._sin = torch.cat((-sin, sin), -1)[:, None, :].to(device, dtype)
@@ -39,22 +75,25 @@ class RopeTable:
         return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
 
 
-def _angles(rope: RopeConfig, head_dim: int, max_positions: int, num_positions: int) -> Tensor:
-    """(num_positions, head_dim / 2) float32."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    positions = torch.arange(num_positions, dtype=torch.float32)
-    frequencies = 1.0 / rope.theta**exponents
+def _frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
+    """Radians per position of each pair: (head_dim / 2) float32."""
+    frequencies = 1.0 / rope.theta ** _exponents(head_dim)
     if rope.kind is RopeKind.LINEAR:
-        frequencies = frequencies / rope.factor
-    elif rope.kind is RopeKind.LLAMA3:
-        frequencies = _llama3(rope, frequencies)
-    angles = positions[:, None] * frequencies
-    if rope.kind is RopeKind.DYNAMIC and num_positions > max_positions:
-        lengths = torch.arange(max_positions + 1, num_positions + 1, dtype=torch.float64)
-        stretch = rope.factor * lengths / max_positions - (rope.factor - 1)
-        thetas = (rope.theta * stretch ** (head_dim / (head_dim - 2))).float()
-        angles[max_positions:] = positions[max_positions:, None] / thetas[:, None] ** exponents
-    return angles
+        return frequencies / rope.factor
+    return _llama3(rope, frequencies) if rope.kind is RopeKind.LLAMA3 else frequencies
+
+
+def _stretched(rope: RopeConfig, head_dim: int, max_positions: int, num_positions: int) -> Tensor:
+    """Dynamic scaling's angles behind the trained context: (num_positions - max_positions, head_dim / 2)."""
+    positions = torch.arange(max_positions, num_positions, dtype=torch.float32)
+    lengths = torch.arange(max_positions + 1, num_positions + 1, dtype=torch.float64)
+    stretch = rope.factor * lengths / max_positions - (rope.factor - 1)
+    thetas = (rope.theta * stretch ** (head_dim / (head_dim - 2))).float()
+    return positions[:, None] / thetas[:, None] ** _exponents(head_dim)
+
+
+def _exponents(head_dim: int) -> Tensor:
+    return torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
 
 
 def _llama3(rope: RopeConfig, frequencies: Tensor) -> Tensor:
