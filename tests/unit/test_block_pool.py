@@ -1,7 +1,8 @@
-"""Blocks: a block is held, cached or free; a hash names one block; heads outlive tails."""
+"""Blocks: held, draining, cached or free; a hash names one block; heads outlive tails; copies are waited for."""
 
 from __future__ import annotations
 
+import math
 from hashlib import blake2b
 
 from hypothesis import settings
@@ -64,18 +65,53 @@ def test_the_least_recently_used_prefix_goes_first() -> None:
     assert pool.find(b"second") is None
 
 
+def test_a_block_that_a_copy_reads_is_not_given_out_until_the_copy_ends() -> None:
+    pool = BlockPool(2)
+    private, complete = pool.allocate(2) or []
+    pool.cache(complete, b"complete")
+    pool.begin_copy([private, complete])
+    pool.release([private, complete])
+    assert (pool.num_draining, pool.num_available) == (2, 0)
+    assert pool.allocate(1) is None
+    assert pool.find(b"complete") == complete  # it may still be read by whoever finds it
+    pool.end_copy([private, complete])
+    assert (pool.num_free, pool.num_cached, pool.num_draining) == (1, 1, 0)
+    assert pool.allocate(1) == [private]
+
+
+def test_the_block_that_is_needed_last_goes_first_and_those_of_no_known_use_before_it() -> None:
+    uses = {b"soon": 1.0, b"late": 9.0, b"middle": 5.0}
+    pool = BlockPool(4, next_use_s=lambda name: uses.get(name, math.inf))
+    blocks = dict(zip((b"soon", b"late", b"middle", b"idle"), pool.allocate(4) or [], strict=True))
+    for name, block_id in blocks.items():
+        pool.cache(block_id, name)
+        pool.release([block_id])
+    pool.set_next_use(b"soon", 7.0)  # it was promoted to the back
+    gone = [pool.allocate(1) for _ in range(4)]
+    assert gone == [[blocks[name]] for name in (b"idle", b"late", b"soon", b"middle")]
+
+
 class PoolMachine(RuleBasedStateMachine):
-    """Sequences that take, share, complete and give back blocks, against a model of plain sets."""
+    """Sequences that take, share, complete and give back blocks while copies come and go, against
+    a model of plain sets."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.copies: list[list[int]] = []
+        self.uses: dict[bytes, float] = {}
         self.resident: dict[bytes, int] = {}
         self.sequences: list[list[int]] = []
         self.names = 0
+        self.is_forgetting = False
 
     @initialize(size=st.integers(1, 12))
     def make(self, size: int) -> None:
-        self.pool = BlockPool(size, on_cached=self.cached, on_evicted=self.evicted)
+        self.pool = BlockPool(
+            size,
+            on_cached=self.cached,
+            on_evicted=self.evicted,
+            next_use_s=lambda name: self.uses.get(name, math.inf),
+        )
 
     def cached(self, block_hash: bytes, block_id: int) -> None:
         assert block_hash not in self.resident
@@ -84,6 +120,7 @@ class PoolMachine(RuleBasedStateMachine):
     def evicted(self, block_hash: bytes, block_id: int) -> None:
         assert self.resident.pop(block_hash) == block_id
         assert all(block_id not in held for held in self.sequences)
+        assert self.is_forgetting or all(block_id not in ids for ids in self.copies)
 
     @rule(count=st.integers(0, 6))
     def allocate(self, count: int) -> None:
@@ -94,7 +131,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.pool.num_available == available
             return
         assert len(set(taken)) == count
-        assert not {b for held in self.sequences for b in held} & set(taken)
+        assert not {b for held in self.sequences + self.copies for b in held} & set(taken)
         assert all(self.pool.hash_of(block_id) is None for block_id in taken)
         self.sequences.append(taken)
 
@@ -126,13 +163,40 @@ class PoolMachine(RuleBasedStateMachine):
     def forget(self, data: st.DataObject) -> None:
         unheld = [b for b in self.resident.values() if all(b not in held for held in self.sequences)]
         if unheld:
+            self.is_forgetting = True
             self.pool.forget([data.draw(st.sampled_from(unheld))])
+            self.is_forgetting = False
+
+    @rule(data=st.data())
+    def begin_copy(self, data: st.DataObject) -> None:
+        readable = {b for held in self.sequences for b in held} | set(self.resident.values())
+        if readable:
+            blocks = data.draw(st.lists(st.sampled_from(sorted(readable)), unique=True, min_size=1))
+            self.pool.begin_copy(blocks)
+            self.copies.append(blocks)
+
+    @rule(data=st.data())
+    def end_copy(self, data: st.DataObject) -> None:
+        if self.copies:
+            self.pool.end_copy(self.copies.pop(data.draw(st.integers(0, len(self.copies) - 1))))
+
+    @rule(data=st.data(), at_s=st.sampled_from([0.0, 1.0, 2.0, math.inf]))
+    def expect(self, data: st.DataObject, at_s: float) -> None:
+        if self.resident:
+            name = data.draw(st.sampled_from(sorted(self.resident)))
+            self.uses[name] = at_s
+            self.pool.set_next_use(name, at_s)
 
     @invariant()
     def books_balance(self) -> None:
         held = [block_id for sequence in self.sequences for block_id in sequence]
-        assert self.pool.num_held == len(set(held))
-        assert self.pool.num_available == self.pool.num_blocks - len(set(held))
+        copied = {block_id for ids in self.copies for block_id in ids}
+        pool = self.pool
+        assert pool.num_held == len(set(held))
+        assert pool.num_draining == len(copied - set(held))
+        assert pool.num_cached == len(set(self.resident.values()) - set(held) - copied)
+        assert pool.num_free + pool.num_cached + pool.num_draining + pool.num_held == pool.num_blocks
+        assert pool.num_available == pool.num_free + pool.num_cached
         assert all(self.pool.refs(b) == held.count(b) for b in range(self.pool.num_blocks))
         assert self.pool.num_resident_hashes == len(self.resident)
         for name, block_id in self.resident.items():
