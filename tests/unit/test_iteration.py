@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trireme.policies.iteration import (
+from trireme.policies.iteration_snapshot import (
     IterationPolicy,
     IterationState,
     RunningSequence,

@@ -9,8 +9,13 @@ from trireme.engine.kv_cache import KvCache
 from trireme.engine.sequence import Sequence
 from trireme.engine.settings import EngineSettings
 from trireme.engine.tally import StepReport, Tally
-from trireme.policies import iteration
-from trireme.policies.iteration import IterationDecision, IterationState, RunningSequence, WaitingSequence
+from trireme.policies import iteration_snapshot as iteration
+from trireme.policies.iteration_snapshot import (
+    IterationDecision,
+    IterationState,
+    RunningSequence,
+    WaitingSequence,
+)
 
 
 class Roster:

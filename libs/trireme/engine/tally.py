@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from trireme.engine.batch import Part
 from trireme.engine.outputs import EmbeddingOutput, ScoreOutput, SequenceWork, StepResult, TokenOutput
-from trireme.policies.iteration import IterationDecision
+from trireme.policies.iteration_snapshot import IterationDecision
 
 
 @dataclass(slots=True)

@@ -1,78 +1,99 @@
-"""Decide what one iteration of the engine runs: which sequences, how many tokens, who yields.
+"""Which sequences the engine's next iteration runs, and which KV moves: the words that all policies speak.
 
-Pure: no clock, no I/O. The engine and the simulator call the same functions.
+Pure: no clock, no I/O. The engine and the simulator drive one `IterationScheduler` alike:
 
-The rules, in order:
+    add(job)                             on arrival
+    decide(budget, view)                 before an iteration: who runs, which blocks are copied
+    charge(ran, seconds)                 after it: its wall time, to every member
+    remove(sequence_id)                  when a sequence ends, fails or is cancelled
 
-1. Decoding sequences run first, one token each, most urgent first. One that needs a block
-   when none is free takes it from the least urgent running sequence, which is preempted and
-   waits again; the most urgent running sequence is therefore never preempted for a block.
-2. Sequences that are being prefilled take what is left of the token budget, most urgent first.
-3. Waiting sequences are admitted, most urgent first, while slots, budget and blocks last. An
-   admission takes blocks for all tokens known so far and leaves `watermark_blocks` free, unless
-   nothing runs. None is admitted in an iteration that preempted somebody for a block.
-4. A waiting sequence that does not fit lets smaller ones behind it pass, but only in
-   `max_passes` iterations: then nothing behind it is admitted until it is. What runs ends,
-   so it gets its turn; nobody is starved by sequences that come after it in the order.
-5. A sequence whose next block another one is computing waits for it, and then shares it.
-
-First come, first served orders by arrival. Priority orders by priority (larger first), then
-by arrival, and a waiting sequence may take the slot and blocks of running ones of strictly
-lower priority. A constant stream of urgent work does starve the rest: that is what it asks for.
+Preemption happens between iterations only. `schedulers.make_scheduler` builds the policies; how each
+orders is told in `arrival_order` (fcfs, priority), `mlfq` and `known_order` (srpt, fixed).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import enum
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-
-class WaitingSequence(NamedTuple):
-    """A sequence that holds no blocks. A tuple: these are made every iteration."""
-
-    sequence_id: str
-    arrival_s: float
-    priority: int
-    num_tokens: int
-    """Tokens to compute until it can be sampled, after reuse of resident blocks."""
-    num_blocks: int
-    """Available blocks that admission takes: all its blocks but those that others hold."""
-    times_passed: int = 0
-    """Iterations in which a later one was admitted because this one did not fit."""
-    next_block: bytes | None = None
-    """Hash of the first block it would compute; None if it would fill none."""
-    is_block_pending: bool = False
-    """A running sequence is computing `next_block` now."""
+from trireme.policies.iteration_profile import IterationProfile
 
 
-class RunningSequence(NamedTuple):
-    """A sequence that holds blocks."""
+class Location(enum.Enum):
+    """Where a sequence's KV is."""
 
-    sequence_id: str
-    arrival_s: float
-    priority: int
-    num_tokens: int
-    """Tokens to compute until it can be sampled: 1 while decoding."""
-    num_blocks: int
-    """Blocks that running them takes beyond those it holds."""
-    held_blocks: int
-    """Blocks that become available if it is preempted."""
+    NONE = "none"
+    """Nowhere: it was not started, or its KV was lost. Running it computes all of `num_tokens`."""
+    DEVICE = "device"
+    """It can run."""
+    HOST = "host"
+    """It can run after a copy to the device."""
+    MOVING = "moving"
+    """A copy, in either direction, is in flight: it can neither run nor be moved now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class IterationState:
-    """What the engine knows before an iteration."""
+class Job:
+    """What is known of a sequence when it arrives; told once."""
 
-    waiting: Sequence[WaitingSequence]
-    running: Sequence[RunningSequence]
+    sequence_id: str
+    arrival_s: float
+    """Of the client's request, on the clock of `now_s`; earlier than now if it waited elsewhere."""
+    priority: int = 0
+    """Larger is more urgent; only the priority policy looks at it."""
+    new_tokens: int
+    """Prompt tokens to compute: the uncached suffix. At least 1."""
+    cached_tokens: int = 0
+    """Prompt tokens found in some cache: the context that the suffix attends to."""
+    load_stall_s: float = 0.0
+    """Expected wait for cached KV that layer-wise loading does not hide."""
+
+
+class SequenceView(NamedTuple):
+    """A sequence as it is now; asked for candidates only. A tuple: these are made every iteration."""
+
+    num_tokens: int
+    """Tokens to compute until it can be sampled; 1 while decoding."""
+    num_blocks: int
+    """Device blocks that running it takes beyond those it holds. On HOST: all that it needs there."""
+    held_blocks: int
+    """Device blocks that become available when it gives them up."""
+    location: Location
+    next_block: bytes | None = None
+    """Hash of the first shareable block it would compute; None if it would fill none."""
+    is_block_pending: bool = False
+    """Another sequence that is on the device is computing `next_block`."""
+
+
+ViewOf = Callable[[str], SequenceView]
+"""Asks for one sequence; it must know every job that was added and not removed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """The means of one iteration."""
+
     token_budget: int
-    """Tokens the iteration may compute; at least `max_sequences`."""
+    """Tokens it may compute; at least `max_sequences`."""
     max_sequences: int
+    """Sequences that may run in it."""
     free_blocks: int
+    """Device blocks that can be written now."""
+    draining_blocks: int = 0
+    """Device blocks that a copy still reads; they become free when it has ended."""
+    host_free_blocks: int = 0
+    """Host blocks for preempted KV: free, or held by KV that may be dropped for it."""
+    host_blocks: int = 0
+    """All host blocks for preempted KV; 0: there is no host tier, and victims are recomputed."""
     watermark_blocks: int = 0
     """Blocks that admission leaves free, so that decoding does not preempt at once."""
     max_passes: int = 64
+    """Iterations in which later sequences may overtake a waiting one that does not fit."""
+    link_blocks_per_s: float = math.inf
+    """Blocks that can be copied to the device per second."""
 
 
 class Run(NamedTuple):
@@ -83,181 +104,72 @@ class Run(NamedTuple):
 
 
 class Preemption(NamedTuple):
-    """A running sequence that gives up its blocks and waits again."""
+    """A sequence that stops, and why, in one line."""
 
     sequence_id: str
     reason: str
 
 
+class LevelChange(NamedTuple):
+    """A demotion (to a larger number) or a promotion (to a smaller one), and why, in one line."""
+
+    sequence_id: str
+    old_level: int
+    new_level: int
+    reason: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IterationDecision:
-    """What to do, and why."""
+    """What to do, and why. Nobody is named twice among `runs`, `paused`, `swap_out`, `swap_in`, `evicted`."""
 
     runs: tuple[Run, ...]
-    admitted: frozenset[str]
-    """Those of `runs` that waited."""
-    preempted: tuple[Preemption, ...]
-    passed: tuple[str, ...]
-    """Waiting sequences that were overtaken: their `times_passed` grows by one."""
-    reason: str
+    """Most urgent first. Their blocks come to at most the free ones and those of `evicted`, except for
+    `waits_for_copies`."""
+    admitted: frozenset[str] = frozenset()
+    """Those of `runs` that had no KV."""
+    paused: tuple[Preemption, ...] = ()
+    """Ran in the last iteration, keep their device blocks, do not run now."""
+    swap_out: tuple[Preemption, ...] = ()
+    """Copy their blocks from device to host; they wait there."""
+    swap_in: tuple[str, ...] = ()
+    """Copy their blocks from host to device, in this order; they can run once they have arrived."""
+    evicted: tuple[Preemption, ...] = ()
+    """Give up their KV without a copy, because the host is full: what they had is computed again."""
+    passed: tuple[str, ...] = ()
+    """Waiting sequences that do not fit and were overtaken."""
+    promoted: tuple[LevelChange, ...] = ()
+    waits_for_copies: bool = False
+    """Nothing else could run: the first of `runs` or `swap_in` uses blocks that are still draining, so its
+    allocation must wait for the copies that read them."""
+    reason: str = ""
     """One line for the trace."""
 
 
-IterationPolicy = Callable[[IterationState], IterationDecision]
-"""The type behind which other orders live."""
-
-
-class Candidate(Protocol):
-    """What an order looks at."""
+class IterationScheduler(Protocol):
+    """A policy with its queue. Not thread-safe; every method's time is that of one clock."""
 
     @property
-    def sequence_id(self) -> str: ...
-    @property
-    def arrival_s(self) -> float: ...
-    @property
-    def priority(self) -> int: ...
+    def profile_missing(self) -> int:
+        """Jobs that were placed without a usable profile."""
 
+    def add(self, job: Job, *, now_s: float) -> str:
+        """Let a job wait; its reason says where it stands. The id must be new."""
 
-IterationOrder = Callable[[Candidate], tuple[float, float, str]]
-"""Most urgent first."""
+    def remove(self, sequence_id: str) -> None:
+        """Forget a job, waiting or running; nothing happens if it is not here."""
 
+    def decide(self, budget: Budget, view: ViewOf, *, now_s: float) -> IterationDecision:
+        """What the next iteration runs and which KV moves; the scheduler takes it as done."""
 
-def fcfs_order(sequence: Candidate) -> tuple[float, float, str]:
-    """By arrival."""
-    return 0.0, sequence.arrival_s, sequence.sequence_id
+    def charge(self, ran: Sequence[Run], seconds: float, *, now_s: float) -> tuple[LevelChange, ...]:
+        """Bill an iteration's wall time to every sequence that ran in it."""
 
+    def next_use_s(self, sequence_id: str, *, now_s: float) -> float:
+        """Seconds until it is expected to run; 0 if it runs now, infinity if it is not here."""
 
-def priority_order(sequence: Candidate) -> tuple[float, float, str]:
-    """By priority, larger first, then by arrival."""
-    return -sequence.priority, sequence.arrival_s, sequence.sequence_id
+    def order(self) -> Iterator[str]:
+        """Everybody who waits, next first, lazily. Do not call the scheduler while walking it."""
 
-
-def schedule_fcfs(state: IterationState) -> IterationDecision:
-    """First come, first served."""
-    return _Iteration(state, fcfs_order, takes_over=False).decide()
-
-
-def schedule_priority(state: IterationState) -> IterationDecision:
-    """Larger priority first, then first come; the urgent take over from the less urgent."""
-    return _Iteration(state, priority_order, takes_over=True).decide()
-
-
-class _Iteration:
-    """The budgets of one decision while it is made."""
-
-    def __init__(self, state: IterationState, order: IterationOrder, *, takes_over: bool) -> None:
-        self.state = state
-        self.order = order
-        self.takes_over = takes_over
-        self.running = sorted(state.running, key=order)
-        self.tokens = state.token_budget
-        self.blocks = state.free_blocks
-        self.runs: dict[str, int] = {}
-        self.admitted: list[str] = []
-        self.preempted: list[Preemption] = []
-        self.passed: list[str] = []
-
-    def decide(self) -> IterationDecision:
-        """Apply the rules in order."""
-        self._decode()
-        is_short = bool(self.preempted)
-        self._prefill()
-        if not is_short:
-            self._admit()
-        return IterationDecision(
-            runs=tuple([Run(sequence_id, count) for sequence_id, count in self.runs.items()]),
-            admitted=frozenset(self.admitted),
-            preempted=tuple(self.preempted),
-            passed=tuple(self.passed),
-            reason=(
-                f"{len(self.runs)} run {self.state.token_budget - self.tokens} tokens, "
-                f"{len(self.admitted)} admitted, {len(self.preempted)} preempted, {self.blocks} blocks free"
-            ),
-        )
-
-    def _decode(self) -> None:
-        index = 0
-        while index < len(self.running):
-            sequence = self.running[index]
-            index += 1
-            if sequence.num_tokens != 1 or self.tokens == 0:
-                continue
-            while self.blocks < sequence.num_blocks:
-                victim = self.running[-1]
-                reason = f"{sequence.sequence_id} needs {sequence.num_blocks} blocks, {self.blocks} are free"
-                self._preempt(victim, reason)
-                if victim is sequence:
-                    return
-            self._run(sequence.sequence_id, 1, sequence.num_blocks)
-
-    def _prefill(self) -> None:
-        for sequence in self.running:
-            if self.tokens == 0:
-                return
-            if sequence.num_tokens > 1 and sequence.num_blocks <= self.blocks:
-                count = min(sequence.num_tokens, self.tokens)
-                self._run(sequence.sequence_id, count, sequence.num_blocks)
-
-    def _admit(self) -> None:
-        waiting = sorted(self.state.waiting, key=self.order)
-        claimed: set[bytes] = set()
-        not_fitting: list[str] = []
-        for sequence in waiting:
-            if self.tokens == 0:
-                break
-            if sequence.is_block_pending or sequence.next_block in claimed:
-                continue
-            if not self._fits(sequence) and not self._take_over(sequence):
-                if len(self.running) + len(self.admitted) >= self.state.max_sequences:
-                    break
-                not_fitting.append(sequence.sequence_id)
-                if sequence.times_passed >= self.state.max_passes:
-                    break
-                continue
-            self._run(sequence.sequence_id, min(sequence.num_tokens, self.tokens), sequence.num_blocks)
-            self.admitted.append(sequence.sequence_id)
-            if sequence.next_block is not None:
-                claimed.add(sequence.next_block)
-            self.passed = not_fitting.copy()
-
-    def _fits(self, sequence: WaitingSequence) -> bool:
-        num_running = len(self.running) + len(self.admitted)
-        reserve = self.state.watermark_blocks if num_running else 0
-        return num_running < self.state.max_sequences and sequence.num_blocks + reserve <= self.blocks
-
-    def _take_over(self, sequence: WaitingSequence) -> bool:
-        """Preempt as few running sequences of lower priority as make `sequence` fit."""
-        if not self.takes_over:
-            return False
-        victims: list[RunningSequence] = []
-        blocks = self.blocks
-        num_running = len(self.running) + len(self.admitted)
-        for victim in reversed(self.running):
-            if victim.priority >= sequence.priority:
-                break
-            victims.append(victim)
-            blocks += victim.held_blocks
-            if victim.sequence_id in self.runs:
-                blocks += victim.num_blocks
-            num_left = num_running - len(victims)
-            reserve = self.state.watermark_blocks if num_left else 0
-            if num_left < self.state.max_sequences and sequence.num_blocks + reserve <= blocks:
-                for taken in victims:
-                    self._preempt(taken, f"{sequence.sequence_id} has priority {sequence.priority}")
-                return True
-        return False
-
-    def _preempt(self, victim: RunningSequence, reason: str) -> None:
-        assert self.running[-1] is victim
-        self.running.pop()
-        self.preempted.append(Preemption(victim.sequence_id, reason))
-        self.blocks += victim.held_blocks
-        count = self.runs.pop(victim.sequence_id, 0)
-        if count:
-            self.tokens += count
-            self.blocks += victim.num_blocks
-
-    def _run(self, sequence_id: str, num_tokens: int, num_blocks: int) -> None:
-        self.runs[sequence_id] = num_tokens
-        self.tokens -= num_tokens
-        self.blocks -= num_blocks
+    def use_profile(self, profile: IterationProfile | None) -> None:
+        """From now on iterations take as long as this says: learnt anew, or the clock has changed."""
