@@ -61,6 +61,8 @@ class WorkerReport:
     phase: str
     device: str
     grpc_address: str
+    http_address: str
+    """Of its metrics."""
     restarts: int
     last_exit: str
     assigned_requests: int
@@ -218,6 +220,7 @@ def _workers(
                 phase=phase,
                 device=record.worker.device,
                 grpc_address=record.grpc_address,
+                http_address=record.http_address,
                 restarts=worker.restarts,
                 last_exit=worker.last_exit,
                 assigned_requests=load[0],
