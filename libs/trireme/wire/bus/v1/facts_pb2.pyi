@@ -78,6 +78,13 @@ class AdmittedRequest(_message.Message):
     DEADLINE_UNIX_S_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     AVOID_WORKER_IDS_FIELD_NUMBER: _builtins.int
+    CONTEXT_OVERFLOW_FIELD_NUMBER: _builtins.int
+    PINNED_TOKENS_FIELD_NUMBER: _builtins.int
+    TURN_BORDERS_FIELD_NUMBER: _builtins.int
+    CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    TRUNCATED_TOKENS_FIELD_NUMBER: _builtins.int
+    KV_PUBLIC_ROOT_FIELD_NUMBER: _builtins.int
+    KV_PUBLIC_BLOCKS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Unique; also the id of this fact within its attempt."""
     tenant: _builtins.str
@@ -108,6 +115,18 @@ class AdmittedRequest(_message.Message):
     """When it is no longer wanted; 0: never."""
     traceparent: _builtins.str
     """W3C trace context."""
+    context_overflow: _inference_pb2.ContextOverflow.ValueType
+    """Set where prompt and answer may outgrow the context and the client wants them cut."""
+    pinned_tokens: _builtins.int
+    """Then: first tokens of the prompt that stay."""
+    context_tokens: _builtins.int
+    """Then: the context that the gateway planned with."""
+    truncated_tokens: _builtins.int
+    """Then: prompt tokens that its plan drops; the prompt here is whole, prefix_hashes are of what stays."""
+    kv_public_root: _builtins.bytes
+    """Root of the KV block hashes of declared public prefixes."""
+    kv_public_blocks: _builtins.int
+    """Leading blocks of the prompt that lie inside one."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt."""
@@ -127,6 +146,10 @@ class AdmittedRequest(_message.Message):
     @_builtins.property
     def avoid_worker_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Workers that just failed it; their lease may not have expired yet."""
+
+    @_builtins.property
+    def turn_borders(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Then: where the prompt's turns begin, ascending; the last one must stay."""
 
     def __init__(
         self,
@@ -151,10 +174,17 @@ class AdmittedRequest(_message.Message):
         deadline_unix_s: _builtins.float = ...,
         traceparent: _builtins.str = ...,
         avoid_worker_ids: _abc.Iterable[_builtins.str] | None = ...,
+        context_overflow: _inference_pb2.ContextOverflow.ValueType = ...,
+        pinned_tokens: _builtins.int = ...,
+        turn_borders: _abc.Iterable[_builtins.int] | None = ...,
+        context_tokens: _builtins.int = ...,
+        truncated_tokens: _builtins.int = ...,
+        kv_public_root: _builtins.bytes = ...,
+        kv_public_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted_unix_s", b"admitted_unix_s", "attempt", b"attempt", "avoid_worker_ids", b"avoid_worker_ids", "continuations", b"continuations", "crashes", b"crashes", "deadline_unix_s", b"deadline_unix_s", "delivered", b"delivered", "gateway_id", b"gateway_id", "kind", b"kind", "kv_salt", b"kv_salt", "model", b"model", "prefix_hashes", b"prefix_hashes", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "slo_class", b"slo_class", "tenant", b"tenant", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted_unix_s", b"admitted_unix_s", "attempt", b"attempt", "avoid_worker_ids", b"avoid_worker_ids", "context_overflow", b"context_overflow", "context_tokens", b"context_tokens", "continuations", b"continuations", "crashes", b"crashes", "deadline_unix_s", b"deadline_unix_s", "delivered", b"delivered", "gateway_id", b"gateway_id", "kind", b"kind", "kv_public_blocks", b"kv_public_blocks", "kv_public_root", b"kv_public_root", "kv_salt", b"kv_salt", "model", b"model", "pinned_tokens", b"pinned_tokens", "prefix_hashes", b"prefix_hashes", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "slo_class", b"slo_class", "tenant", b"tenant", "traceparent", b"traceparent", "truncated_tokens", b"truncated_tokens", "turn_borders", b"turn_borders"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

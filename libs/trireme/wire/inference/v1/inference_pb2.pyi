@@ -83,6 +83,34 @@ FINISH_REASON_ERROR: FinishReason.ValueType  # 4
 """The engine failed on this sequence alone."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
+class _ContextOverflow:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ContextOverflowEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ContextOverflow.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CONTEXT_OVERFLOW_UNSPECIFIED: _ContextOverflow.ValueType  # 0
+    """The server decides: an error."""
+    CONTEXT_OVERFLOW_ERROR: _ContextOverflow.ValueType  # 1
+    """The request is refused with context_length_exceeded."""
+    CONTEXT_OVERFLOW_TRUNCATE_OLDEST: _ContextOverflow.ValueType  # 2
+    """The oldest tokens are dropped, by whole turns where there are any; the first few stay."""
+    CONTEXT_OVERFLOW_TRUNCATE_PINNED: _ContextOverflow.ValueType  # 3
+    """The same, but a pinned prefix stays: the system prompt, or as many tokens as are named."""
+
+class ContextOverflow(_ContextOverflow, metaclass=_ContextOverflowEnumTypeWrapper):
+    """What happens where prompt and answer outgrow the model's context."""
+
+CONTEXT_OVERFLOW_UNSPECIFIED: ContextOverflow.ValueType  # 0
+"""The server decides: an error."""
+CONTEXT_OVERFLOW_ERROR: ContextOverflow.ValueType  # 1
+"""The request is refused with context_length_exceeded."""
+CONTEXT_OVERFLOW_TRUNCATE_OLDEST: ContextOverflow.ValueType  # 2
+"""The oldest tokens are dropped, by whole turns where there are any; the first few stay."""
+CONTEXT_OVERFLOW_TRUNCATE_PINNED: ContextOverflow.ValueType  # 3
+"""The same, but a pinned prefix stays: the system prompt, or as many tokens as are named."""
+Global___ContextOverflow: _TypeAlias = ContextOverflow  # noqa: Y015
+
 @_typing.final
 class TokenIds(_message.Message):
     """A list of token ids."""
@@ -304,6 +332,8 @@ class GenerateRequest(_message.Message):
     SLO_CLASS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     RESUME_FROM_FIELD_NUMBER: _builtins.int
+    CONTEXT_OVERFLOW_FIELD_NUMBER: _builtins.int
+    PINNED_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the client to be able to resume; empty: the gateway draws one."""
     model: _builtins.str
@@ -316,6 +346,10 @@ class GenerateRequest(_message.Message):
     """How urgent the answer is."""
     priority: _builtins.int
     """Within a class and a tenant: higher goes first. -100..100."""
+    context_overflow: Global___ContextOverflow.ValueType
+    """What happens where prompt and answer outgrow the context."""
+    pinned_tokens: _builtins.int
+    """For TRUNCATE_PINNED: first tokens of the prompt that stay; absent: a chat's system prompt."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Token ids."""
@@ -345,13 +379,20 @@ class GenerateRequest(_message.Message):
         slo_class: Global___SloClass.ValueType = ...,
         priority: _builtins.int = ...,
         resume_from: _abc.Iterable[_builtins.int] | None = ...,
+        context_overflow: Global___ContextOverflow.ValueType = ...,
+        pinned_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_pinned_tokens", b"_pinned_tokens", "chat", b"chat", "pinned_tokens", b"pinned_tokens", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume_from", b"resume_from", "sampling", b"sampling", "session_id", b"session_id", "slo_class", b"slo_class", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pinned_tokens", b"_pinned_tokens", "chat", b"chat", "context_overflow", b"context_overflow", "model", b"model", "pinned_tokens", b"pinned_tokens", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume_from", b"resume_from", "sampling", b"sampling", "session_id", b"session_id", "slo_class", b"slo_class", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__pinned_tokens: _TypeAlias = _typing.Literal["pinned_tokens"]  # noqa: Y015
+    _WhichOneofArgType__pinned_tokens: _TypeAlias = _typing.Literal["_pinned_tokens", b"_pinned_tokens"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pinned_tokens) -> _WhichOneofReturnType__pinned_tokens | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
@@ -429,22 +470,26 @@ class Accepted(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     ATTACHED_FIELD_NUMBER: _builtins.int
+    TRUNCATED_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
-    """Prompt length in tokens after templating."""
+    """Prompt length in tokens after templating, and after truncation."""
     seed: _builtins.int
     """The seed in use."""
     attached: _builtins.bool
     """True where the call attached to a request that existed already."""
+    truncated_tokens: _builtins.int
+    """Prompt tokens that were dropped because they did not fit."""
     def __init__(
         self,
         *,
         prompt_tokens: _builtins.int = ...,
         seed: _builtins.int = ...,
         attached: _builtins.bool = ...,
+        truncated_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "prompt_tokens", b"prompt_tokens", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "prompt_tokens", b"prompt_tokens", "seed", b"seed", "truncated_tokens", b"truncated_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -556,8 +601,9 @@ class Usage(_message.Message):
     ENGINE_S_FIELD_NUMBER: _builtins.int
     JOULES_FIELD_NUMBER: _builtins.int
     GRAMS_CO2E_FIELD_NUMBER: _builtins.int
+    TRUNCATED_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
-    """Prompt tokens."""
+    """Prompt tokens, without those that were dropped."""
     cached_prompt_tokens: _builtins.int
     """Prompt tokens whose KV was found in a cache."""
     completion_tokens: _builtins.int
@@ -568,6 +614,8 @@ class Usage(_message.Message):
     """Energy by the fleet's attribution rule (docs/energy.md)."""
     grams_co2e: _builtins.float
     """Operational and life-cycle emissions of that energy at the grid's intensity."""
+    truncated_tokens: _builtins.int
+    """Tokens that were dropped because prompt and answer outgrew the context."""
     def __init__(
         self,
         *,
@@ -577,10 +625,11 @@ class Usage(_message.Message):
         engine_s: _builtins.float = ...,
         joules: _builtins.float = ...,
         grams_co2e: _builtins.float = ...,
+        truncated_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_prompt_tokens", b"cached_prompt_tokens", "completion_tokens", b"completion_tokens", "engine_s", b"engine_s", "grams_co2e", b"grams_co2e", "joules", b"joules", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_prompt_tokens", b"cached_prompt_tokens", "completion_tokens", b"completion_tokens", "engine_s", b"engine_s", "grams_co2e", b"grams_co2e", "joules", b"joules", "prompt_tokens", b"prompt_tokens", "truncated_tokens", b"truncated_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
