@@ -53,6 +53,98 @@ REQUEST_KIND_EMBED: RequestKind.ValueType  # 3
 Global___RequestKind: _TypeAlias = RequestKind  # noqa: Y015
 
 @_typing.final
+class KvJoint(_message.Message):
+    """A parent in a chain of KV block hashes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_FIELD_NUMBER: _builtins.int
+    PARENT_FIELD_NUMBER: _builtins.int
+    block: _builtins.int
+    """Index of the block that hangs on it."""
+    parent: _builtins.bytes
+    """The parent, 16 bytes."""
+    def __init__(
+        self,
+        *,
+        block: _builtins.int = ...,
+        parent: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvJoint: _TypeAlias = KvJoint  # noqa: Y015
+
+@_typing.final
+class KvSupply(_message.Message):
+    """KV blocks from before a cut that can serve behind it, once their keys have moved."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_HASHES_FIELD_NUMBER: _builtins.int
+    SHIFT_TOKENS_FIELD_NUMBER: _builtins.int
+    block_hashes: _builtins.bytes
+    """Their hashes before the cut, 16 bytes each, concatenated: of the first blocks behind the head."""
+    shift_tokens: _builtins.int
+    """By how much their positions fall."""
+    def __init__(
+        self,
+        *,
+        block_hashes: _builtins.bytes = ...,
+        shift_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "shift_tokens", b"shift_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvSupply: _TypeAlias = KvSupply  # noqa: Y015
+
+@_typing.final
+class Truncation(_message.Message):
+    """How a conversation that outgrew its context was cut, and how it is to be cut again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEAD_TOKENS_FIELD_NUMBER: _builtins.int
+    CUTS_FIELD_NUMBER: _builtins.int
+    TURN_BORDERS_FIELD_NUMBER: _builtins.int
+    SUPPLIES_FIELD_NUMBER: _builtins.int
+    head_tokens: _builtins.int
+    """First tokens that every cut keeps."""
+    @_builtins.property
+    def cuts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Where the rest began after each cut so far, counted in the whole conversation, ascending."""
+
+    @_builtins.property
+    def turn_borders(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Where turns begin, counted in the whole conversation, ascending."""
+
+    @_builtins.property
+    def supplies(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvSupply]:
+        """Where blocks behind the head can come from, latest cut first."""
+
+    def __init__(
+        self,
+        *,
+        head_tokens: _builtins.int = ...,
+        cuts: _abc.Iterable[_builtins.int] | None = ...,
+        turn_borders: _abc.Iterable[_builtins.int] | None = ...,
+        supplies: _abc.Iterable[Global___KvSupply] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cuts", b"cuts", "head_tokens", b"head_tokens", "supplies", b"supplies", "turn_borders", b"turn_borders"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Truncation: _TypeAlias = Truncation  # noqa: Y015
+
+@_typing.final
 class AdmittedRequest(_message.Message):
     """Stream `requests`: gateway -> scheduler. Also stored as the request's record."""
 
@@ -78,13 +170,8 @@ class AdmittedRequest(_message.Message):
     DEADLINE_UNIX_S_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     AVOID_WORKER_IDS_FIELD_NUMBER: _builtins.int
-    CONTEXT_OVERFLOW_FIELD_NUMBER: _builtins.int
-    PINNED_TOKENS_FIELD_NUMBER: _builtins.int
-    TURN_BORDERS_FIELD_NUMBER: _builtins.int
-    CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
-    TRUNCATED_TOKENS_FIELD_NUMBER: _builtins.int
-    KV_PUBLIC_ROOT_FIELD_NUMBER: _builtins.int
-    KV_PUBLIC_BLOCKS_FIELD_NUMBER: _builtins.int
+    TRUNCATION_FIELD_NUMBER: _builtins.int
+    KV_JOINTS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Unique; also the id of this fact within its attempt."""
     tenant: _builtins.str
@@ -115,18 +202,6 @@ class AdmittedRequest(_message.Message):
     """When it is no longer wanted; 0: never."""
     traceparent: _builtins.str
     """W3C trace context."""
-    context_overflow: _inference_pb2.ContextOverflow.ValueType
-    """Set where prompt and answer may outgrow the context and the client wants them cut."""
-    pinned_tokens: _builtins.int
-    """Then: first tokens of the prompt that stay."""
-    context_tokens: _builtins.int
-    """Then: the context that the gateway planned with."""
-    truncated_tokens: _builtins.int
-    """Then: prompt tokens that its plan drops; the prompt here is whole, prefix_hashes are of what stays."""
-    kv_public_root: _builtins.bytes
-    """Root of the KV block hashes of declared public prefixes."""
-    kv_public_blocks: _builtins.int
-    """Leading blocks of the prompt that lie inside one."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt."""
@@ -148,8 +223,12 @@ class AdmittedRequest(_message.Message):
         """Workers that just failed it; their lease may not have expired yet."""
 
     @_builtins.property
-    def turn_borders(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Then: where the prompt's turns begin, ascending; the last one must stay."""
+    def truncation(self) -> Global___Truncation:
+        """Set where the client wants a full context cut; the prompt here is what stays."""
+
+    @_builtins.property
+    def kv_joints(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvJoint]:
+        """Where the chain of KV block hashes has another parent than the hash before."""
 
     def __init__(
         self,
@@ -174,17 +253,12 @@ class AdmittedRequest(_message.Message):
         deadline_unix_s: _builtins.float = ...,
         traceparent: _builtins.str = ...,
         avoid_worker_ids: _abc.Iterable[_builtins.str] | None = ...,
-        context_overflow: _inference_pb2.ContextOverflow.ValueType = ...,
-        pinned_tokens: _builtins.int = ...,
-        turn_borders: _abc.Iterable[_builtins.int] | None = ...,
-        context_tokens: _builtins.int = ...,
-        truncated_tokens: _builtins.int = ...,
-        kv_public_root: _builtins.bytes = ...,
-        kv_public_blocks: _builtins.int = ...,
+        truncation: Global___Truncation | None = ...,
+        kv_joints: _abc.Iterable[Global___KvJoint] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "truncation", b"truncation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted_unix_s", b"admitted_unix_s", "attempt", b"attempt", "avoid_worker_ids", b"avoid_worker_ids", "context_overflow", b"context_overflow", "context_tokens", b"context_tokens", "continuations", b"continuations", "crashes", b"crashes", "deadline_unix_s", b"deadline_unix_s", "delivered", b"delivered", "gateway_id", b"gateway_id", "kind", b"kind", "kv_public_blocks", b"kv_public_blocks", "kv_public_root", b"kv_public_root", "kv_salt", b"kv_salt", "model", b"model", "pinned_tokens", b"pinned_tokens", "prefix_hashes", b"prefix_hashes", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "slo_class", b"slo_class", "tenant", b"tenant", "traceparent", b"traceparent", "truncated_tokens", b"truncated_tokens", "turn_borders", b"turn_borders"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted_unix_s", b"admitted_unix_s", "attempt", b"attempt", "avoid_worker_ids", b"avoid_worker_ids", "continuations", b"continuations", "crashes", b"crashes", "deadline_unix_s", b"deadline_unix_s", "delivered", b"delivered", "gateway_id", b"gateway_id", "kind", b"kind", "kv_joints", b"kv_joints", "kv_salt", b"kv_salt", "model", b"model", "prefix_hashes", b"prefix_hashes", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "slo_class", b"slo_class", "tenant", b"tenant", "traceparent", b"traceparent", "truncation", b"truncation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
