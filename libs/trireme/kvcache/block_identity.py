@@ -146,27 +146,41 @@ def truncated_prefix(
 
     Args:
         token_ids: the whole sequence, never cut.
-        chain: of the whole sequence (`hash_chain`).
+        chain: of the whole sequence, before any cut (`hash_chain`).
         head: tokens kept at the start; whole blocks.
         cuts: where the rest began after each cut, ascending; whole blocks, at least one.
         window: tokens that the sequence had at most at any time.
     """
     head_blocks = head // block_size
-    head_joints = tuple(joint for joint in chain.joints if joint[0] < head_blocks)
     head_hashes = chain.extend((), token_ids[:head], block_size)
     supplies: list[Supply] = []
-    before, present = head, chain
+    before = head
     for number, cut in enumerate(cuts, start=1):
+        held = chain.extend(head_hashes, token_ids[before : before + window - head], block_size)
         moved = cut - before
-        dropped = moved // block_size
-        hashes = present.extend(head_hashes, token_ids[before : before + window - head], block_size)
-        older = (Supply(supply.hashes[dropped:], supply.shift_tokens + moved) for supply in supplies)
-        supplies = [Supply(tuple(hashes[dropped:]), moved), *(supply for supply in older if supply.hashes)]
-        root = blake2b(hashes[dropped - 1], digest_size=HASH_BYTES, person=b"cut")
-        root.update(b"".join(part.to_bytes(8, "little") for part in (head, cut, number)))
-        root.update(chain.salt)
-        before, present = cut, HashChain(chain.salt, (*head_joints, (head_blocks, root.digest())))
-    return TruncatedPrefix(chain=present, head_blocks=head_blocks, supplies=tuple(supplies))
+        gone = moved // block_size
+        older = (Supply(supply.hashes[gone:], supply.shift_tokens + moved) for supply in supplies)
+        supplies = [Supply(tuple(held[gone:]), moved), *(supply for supply in older if supply.hashes)]
+        chain = chain_after_cut(chain, [*head_hashes, *held], head_blocks, gone, number)
+        before = cut
+    return TruncatedPrefix(chain=chain, head_blocks=head_blocks, supplies=tuple(supplies))
+
+
+def chain_after_cut(
+    chain: HashChain, hashes: Sequence[bytes], head_blocks: int, dropped_blocks: int, number: int
+) -> HashChain:
+    """The chain of what stays when `dropped_blocks` blocks behind the head go.
+
+    Args:
+        chain: before the cut.
+        hashes: under it, as far as the last block that goes, or farther.
+        number: which cut of the conversation this is, from 1.
+    """
+    root = blake2b(hashes[head_blocks + dropped_blocks - 1], digest_size=HASH_BYTES, person=b"cut")
+    root.update(b"".join(part.to_bytes(8, "little") for part in (head_blocks, dropped_blocks, number)))
+    root.update(chain.salt)
+    joints = (joint for joint in chain.joints if joint[0] < head_blocks)
+    return HashChain(chain.salt, (*joints, (head_blocks, root.digest())))
 
 
 def block_hashes(token_ids: Sequence[int], block_size: int, salt: bytes) -> tuple[bytes, ...]:

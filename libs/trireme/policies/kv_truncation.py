@@ -123,28 +123,28 @@ def plan_truncation(
     *,
     reserved_tokens: int = 1,
     borders: Sequence[int] = (),
+    made: Sequence[int] = (),
     protected_from: int | None = None,
 ) -> TruncationPlan:
     """Cut until what stays and `reserved_tokens` more fit the window.
 
     Args:
         rule: how.
-        num_tokens: length of the whole conversation, never cut before.
+        num_tokens: length of the whole conversation, with all that was ever dropped.
         reserved_tokens: room wanted for the answer; counts up to `rule.most_reserved`.
         borders: offsets at which turns begin, ascending, equal for as long as the text is.
+        made: cuts so far, ascending; by the same rule they are those that this call would find.
         protected_from: tokens from here on must stay, such as the question to be answered.
 
     Raises:
         ContextLengthExceeded: the protected tokens alone do not fit.
     """
     room = rule.window - rule.head - max(1, min(reserved_tokens, rule.most_reserved))
-    cuts: list[int] = []
-    cut = rule.head
-    on_border = 0
+    cuts = list(made)
+    cut = cuts[-1] if cuts else rule.head
     while num_tokens - cut > room:
-        cut, is_border = _next_cut(rule, cut, borders)
+        cut = _next_cut(rule, cut, borders)
         cuts.append(cut)
-        on_border += is_border
     if protected_from is not None and cuts and cut > max(protected_from, rule.head):
         raise ContextLengthExceeded(
             f"the last turn has {num_tokens - protected_from} tokens; with {rule.head} that are kept before "
@@ -155,7 +155,7 @@ def plan_truncation(
         num_tokens=num_tokens,
         head=rule.head,
         cuts=tuple(cuts),
-        reason=_reason(rule, num_tokens, cuts, on_border),
+        reason=_reason(rule, num_tokens, cuts),
     )
 
 
@@ -171,26 +171,25 @@ def rotations(plan: TruncationPlan, rule: TruncationRule, token: int) -> int:
     return sum(after <= token < before + behind for before, after in zip(befores, plan.cuts, strict=False))
 
 
-def _next_cut(rule: TruncationRule, cut: int, borders: Sequence[int]) -> tuple[int, bool]:
+def _next_cut(rule: TruncationRule, cut: int, borders: Sequence[int]) -> int:
     """The cut after `cut`: the first turn from `least_drop` on, else the last before, else mid-turn."""
     least, farthest = cut + rule.least_drop, cut + rule.reach
     first = bisect_left(borders, least)
     if first < len(borders) and borders[first] <= farthest:
-        return borders[first] // rule.block_size * rule.block_size, True
+        return borders[first] // rule.block_size * rule.block_size
     if first > 0:
         before = borders[first - 1] // rule.block_size * rule.block_size
         if before > cut:
-            return before, True
-    return least, False
+            return before
+    return least
 
 
-def _reason(rule: TruncationRule, num_tokens: int, cuts: Sequence[int], on_border: int) -> str:
+def _reason(rule: TruncationRule, num_tokens: int, cuts: Sequence[int]) -> str:
     if not cuts:
         return f"{num_tokens} tokens fit the window of {rule.window}"
-    where = "at a turn" if on_border == len(cuts) else f"{on_border} of {len(cuts)} cuts at a turn"
     return (
-        f"{num_tokens} tokens exceed the window of {rule.window}: dropped {rule.head}..{cuts[-1]} "
-        f"in {len(cuts)} cuts, {where}"
+        f"{num_tokens} tokens exceed the window of {rule.window}: {rule.head}..{cuts[-1]} dropped "
+        f"in {len(cuts)} cuts"
     )
 
 
