@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,17 +12,18 @@ from redis.exceptions import ConnectionError as RedisAway
 
 from trireme.bus.request_records import State
 from trireme.bus.streams import Entry
-from trireme.engine import StepResult, TokenOutput
-from trireme.engine.outputs import FinishReason
 from trireme.errors import InvalidRequest
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, Assignment, Event, RequestKind
 from trireme.wire.inference.v1 import inference_pb2 as inference
 from trireme.wire.worker.v1.worker_pb2 import TokenBatch
 from trireme.worker.billing import Biller
-from trireme.worker.intake import Intake, sequences_of
-from trireme.worker.live_requests import LiveRequest, sequence_id
+from trireme.worker.engine_messages import Add, Cancel, Gone, Refused, Unload
+from trireme.worker.intake import Intake
+from trireme.worker.live_requests import LiveRequest
 from trireme.worker.outboxes import MAX_BATCH_BYTES
 from trireme.worker.request_table import RequestTable, new_choices
+from trireme.worker.sequence_requests import sequences_of
+from trireme.worker.step_news import Output, StepNews, Work
 from trireme.worker.variants import VariantTable
 
 MESSAGE_LIMIT_BYTES = 16 * 2**20
@@ -59,34 +61,43 @@ class Events:
         self.published.append(event)
 
 
-class FakeEngine:
-    def __init__(self) -> None:
-        self.sequences: list[str] = []
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self.sequences)
-
-    def add(self, sequence: Any) -> None:
-        assert sequence.sequence_id not in self.sequences, "the engine would refuse it"
-        self.sequences.append(sequence.sequence_id)
-
-    def cancel(self, name: str) -> None:
-        if name in self.sequences:
-            self.sequences.remove(name)
-
-
 class Engines:
-    """Runs what is posted at once, as the engine's thread does before its next step."""
+    """Does at once what it is told, as the engine process does before its next step."""
 
     def __init__(self) -> None:
-        self.engines: dict[str, Any] = {"v": FakeEngine()}
+        self.handles: dict[str, int] = {}
+        """Of all that were ever added."""
+        self.sequences: dict[int, str] = {}
+        """Of the one variant, by handle: request and choice and attempt."""
+        self.is_loaded = True
+        self.refuses = False
+        self.gone: list[Gone] = []
+        self.refused: list[Refused] = []
 
-    def post(self, action: Any) -> None:
-        action(self.engines)
+    def send(self, what: Add | Cancel) -> None:
+        match what:
+            case Add("v", body, sequences) if self.is_loaded and not self.refuses:
+                request = AdmittedRequest.FromString(body)
+                for choice, handle in sequences:
+                    assert handle not in self.sequences, "each has a handle of its own"
+                    self.sequences[handle] = sequence_name(request, choice)
+                    self.handles[self.sequences[handle]] = handle
+            case Add(_, _, sequences):
+                handles = tuple(handle for _, handle in sequences)
+                if self.is_loaded:
+                    self.refused.append(Refused(handles, "invalid_request", "no"))
+                else:
+                    self.gone.append(Gone(handles))
+            case Cancel(_, handles):
+                for handle in handles:
+                    self.sequences.pop(handle, None)
 
-    async def call(self, action: Any) -> Any:
-        return action(self.engines)
+    async def ask(self, what: Unload) -> bool:
+        assert what == Unload("v")
+        if self.sequences:
+            return False
+        self.is_loaded = False
+        return True
 
 
 class Blocks:
@@ -111,16 +122,12 @@ class Bench:
     def __init__(self) -> None:
         self.records, self.events, self.engines, self.blocks = Records(), Events(), Engines(), Blocks()
 
-        def cancel(variant: str, names: list[str]) -> None:
-            for name in names:
-                self.engines.engines[variant].cancel(name)
-
         self.table = RequestTable(
             worker_id="w",
             records=self.records,  # type: ignore[arg-type]
             events=self.events,  # type: ignore[arg-type]
             biller=Biller("cpu", node="local"),
-            cancel=cancel,
+            cancel=lambda variant, handles: self.engines.send(Cancel(variant, handles)),
         )
         self.variants = VariantTable(self.engines)  # type: ignore[arg-type]
         self.variants._loaded["v"] = SimpleNamespace(ready=True)  # type: ignore[assignment]
@@ -132,7 +139,7 @@ class Bench:
             records=self.records,  # type: ignore[arg-type]
             table=self.table,
             variants=self.variants,
-            engines=self.engines,  # type: ignore[arg-type]
+            send=self.engines.send,
             blocks=self.blocks,  # type: ignore[arg-type]
         )
 
@@ -148,10 +155,23 @@ class Bench:
         reading.cancel()
         await asyncio.wait([reading])
         assert reading.cancelled(), reading.exception()
+        for gone in self.engines.gone:
+            self.intake.gone(gone)
+        for refused in self.engines.refused:
+            self.intake.refused(refused)
+        await asyncio.sleep(0)
 
     @property
     def in_engine(self) -> list[str]:
-        return list(self.engines.engines["v"].sequences)
+        return list(self.engines.sequences.values())
+
+    def step(self, entry: Entry[Assignment], *tokens: int, first: int = 0, ends: bool = False) -> StepNews:
+        """What the engine makes of the first choice of a request, whether the worker still wants it."""
+        handle = self.engines.handles[sequence_name(entry.fact.request, 0)]
+        outputs = [Output(handle, first + number, token) for number, token in enumerate(tokens)]
+        if ends:
+            outputs.append(Output(handle, first + len(tokens), finish_reason="length"))
+        return StepNews(variant="v", outputs=tuple(outputs))
 
     def batch(self) -> TokenBatch:
         return self.table.outbox("g")._batch()
@@ -160,6 +180,10 @@ class Bench:
 @pytest.fixture
 async def bench() -> Bench:
     return Bench()
+
+
+def sequence_name(request: AdmittedRequest, choice: int) -> str:
+    return f"{request.request_id}#{choice}@{request.attempt}"
 
 
 def assigned(entry_id: str, *, attempt: int = 1, n: int = 1, **sampling: Any) -> Entry[Assignment]:
@@ -174,25 +198,15 @@ def assigned(entry_id: str, *, attempt: int = 1, n: int = 1, **sampling: Any) ->
     return Entry(entry_id.encode(), Assignment(request=request, variant="v", worker_id="w"))
 
 
-def step(entry: Entry[Assignment], *tokens: int, first: int = 0, ends: bool = False) -> StepResult:
-    name = sequence_id(entry.fact.request, 0)
-    outputs = [TokenOutput(name, first + i, token) for i, token in enumerate(tokens)]
-    if ends:
-        outputs.append(
-            TokenOutput(name, first + len(tokens), None, finish_reason=FinishReason.LENGTH)
-        )
-    return StepResult(outputs=tuple(outputs))
-
-
 async def test_a_later_attempt_on_the_same_worker_takes_the_place_of_the_earlier(bench: Bench) -> None:
     first, second = assigned("1-0"), assigned("2-0", attempt=2)
     await bench.take(first)
     await bench.take(second)
-    assert bench.in_engine == [sequence_id(second.fact.request, 0)]
+    assert bench.in_engine == [sequence_name(second.fact.request, 0)]
     assert bench.records.done == [("let_go", b"1-0")], "the overtaken assignment is no load any more"
     # What the engine had made of the first one before it heard of the second comes late.
-    bench.table.on_step(step(first, 7, 8, 9, ends=True))
-    bench.table.on_step(step(second, 7))
+    bench.table.on_step(bench.step(first, 7, 8, 9, ends=True))
+    bench.table.on_step(bench.step(second, 7))
     [update] = bench.batch().updates
     assert list(update.token_ids) == [7]
     assert not update.HasField("finished")
@@ -226,7 +240,7 @@ async def test_of_two_choices_the_stopped_one_never_runs(bench: Bench) -> None:
     bench.table.stop("r", 0)
     bench.blocks.answer.set()
     await asyncio.sleep(0.01)
-    assert bench.in_engine == [sequence_id(entry.fact.request, 1)]
+    assert bench.in_engine == [sequence_name(entry.fact.request, 1)]
 
 
 async def test_what_is_overtaken_while_its_blocks_are_fetched_never_runs(bench: Bench) -> None:
@@ -237,7 +251,7 @@ async def test_what_is_overtaken_while_its_blocks_are_fetched_never_runs(bench: 
     await bench.take(second)
     bench.blocks.answer.set()
     await asyncio.sleep(0.01)
-    assert bench.in_engine == [sequence_id(second.fact.request, 0)]
+    assert bench.in_engine == [sequence_name(second.fact.request, 0)]
 
 
 async def test_a_fetch_that_fails_only_means_that_all_is_computed(bench: Bench) -> None:
@@ -282,10 +296,51 @@ async def test_an_assignment_for_a_variant_that_left_goes_to_another_worker(benc
 
 
 async def test_a_request_that_meets_an_engine_just_gone_goes_to_another_worker(bench: Bench) -> None:
-    gone = bench.engines.engines.pop("v")
+    bench.engines.is_loaded = False
     await bench.take(assigned("1-0"))
     assert [what for what, _ in bench.records.done] == ["requeue", "let_go"]
-    assert len(bench.table) == 0 and gone.sequences == []
+    assert len(bench.table) == 0 and bench.in_engine == []
+
+
+async def test_a_request_that_the_engine_refuses_ends_with_its_error(bench: Bench) -> None:
+    bench.engines.refuses = True
+    await bench.take(assigned("1-0", n=2))
+    ends = [update.finished for update in bench.batch().updates]
+    assert [(end.error_code, end.error_message) for end in ends] == [("invalid_request", "no")] * 2
+
+
+async def test_what_the_engine_says_of_a_request_that_was_overtaken_meanwhile_is_nothing(
+    bench: Bench,
+) -> None:
+    first, second = assigned("1-0"), assigned("2-0", attempt=2)
+    await bench.take(first)
+    handle = bench.engines.handles[sequence_name(first.fact.request, 0)]
+    await bench.take(second)
+    bench.intake.refused(Refused((handle,), "invalid_request", "no"))
+    bench.intake.gone(Gone((handle,)))
+    assert len(bench.table) == 1
+    assert bench.records.done == [("let_go", b"1-0")]
+
+
+async def test_every_second_of_a_step_is_billed_once(bench: Bench) -> None:
+    entries = [assigned(f"{number}-0") for number in range(3)]
+    for number, entry in enumerate(entries):
+        entry.fact.request.request_id = f"r{number}"
+    await bench.take(*entries)
+    handles = [bench.engines.handles[f"r{number}#0@1"] for number in range(3)]
+    news = StepNews(
+        variant="v",
+        seconds=0.6,
+        token_s=0.1,
+        tokens=array("q", [handles[0], 0, 7, handles[1], 0, 8]),
+        work=(Work(handles[2], 0.3), Work(handles[2], 0.1)),
+    )
+    _, billed_s = bench.table.on_step(news)
+    assert billed_s == pytest.approx(0.6)
+    for number, expected_s in enumerate((0.1, 0.1, 0.4)):
+        live = bench.table.request_of(handles[number])
+        assert live is not None and live.engine_s == pytest.approx(expected_s)
+    assert {tuple(update.token_ids) for update in bench.batch().updates} == {(7,), (8,)}
 
 
 async def test_a_variant_with_work_is_not_freed(bench: Bench) -> None:
@@ -293,10 +348,10 @@ async def test_a_variant_with_work_is_not_freed(bench: Bench) -> None:
     unloading = asyncio.create_task(bench.variants.unload("v"))
     again = asyncio.create_task(bench.variants.unload("v"))
     await asyncio.sleep(0.1)
-    assert not unloading.done() and "v" in bench.engines.engines
-    bench.engines.engines["v"].sequences.clear()
+    assert not unloading.done() and bench.engines.is_loaded
+    bench.engines.sequences.clear()
     await asyncio.gather(unloading, again)
-    assert "v" not in bench.engines.engines and bench.variants.find("v") is None
+    assert not bench.engines.is_loaded and bench.variants.find("v") is None
 
 
 async def test_a_request_that_the_engine_refuses_ends_once(bench: Bench) -> None:
@@ -327,7 +382,7 @@ async def test_a_leaving_worker_does_not_wait_for_redis_for_ever(
 def test_an_unknown_kind_is_refused() -> None:
     for kind in (0, 99):
         with pytest.raises(InvalidRequest):
-            sequences_of(AdmittedRequest(request_id="r", kind=kind, prompt_token_ids=[1]))  # type: ignore[arg-type]
+            sequences_of(AdmittedRequest(request_id="r", kind=kind, prompt_token_ids=[1]), [0])  # type: ignore[arg-type]
 
 
 def backlog(tokens: int, *, n: int, logprobs: int | None) -> LiveRequest:
@@ -376,7 +431,7 @@ async def test_a_long_replay_does_not_hold_up_the_others(bench: Bench) -> None:
     short.fact.request.request_id = "short"
     await bench.take(short)
     bench.table.outbox("g").mark(long)
-    bench.table.on_step(step(short, 7))
+    bench.table.on_step(bench.step(short, 7))
     named = {update.request_id for update in bench.batch().updates}
     assert "short" in named
     assert long.has_news

@@ -5,20 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from functools import partial
 
-import torch
 import uvloop
 
 from trireme.bus.connection import AWAY, Keys, open_redis, persistently
 from trireme.bus.registry import Registry, new_process_id
 from trireme.bus.request_records import WORKERS, RequestRecords
 from trireme.bus.streams import Stream
-from trireme.engine import Engine, EngineStats, StepResult
 from trireme.errors import InvalidConfiguration
 from trireme.kvcache.store_client import StoreClient
 from trireme.runtime.fleet import Fleet, WorkerGroup, load_fleet
@@ -40,14 +37,17 @@ from trireme.wire.bus.v1.facts_pb2 import (
 from trireme.wire.worker.v1.worker_pb2_grpc import add_WorkerServicer_to_server
 from trireme.worker.billing import Biller
 from trireme.worker.block_traffic import BlockTraffic
-from trireme.worker.engine_thread import EngineThread
+from trireme.worker.engine_client import EngineClient, Listeners
+from trireme.worker.engine_messages import Cancel
 from trireme.worker.intake import Intake
 from trireme.worker.metrics import EngineCollector, registry_of
 from trireme.worker.reports import report_measurements, report_residency
 from trireme.worker.request_table import RequestTable
 from trireme.worker.servicer import WorkerServicer
 from trireme.worker.settings import Settings
-from trireme.worker.variants import VariantTable, plan_from_request, plans_of
+from trireme.worker.step_news import StepNews
+from trireme.worker.variant_plan import plan_from_request, plans_of
+from trireme.worker.variants import VariantTable
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +65,6 @@ async def serve(settings: Settings) -> None:
     worker_id = new_process_id(f"worker-{group.name}-{settings.index}")
     started_s = time.time()
     keys = Keys(settings.bus_prefix)
-    torch.set_num_threads(group.threads)
-    torch.set_num_interop_threads(1)
     async with AsyncExitStack() as stack:
         redis = await stack.enter_async_context(open_redis(settings.redis_url))
         records = RequestRecords(redis, keys)
@@ -75,43 +73,49 @@ async def serve(settings: Settings) -> None:
         assignments = Stream(redis, keys.assignments(worker_id), Assignment)
         biller = Biller(group.device, node=settings.node)
 
-        def deliver(variant: str, result: StepResult, stats: EngineStats) -> None:
-            joules, engine_s = table.on_step(result)
-            loaded = variants.find(variant)
+        def deliver(news: StepNews) -> None:
+            joules, engine_s = table.on_step(news)
+            loaded = variants.find(news.variant)
             if loaded is None:
                 return  # its last step ended while it was unloaded
-            loaded.note_step(result, stats)
+            loaded.note_step(news)
             loaded.billed_joules += joules
             loaded.billed_engine_s += engine_s
             blocks.note_cached(loaded, loaded.take_unsaved())
 
-        def cancel(variant: str, sequence_ids: list[str]) -> None:
-            def act(engines_of: dict[str, Engine]) -> None:
-                for name in sequence_ids:
-                    if variant in engines_of:
-                        engines_of[variant].cancel(name)
-
-            engines.post(act)
-
-        engines = EngineThread(deliver)
-        engines.start()
-        stack.callback(engines.stop)
+        listeners = Listeners(
+            on_step=deliver,
+            on_refused=lambda what: intake.refused(what),
+            on_gone=lambda what: intake.gone(what),
+        )
+        engines = await stack.enter_async_context(
+            EngineClient.running(
+                listeners,
+                threads=group.threads,
+                area_bytes=settings.transfer_mib * 2**20,
+                log_level=settings.log_level,
+            )
+        )
         variants = VariantTable(engines)
         table = RequestTable(
-            worker_id=worker_id, records=records, events=events, biller=biller, cancel=cancel
+            worker_id=worker_id,
+            records=records,
+            events=events,
+            biller=biller,
+            cancel=lambda variant, handles: engines.send(Cancel(variant, handles)),
         )
         store = None
         if fleet.kvstore.enabled:
             find_store = _find_store(registry, settings.node)
             store = await stack.enter_async_context(StoreClient.open(find_store))
-        blocks = BlockTraffic(store, engines, variants, deadline_s=settings.store_deadline_s)
+        blocks = BlockTraffic(store, engines, engines.area, variants, deadline_s=settings.store_deadline_s)
         intake = Intake(
             worker_id=worker_id,
             assignments=assignments,
             records=records,
             table=table,
             variants=variants,
-            engines=engines,
+            send=engines.send,
             blocks=blocks,
         )
         draining = asyncio.Event()
@@ -274,7 +278,6 @@ def _fence() -> None:
 
 
 def main() -> None:
-    sys.setswitchinterval(0.0005)  # the event loop must not wait 5 ms for the engine thread's GIL
     settings = load(Settings, os.environ, prefix="TRIREME_WORKER_")
     configure_logging("worker", level=settings.log_level)
     configure_tracing("worker")

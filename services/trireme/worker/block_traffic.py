@@ -9,29 +9,43 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from typing import cast
 
-from trireme.engine import Engine
 from trireme.kvcache.store_client import StoreClient
-from trireme.worker.engine_thread import EngineThread
-from trireme.worker.variants import LoadedVariant, VariantTable
+from trireme.worker.engine_messages import ExportBlocks, ImportBlocks
+from trireme.worker.transfer_area import TransferArea
+from trireme.worker.variants import Engines, LoadedVariant, VariantTable
 
 log = logging.getLogger(__name__)
 
 SAVE_BATCH = 32
 """Blocks copied out of the engine between two steps."""
+NO_ROOM_S = 0.01
+"""Until the transfer area is looked at again."""
 ASK_SMOOTHING = 0.1
 MAX_REMEMBERED = 200_000
 """Hashes known to be in the store, so that they are not saved again."""
 
 
 class BlockTraffic:
-    """One store, all variants of a worker. Without a store nothing is asked and nothing saved."""
+    """One store, all variants of a worker. Without a store nothing is asked and nothing saved.
+
+    Blocks pass between this process and the engines' in `area`; what finds no room there is missed, or
+    saved later.
+    """
 
     def __init__(
-        self, store: StoreClient | None, engines: EngineThread, variants: VariantTable, *, deadline_s: float
+        self,
+        store: StoreClient | None,
+        engines: Engines,
+        area: TransferArea,
+        variants: VariantTable,
+        *,
+        deadline_s: float,
     ) -> None:
         self._store = store
         self._engines = engines
+        self._area = area
         self._variants = variants
         self._deadline_s = deadline_s
         self._unsaved: dict[str, dict[bytes, None]] = {}
@@ -71,22 +85,30 @@ class BlockTraffic:
         except TimeoutError:
             return 0
         blocks = [(b, p) for b, p in zip(missing, payloads, strict=False) if p is not None]
-
-        def bring_in(engines: dict[str, Engine]) -> int:
-            engine = engines.get(variant)
-            if engine is None:
-                return 0
-            return sum(engine.import_block(block, payload) for block, payload in blocks)
-
-        came = await self._engines.call(bring_in)
+        came = await self._bring_in(variant, blocks)
         self.fetched_blocks += came
         for block, _ in blocks:
             self._remember(loaded.kv_namespace, block)
         return came
 
+    async def _bring_in(self, variant: str, blocks: Sequence[tuple[bytes, bytes]]) -> int:
+        area = self._area
+        placed: list[tuple[bytes, int, int]] = []
+        try:
+            for block, payload in blocks:
+                offset = area.take(len(payload))
+                if offset is None:
+                    break
+                area.memory[offset : offset + len(payload)] = payload
+                placed.append((block, offset, len(payload)))
+            return cast(int, await self._engines.ask(ImportBlocks(variant, tuple(placed))))
+        finally:
+            for _, offset, _ in placed:
+                area.give_back(offset)
+
     def note_cached(self, loaded: LoadedVariant, hashes: Sequence[bytes]) -> None:
         """The engine completed these blocks: save them when there is time."""
-        if self._store is None or loaded.plan.device == "null":
+        if self._store is None or not 0 < loaded.loaded.block_bytes <= self._area.size_bytes:
             return  # the null model's blocks hold nothing
         namespace = loaded.kv_namespace
         fresh = [block for block in hashes if (namespace, block) not in self._saved]
@@ -106,23 +128,39 @@ class BlockTraffic:
     async def _save_some(self, variant: str) -> None:
         assert self._store is not None
         waiting = self._unsaved[variant]
-        chosen = list(waiting)[:SAVE_BATCH]
-        for block in chosen:
-            del waiting[block]
-        if not waiting:
-            del self._unsaved[variant]
-
-        def copy_out(engines: dict[str, Engine]) -> list[tuple[bytes, bytes]]:
-            engine = engines.get(variant)
-            copies = [(block, engine.export_block(block)) for block in chosen] if engine else []
-            return [(block, payload) for block, payload in copies if payload is not None]
-
-        payloads = await self._engines.call(copy_out)
         loaded = self._variants.find(variant)
         if loaded is None:
-            return  # unloaded meanwhile
-        self.saved_blocks += await self._store.save(loaded.kv_namespace, payloads, tenant="")
-        for block, _ in payloads:
+            del self._unsaved[variant]  # unloaded meanwhile
+            return
+        length, area = loaded.loaded.block_bytes, self._area
+        placed: list[tuple[bytes, int]] = []
+        try:
+            for block in list(waiting)[:SAVE_BATCH]:
+                offset = area.take(length)
+                if offset is None:
+                    break
+                placed.append((block, offset))
+                del waiting[block]
+            if not waiting:
+                del self._unsaved[variant]
+            if not placed:
+                await asyncio.sleep(NO_ROOM_S)
+                return
+            lengths = cast(
+                tuple[int, ...], await self._engines.ask(ExportBlocks(variant, tuple(placed), length))
+            )
+            found = [
+                (block, area.memory[offset : offset + size])
+                for (block, offset), size in zip(placed, lengths, strict=True)
+                if size
+            ]
+            # The store's client may read on past its deadline, when the room is another's: then the
+            # checksums differ, and the blocks are misses.
+            self.saved_blocks += await self._store.save(loaded.kv_namespace, found, tenant="")
+        finally:
+            for _, offset in placed:
+                area.give_back(offset)
+        for block, _ in found:
             self._remember(loaded.kv_namespace, block)
 
     def _remember(self, namespace: str, block: bytes) -> None:

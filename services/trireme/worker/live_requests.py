@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, Assignment
+from trireme.wire.bus.v1.facts_pb2 import Assignment
 from trireme.wire.inference.v1.inference_pb2 import PositionLogprobs, Usage
 from trireme.wire.worker.v1.worker_pb2 import Admitted, Finished, SequenceUpdate
 
@@ -15,17 +15,14 @@ UPDATE_LOGPROBS = 16384
 """Log-probabilities in one update at most, alternatives included; each has about a dozen bytes."""
 
 
-def sequence_id(request: AdmittedRequest, choice: int) -> str:
-    """The engine's name for one choice (or one label) of one attempt of a request."""
-    return f"{request.request_id}#{choice}@{request.attempt}"
-
-
 @dataclass(slots=True)
 class Choice:
     """One answer in the making."""
 
     first_index: int
     """Index in the answer of `token_ids[0]`: earlier ones were delivered in an earlier attempt."""
+    handle: int = -1
+    """The engine process's name for it; the request table gives it."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[PositionLogprobs] = field(default_factory=list)
     finished: Finished | None = None
@@ -62,8 +59,23 @@ class LiveRequest:
         return self.assignment.request.request_id
 
     @property
+    def variant(self) -> str:
+        return self.assignment.variant
+
+    @property
+    def handles(self) -> tuple[int, ...]:
+        """Of all choices, for the engine process."""
+        return tuple(choice.handle for choice in self.choices)
+
+    @property
     def is_complete(self) -> bool:
         return all(choice.finished is not None for choice in self.choices)
+
+    def charge(self, engine_s: float, joules: float, grams_co2e: float) -> None:
+        """Add what a step cost."""
+        self.engine_s += engine_s
+        self.joules += joules
+        self.grams_co2e += grams_co2e
 
     def usage(self) -> Usage:
         """What it used so far, in this attempt; delivered tokens of earlier ones count as answer."""
@@ -113,7 +125,7 @@ class LiveRequest:
             if not self.announced:
                 update.admitted.CopyFrom(
                     Admitted(
-                        variant=self.assignment.variant,
+                        variant=self.variant,
                         decision=self.assignment.decision,
                         started_unix_s=self.started_unix_s,
                     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 import uuid
@@ -11,13 +12,13 @@ from collections.abc import Callable, Container, Coroutine, Iterable
 from trireme.bus.connection import persistently
 from trireme.bus.request_records import RequestRecords, State, work_tokens
 from trireme.bus.streams import Stream
-from trireme.engine import FinishReason, StepResult, TokenOutput
 from trireme.wire.bus.v1.facts_pb2 import Assignment, Event, RequestFinished
 from trireme.wire.inference.v1 import inference_pb2 as inference
 from trireme.wire.worker.v1.worker_pb2 import Finished
 from trireme.worker.billing import Biller
-from trireme.worker.live_requests import Choice, LiveRequest, sequence_id
+from trireme.worker.live_requests import Choice, LiveRequest
 from trireme.worker.outboxes import Outbox
+from trireme.worker.step_news import Ending, Output, StepNews
 
 log = logging.getLogger(__name__)
 
@@ -27,17 +28,18 @@ SETTLING_S = 5.0
 """How long a leaving worker tries to make its last acknowledgements."""
 
 _REASONS = {
-    FinishReason.STOP: inference.FINISH_REASON_STOP,
-    FinishReason.LENGTH: inference.FINISH_REASON_LENGTH,
-    FinishReason.ERROR: inference.FINISH_REASON_ERROR,
+    "stop": inference.FINISH_REASON_STOP,
+    "length": inference.FINISH_REASON_LENGTH,
+    "error": inference.FINISH_REASON_ERROR,
 }
+"""By the engine's word for it."""
 
 
 class RequestTable:
-    """Live requests by id, their sequences, and one outbox per gateway.
+    """Live requests by id, their choices by handle, and one outbox per gateway.
 
     Args:
-        cancel: stops sequences of a variant in the engine: (variant, sequence ids).
+        cancel: stops sequences of a variant in the engine: (variant, handles).
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class RequestTable:
         records: RequestRecords,
         events: Stream[Event],
         biller: Biller,
-        cancel: Callable[[str, list[str]], None],
+        cancel: Callable[[str, tuple[int, ...]], None],
     ) -> None:
         self._worker_id = worker_id
         self._records = records
@@ -55,7 +57,8 @@ class RequestTable:
         self._biller = biller
         self._cancel = cancel
         self._live: dict[str, LiveRequest] = {}
-        self._sequences: dict[str, tuple[LiveRequest, int]] = {}
+        self._sequences: dict[int, tuple[LiveRequest, Choice]] = {}
+        self._handles = itertools.count()
         self._outboxes: dict[str, Outbox] = {}
         self._tombstones: dict[str, float] = {}
         self._endings: set[asyncio.Task[None]] = set()
@@ -86,17 +89,23 @@ class RequestTable:
         """Take a request over; a newer attempt of one that is here replaces it."""
         stale = self._live.get(request.request_id)
         if stale is not None:
-            self._cancel(stale.assignment.variant, _sequences_of(stale))
+            self._cancel(stale.variant, stale.handles)
             self._drop(stale)
             self.let_go(stale.entry_id, stale.assignment)
         self._entries.add(request.entry_id)
         self._live[request.request_id] = request
-        for number, name in enumerate(_sequences_of(request)):
-            self._sequences[name] = (request, number)
+        for choice in request.choices:
+            choice.handle = next(self._handles)
+            self._sequences[choice.handle] = (request, choice)
 
     def holds(self, request: LiveRequest) -> bool:
         """Whether this very attempt is here."""
         return self._live.get(request.request_id) is request
+
+    def request_of(self, handle: int) -> LiveRequest | None:
+        """The request of a choice, while it is here."""
+        found = self._sequences.get(handle)
+        return found[0] if found is not None else None
 
     def withdraw(self, request: LiveRequest) -> None:
         """Forget a request that the engine never had; its assignment is the caller's again."""
@@ -121,47 +130,58 @@ class RequestTable:
         known = self._live.get(request_id)
         return known is not None and known.assignment.request.attempt >= attempt
 
-    def on_step(self, result: StepResult) -> tuple[float, float]:
+    def on_step(self, news: StepNews) -> tuple[float, float]:
         """Take one step's output; returns (joules, engine seconds) billed for it."""
         now_s = time.time()
-        billed_joules = 0.0
-        billed_s = 0.0
-        for work in result.work:
-            found = self._sequences.get(work.sequence_id)
-            if found is None:
-                continue
-            request = found[0]
-            joules, grams = self._biller.price(work.seconds)
-            request.engine_s += work.seconds
-            request.joules += joules
-            request.grams_co2e += grams
-            billed_joules += joules
-            billed_s += work.seconds
-            if not request.started_unix_s:
-                request.started_unix_s = now_s - result.seconds
         touched: dict[str, LiveRequest] = {}
-        for output in result.outputs:
-            found = self._sequences.get(output.sequence_id)
-            if found is None:
+        billed_joules, billed_s = self._take_plain(news, touched)
+        for handle, seconds in news.work:
+            request = self.request_of(handle)
+            if request is None:
                 continue
-            request, number = found
-            self._take(request, number, output, now_s)
-            touched[request.request_id] = request
-        for score in result.scores:
-            self._take_ending(score.sequence_id, touched, scores=score.logprobs, cached=score.cached_tokens)
-        for embedding in result.embeddings:
-            self._take_ending(embedding.sequence_id, touched, embedding=embedding.vector)
+            joules, grams = self._biller.price(seconds)
+            request.charge(seconds, joules, grams)
+            billed_joules += joules
+            billed_s += seconds
+            if not request.started_unix_s:
+                request.started_unix_s = now_s - news.seconds
+        for output in news.outputs:
+            found = self._sequences.get(output.handle)
+            if found is not None:
+                self._take(*found, output, now_s)
+                touched[found[0].request_id] = found[0]
+        for ending in news.endings:
+            found = self._sequences.get(ending.handle)
+            if found is not None:
+                _take_ending(*found, ending)
+                touched[found[0].request_id] = found[0]
         for request in touched.values():
-            if request.is_complete and request.ended_s is None:
+            if request.ended_s is None and request.is_complete:
                 self._ended(request, now_s)
             self.outbox(request.gateway_id).mark(request)
         return billed_joules, billed_s
+
+    def _take_plain(self, news: StepNews, touched: dict[str, LiveRequest]) -> tuple[float, float]:
+        seconds = news.token_s
+        joules, grams = self._biller.price(seconds)
+        sequences, count = self._sequences, 0
+        for handle, index, token_id in news.rows():
+            found = sequences.get(handle)
+            if found is None:
+                continue
+            request, choice = found
+            request.charge(seconds, joules, grams)
+            count += 1
+            if choice.finished is None and index == choice.first_index + len(choice.token_ids):
+                choice.token_ids.append(token_id)
+                touched[request.request_id] = request
+        return count * joules, count * seconds
 
     def fail(self, request: LiveRequest, *, code: str, message: str) -> None:
         """End a request that the engine does not take; no effect where it ended or was overtaken."""
         if not self.holds(request) or request.ended_s is not None:
             return
-        self._cancel(request.assignment.variant, _sequences_of(request))
+        self._cancel(request.variant, request.handles)
         for choice in request.choices:
             if choice.finished is None:
                 choice.finished = Finished(
@@ -182,8 +202,7 @@ class RequestTable:
         if going:
             for number in going:
                 request.choices[number].finished = Finished(reason=inference.FINISH_REASON_CANCELLED)
-            names = _sequences_of(request)
-            self._cancel(request.assignment.variant, [names[number] for number in going])
+            self._cancel(request.variant, tuple(request.choices[number].handle for number in going))
             if request.is_complete:
                 self._ended(request, time.time())
             self.outbox(request.gateway_id).mark(request)
@@ -239,43 +258,26 @@ class RequestTable:
         if self._endings:
             await asyncio.wait(self._endings, timeout=SETTLING_S)
 
-    def _take(self, request: LiveRequest, number: int, output: TokenOutput, now_s: float) -> None:
+    def _take(self, request: LiveRequest, choice: Choice, output: Output, now_s: float) -> None:
         if output.cached_tokens is not None:
             # A reassigned request may find part of its own answer too; only its prompt counts.
             prompt_tokens = len(request.assignment.request.prompt_token_ids)
             found_tokens = min(output.cached_tokens, prompt_tokens)
             request.cached_prompt_tokens = max(request.cached_prompt_tokens, found_tokens)
-        choice = request.choices[number]
         if choice.finished is not None:
             return  # stopped meanwhile
-        if output.token_id is not None and output.index == choice.first_index + len(choice.token_ids):
+        if output.token_id is not None and output.place == choice.first_index + len(choice.token_ids):
             choice.token_ids.append(output.token_id)
             if output.logprob is not None:
                 choice.logprobs.append(_logprobs(output.token_id, output.logprob, output.top_logprobs))
             if not request.first_token_unix_s:
                 request.first_token_unix_s = now_s
         if output.finish_reason is not None:
-            choice.finished = Finished(reason=_REASONS[output.finish_reason])
-            if output.error is not None:
-                choice.finished.error_code = output.error.code
-                choice.finished.error_message = output.error.message
-
-    def _take_ending(
-        self,
-        sequence: str,
-        touched: dict[str, LiveRequest],
-        *,
-        scores: tuple[float, ...] = (),
-        embedding: tuple[float, ...] = (),
-        cached: int = 0,
-    ) -> None:
-        found = self._sequences.get(sequence)
-        if found is None:
-            return
-        request = found[0]
-        request.scores, request.embedding, request.cached_prompt_tokens = scores, embedding, cached
-        request.choices[0].finished = Finished(reason=inference.FINISH_REASON_STOP)
-        touched[request.request_id] = request
+            choice.finished = Finished(
+                reason=_REASONS[output.finish_reason],
+                error_code=output.error_code,
+                error_message=output.error_message,
+            )
 
     def _ended(self, request: LiveRequest, now_s: float) -> None:
         request.ended_s = time.monotonic()
@@ -284,7 +286,7 @@ class RequestTable:
             request_id=request.request_id,
             tenant=admitted.tenant,
             model=admitted.model,
-            variant=request.assignment.variant,
+            variant=request.variant,
             worker_id=self._worker_id,
             reason=_last_reason(request),
             usage=request.usage(),
@@ -326,8 +328,8 @@ class RequestTable:
 
     def _drop(self, request: LiveRequest) -> None:
         self._live.pop(request.request_id, None)
-        for name in _sequences_of(request):
-            self._sequences.pop(name, None)
+        for handle in request.handles:
+            self._sequences.pop(handle, None)
         self.outbox(request.gateway_id).forget(request.request_id)
 
 
@@ -338,8 +340,10 @@ def new_choices(delivered: Iterable[inference.TokenIds], count: int) -> list[Cho
     return [Choice(first_index=length) for length in lengths[:count]]
 
 
-def _sequences_of(request: LiveRequest) -> list[str]:
-    return [sequence_id(request.assignment.request, number) for number in range(len(request.choices))]
+def _take_ending(request: LiveRequest, choice: Choice, ending: Ending) -> None:
+    request.scores, request.embedding = ending.scores, ending.embedding
+    request.cached_prompt_tokens = ending.cached_tokens
+    choice.finished = Finished(reason=inference.FINISH_REASON_STOP)
 
 
 def _last_reason(request: LiveRequest) -> inference.FinishReason.ValueType:

@@ -12,7 +12,8 @@ from trireme.runtime.serving import Context
 from trireme.wire.worker.v1 import worker_pb2 as pb
 from trireme.wire.worker.v1 import worker_pb2_grpc as rpc
 from trireme.worker.request_table import RequestTable
-from trireme.worker.variants import VariantPlan, VariantTable
+from trireme.worker.variant_plan import VariantPlan
+from trireme.worker.variants import VariantTable
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,81 @@
+"""From a plan to an engine that is warm; runs in the engine process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from trireme.engine import Engine, EngineSettings, KvTier, SamplingParams, SequenceRequest
+from trireme.engine.kv_memory import block_bytes
+from trireme.loading.whole import load_model
+from trireme.models.checkpoint import Checkpoint
+from trireme.models.null import NullModel
+from trireme.worker.engine_messages import Loaded
+from trireme.worker.variant_plan import VariantPlan
+
+NULL_BLOCKS = 65536
+NULL_CONTEXT_TOKENS = 131072
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def build(plan: VariantPlan, tier: KvTier) -> Engine:
+    """Read the checkpoint and put an engine around it.
+
+    Raises:
+        InvalidCheckpoint: its files cannot be read.
+        InvalidConfiguration: a size is out of range.
+    """
+    if plan.device == "null":
+        settings = _settings(plan, num_blocks=NULL_BLOCKS, max_model_len=NULL_CONTEXT_TOKENS)
+        return Engine(NullModel(), settings, tier, eos_token_ids=frozenset(), model_key="null")
+    device = plan.device.partition("/")[0]
+    dtype = _DTYPES.get(plan.dtype) or (torch.float32 if device == "cpu" else torch.bfloat16)
+    with Checkpoint(plan.checkpoint) as checkpoint:
+        per_block = block_bytes(checkpoint.config, block_size=plan.block_tokens, dtype=dtype)
+        model = load_model(checkpoint, device=device, dtype=dtype)
+        return Engine(
+            model,
+            _settings(plan, num_blocks=max(2, plan.kv_bytes // per_block)),
+            tier,
+            eos_token_ids=checkpoint.eos_token_ids,
+            model_key=checkpoint.fingerprint(),
+        )
+
+
+def warm_up(engine: Engine, *, beat: Callable[[], None]) -> None:
+    """Run the engine once, so that its first request finds it warm; `beat` is called after each step."""
+    length = min(64, engine.max_model_len // 2)
+    probe = SequenceRequest(
+        sequence_id="warm-up",
+        prompt_token_ids=[token % engine.model.config.vocab_size for token in range(length)],
+        sampling=SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True),
+        salt=b"warm-up",
+    )
+    engine.add(probe)
+    while engine.has_work:
+        engine.step()
+        beat()
+
+
+def describe(engine: Engine) -> Loaded:
+    """What the worker must know of it."""
+    config, settings = engine.model.config, engine.settings
+    return Loaded(
+        kv_namespace=f"{engine.model_key}/{engine.kv_layout}",
+        context_tokens=engine.max_model_len,
+        vocabulary_size=config.vocab_size,
+        block_bytes=block_bytes(config, block_size=settings.block_size, dtype=engine.model.dtype),
+        num_blocks=settings.num_blocks,
+    )
+
+
+def _settings(plan: VariantPlan, *, num_blocks: int, max_model_len: int | None = None) -> EngineSettings:
+    return EngineSettings(
+        num_blocks=num_blocks,
+        block_size=plan.block_tokens,
+        max_num_seqs=plan.max_sequences,
+        max_batch_tokens=plan.max_batch_tokens,
+        max_model_len=max_model_len,
+        policy=plan.policy,  # type: ignore[arg-type]  # the settings refuse what they do not know
+    )

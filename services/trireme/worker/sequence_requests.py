@@ -1,0 +1,75 @@
+"""From a request as it was admitted to the engine's sequences; runs in the engine process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from trireme.engine import Mode, SamplingParams, SequenceRequest
+from trireme.errors import InvalidRequest
+from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, RequestKind
+from trireme.wire.inference.v1.inference_pb2 import SamplingParameters
+
+_MODES = {
+    RequestKind.REQUEST_KIND_GENERATE: Mode.GENERATE,
+    RequestKind.REQUEST_KIND_SCORE: Mode.SCORE,
+    RequestKind.REQUEST_KIND_EMBED: Mode.EMBED,
+}
+
+
+def sequence_id(request: AdmittedRequest, choice: int) -> str:
+    """The engine's name for one choice (or all labels) of one attempt of a request."""
+    return f"{request.request_id}#{choice}@{request.attempt}"
+
+
+def sequences_of(request: AdmittedRequest, choices: Iterable[int]) -> list[SequenceRequest]:
+    """The engine's sequences of some choices of a request.
+
+    Raises:
+        InvalidRequest: sampling parameters are out of range, or the kind is unknown here.
+    """
+    mode = _MODES.get(request.kind)
+    if mode is None:
+        raise InvalidRequest(f"requests of kind {request.kind} are not served", param="kind")
+    prompt = list(request.prompt_token_ids)
+    return [
+        SequenceRequest(
+            sequence_id=sequence_id(request, choice),
+            prompt_token_ids=prompt,
+            delivered_token_ids=(
+                list(request.delivered[choice].ids) if choice < len(request.delivered) else ()
+            ),
+            sampling=sampling_of(request.sampling, choice=choice),
+            salt=request.kv_salt,
+            priority=request.priority,
+            arrival_s=request.admitted_unix_s,
+            mode=mode,
+            score_continuations=[list(tokens.ids) for tokens in request.continuations],
+        )
+        for choice in choices
+    ]
+
+
+def sampling_of(parameters: SamplingParameters, *, choice: int) -> SamplingParams:
+    """The engine's form of the wire's sampling parameters; each choice has a seed of its own.
+
+    Raises:
+        InvalidRequest: a value is out of range.
+    """
+    return SamplingParams(
+        max_tokens=max(1, parameters.max_tokens),
+        min_tokens=parameters.min_tokens,
+        temperature=parameters.temperature if parameters.HasField("temperature") else 1.0,
+        top_k=parameters.top_k,
+        top_p=parameters.top_p if parameters.HasField("top_p") else 1.0,
+        min_p=parameters.min_p,
+        presence_penalty=parameters.presence_penalty,
+        frequency_penalty=parameters.frequency_penalty,
+        repetition_penalty=(
+            parameters.repetition_penalty if parameters.HasField("repetition_penalty") else 1.0
+        ),
+        logit_bias=dict(parameters.logit_bias),
+        seed=(parameters.seed + choice * 0x9E3779B97F4A7C15) % 2**64,
+        logprobs=parameters.logprobs if parameters.HasField("logprobs") else None,
+        ignore_eos=parameters.ignore_eos,
+        stop_token_ids=tuple(parameters.stop_token_ids),
+    )

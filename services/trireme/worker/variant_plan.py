@@ -1,0 +1,83 @@
+"""What a variant needs to be loaded, from the fleet's file or from placement's request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trireme.errors import InvalidRequest
+from trireme.runtime.fleet import Fleet, WorkerGroup
+from trireme.wire.worker.v1 import worker_pb2 as pb
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VariantPlan:
+    """What to load."""
+
+    variant: str
+    model: str
+    checkpoint: Path
+    device: str
+    """cpu, cuda:N, or null for the model that answers without computing."""
+    dtype: str
+    """One of `DTYPES`."""
+    kv_bytes: int
+    """KV cache to reserve."""
+    block_tokens: int
+    max_sequences: int
+    max_batch_tokens: int
+    policy: str
+    """The engine's iteration policy."""
+
+
+def plans_of(fleet: Fleet, group: WorkerGroup) -> list[VariantPlan]:
+    """What a worker of the group loads at start."""
+    plans = []
+    for name in fleet.served_by(group):
+        variant = fleet.variant(name)
+        sequences = variant.max_sequences or group.max_sequences
+        plans.append(
+            VariantPlan(
+                variant=name,
+                model=fleet.model_of(name),
+                checkpoint=variant.checkpoint,
+                device=group.device,
+                dtype=variant.dtype,
+                kv_bytes=(variant.kv_mib or group.kv_mib) * 2**20,
+                block_tokens=fleet.block_tokens,
+                max_sequences=sequences,
+                max_batch_tokens=max(group.max_batch_tokens, sequences),
+                policy=group.policy,
+            )
+        )
+    return plans
+
+
+def plan_from_request(
+    request: pb.LoadVariantRequest, group: WorkerGroup, *, block_tokens: int
+) -> VariantPlan:
+    """What placement asks this worker to load.
+
+    Raises:
+        InvalidRequest: a field is missing or malformed.
+    """
+    if not request.variant or not request.checkpoint:
+        raise InvalidRequest("variant and checkpoint are required", param="variant")
+    dtype = request.dtype or "auto"
+    if dtype not in DTYPES:
+        raise InvalidRequest(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}", param="dtype")
+    sequences = request.max_sequences or group.max_sequences
+    return VariantPlan(
+        variant=request.variant,
+        model=request.model or request.variant,
+        checkpoint=Path(request.checkpoint),
+        device=group.device,
+        dtype=dtype,
+        kv_bytes=request.kv_bytes or group.kv_mib * 2**20,
+        block_tokens=block_tokens,
+        max_sequences=sequences,
+        max_batch_tokens=max(group.max_batch_tokens, sequences),
+        policy=group.policy,
+    )
