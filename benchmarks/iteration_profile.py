@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.fleet import CHECKPOINTS, write_result
 from trireme.engine import Engine, EngineSettings, SamplingParams, SequenceRequest, build
-from trireme.engine.kv_cache import block_bytes
+from trireme.engine.kv_memory import block_bytes
 from trireme.simulator.engine_model import Part, Sample, composition, fitted
 
 BLOCK_TOKENS = 16

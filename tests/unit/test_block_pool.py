@@ -1,4 +1,4 @@
-"""Blocks: held, draining, cached or free; a hash names one block; heads outlive tails; copies are waited for."""
+"""Blocks: held, draining, cached or free; a hash names one block; heads outlive tails; copies end first."""
 
 from __future__ import annotations
 
@@ -89,6 +89,25 @@ def test_the_block_that_is_needed_last_goes_first_and_those_of_no_known_use_befo
     pool.set_next_use(b"soon", 7.0)  # it was promoted to the back
     gone = [pool.allocate(1) for _ in range(4)]
     assert gone == [[blocks[name]] for name in (b"idle", b"late", b"soon", b"middle")]
+
+
+def test_what_is_said_of_a_next_use_holds_through_a_copy_and_until_the_block_is_used() -> None:
+    pool = BlockPool(3)
+    awaited, idle, copied = pool.allocate(3) or []
+    for block_id, name in ((awaited, b"awaited"), (idle, b"idle"), (copied, b"copied")):
+        pool.cache(block_id, name)
+    pool.begin_copy([copied])
+    pool.release([copied, awaited, idle])
+    pool.set_next_use(b"awaited", 1.0)
+    pool.set_next_use(b"copied", 2.0)
+    pool.end_copy([copied])
+    assert [pool.allocate(1), pool.allocate(1)] == [[idle], [copied]]
+    pool.acquire([awaited])
+    pool.release([awaited])
+    pool.cache(idle, b"idle")
+    pool.set_next_use(b"idle", 1.0)
+    pool.release([idle])
+    assert pool.allocate(1) == [awaited]
 
 
 class PoolMachine(RuleBasedStateMachine):

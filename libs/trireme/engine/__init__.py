@@ -6,6 +6,7 @@ prefix reuse, preemption and a neighbour's failure change when a token comes, ne
 
 from trireme.engine.builder import build
 from trireme.engine.engine import Engine
+from trireme.engine.kv_copies import Link
 from trireme.engine.outputs import (
     EmbeddingOutput,
     EngineStats,
@@ -18,6 +19,7 @@ from trireme.engine.outputs import (
 from trireme.engine.request import Mode, SequenceRequest
 from trireme.engine.sampling_params import SamplingParams
 from trireme.engine.settings import EngineSettings
+from trireme.engine.stored_blocks import SavedBlock, StoredBlock
 from trireme.engine.tier import KvTier
 
 __all__ = [
@@ -27,12 +29,15 @@ __all__ = [
     "EngineStats",
     "FinishReason",
     "KvTier",
+    "Link",
     "Mode",
     "SamplingParams",
+    "SavedBlock",
     "ScoreOutput",
     "SequenceRequest",
     "SequenceWork",
     "StepResult",
+    "StoredBlock",
     "TokenOutput",
     "build",
 ]

@@ -96,8 +96,9 @@ def _forward(model: Model, cache: KvCache, parts: list[Part]) -> Computed:
         device=device,
         dtype=model.dtype,
     )
+    layers = cache.layers_for([sequence for sequence, _ in parts])
     inputs = torch.tensor((token_ids, positions), dtype=torch.int64).to(device, non_blocking=True)
-    hidden = model.forward(inputs[0], inputs[1], cache.layers, batch)
+    hidden = model.forward(inputs[0], inputs[1], layers, batch)
     logits = None
     if sampling:
         # A batch of decoding sequences alone samples every row, in order.

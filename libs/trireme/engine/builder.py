@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from trireme.engine.engine import Engine
+from trireme.engine.kv_copies import Link
+from trireme.engine.kv_preloads import LayersNeeded
 from trireme.engine.settings import EngineSettings
 from trireme.engine.tier import KvTier
 from trireme.loading.whole import load_model
@@ -22,12 +24,15 @@ def build(
     settings: EngineSettings | None = None,
     *,
     kv_tier: KvTier | None = None,
+    preload_layers: int | LayersNeeded = 1,
+    link: Link | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Engine:
     """Load a checkpoint and put an engine around it. The number of threads is the caller's.
 
     Args:
         settings: None: 512 blocks and the defaults.
+        kv_tier, preload_layers, link, clock: as for `Engine`.
 
     Raises:
         InvalidCheckpoint: the files are missing, malformed or of an unsupported architecture.
@@ -43,5 +48,7 @@ def build(
             kv_tier=kv_tier,
             eos_token_ids=checkpoint.eos_token_ids,
             model_key=checkpoint.fingerprint(),
+            preload_layers=preload_layers,
+            link=link,
             clock=clock,
         )

@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 
 import torch
 
 from trireme.engine import admission
 from trireme.engine.batch import Computed, compute, continuation_logprob, pooled
 from trireme.engine.kv_cache import KvCache
+from trireme.engine.kv_copies import CopyFailed, Link
+from trireme.engine.kv_preloads import KvPreloads, LayersNeeded
 from trireme.engine.outputs import (
     EmbeddingOutput,
     EngineStats,
@@ -28,10 +31,14 @@ from trireme.engine.roster import Roster
 from trireme.engine.sampling import Sampled, sample
 from trireme.engine.sequence import Sequence
 from trireme.engine.settings import EngineSettings
+from trireme.engine.stored_blocks import OnSaved, Room, StoredBlock, let_go_of
 from trireme.engine.tally import StepReport, Tally
 from trireme.engine.tier import KvTier
 from trireme.errors import InvalidConfiguration, RequestConflict, RequestFailed, TriremeError
 from trireme.models.model import Model
+
+_COPY_WAIT_S = 0.002
+"""Longest rest of a step that has nothing to run until a copy is done."""
 
 
 class Engine:
@@ -43,6 +50,9 @@ class Engine:
         kv_tier: told which blocks become resident and which leave.
         eos_token_ids: tokens that end an answer; None: those of the model's configuration.
         model_key: identifies the weights, for the root of block hashes.
+        preload_layers: layers of a stored prefix that must be loaded before its sequence may run, or
+            the rule for it; the others are loaded while earlier ones compute.
+        link: a modelled link between device and host memory.
         clock: seconds; read at the start and end of a step.
 
     Raises:
@@ -57,6 +67,8 @@ class Engine:
         *,
         eos_token_ids: frozenset[int] | None = None,
         model_key: str = "",
+        preload_layers: int | LayersNeeded = 1,
+        link: Link | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         possible = min(model.max_positions, settings.num_blocks * settings.block_size)
@@ -76,13 +88,15 @@ class Engine:
             model,
             num_blocks=settings.num_blocks,
             block_size=settings.block_size,
-            max_sequences=settings.max_num_seqs,
+            host_blocks=settings.host_blocks,
             max_model_len=self.max_model_len,
             shares=settings.prefix_cache,
             tier=kv_tier,
+            link=link,
         )
+        self._preloads = KvPreloads(self._cache, preload_layers)
         self._tally = Tally()
-        self._roster = Roster(self._cache, settings, self._tally)
+        self._roster = Roster(self._cache, self._preloads, settings, self._tally)
         self._requests: dict[str, list[Sequence]] = {}
         """The open sequences of each request; several for SCORE."""
         self._ready: list[TokenOutput] = []
@@ -91,27 +105,35 @@ class Engine:
     @property
     def kv_layout(self) -> str:
         """Shape, type and version of an exported block's bytes; part of the root of block hashes."""
-        return self._cache.layout
+        return self._cache.memory.layout
 
     @property
     def has_work(self) -> bool:
         """A step would do something."""
         return bool(self._requests or self._ready)
 
-    def add(self, request: SequenceRequest) -> None:
+    def add(self, request: SequenceRequest, *, stored: Seq[StoredBlock] = ()) -> None:
         """Let a sequence wait for its turn.
+
+        Args:
+            stored: blocks of its prefix that a lower tier holds: see `preload`. They are let go if
+                this raises.
 
         Raises:
             InvalidRequest: a token id or a parameter cannot be served; nothing was added.
             ContextLengthExceeded: the prompt does not fit the context; nothing was added.
             RequestConflict: a sequence of this id is here already.
         """
-        if request.sequence_id in self._requests:
-            raise RequestConflict(f"sequence {request.sequence_id} is here already", param="sequence_id")
-        admission.check(request, self.model.config, max_model_len=self.max_model_len)
-        sequences = admission.sequences_of(
-            request, self.model.config, eos_token_ids=self.eos_token_ids, device=self.model.device
-        )
+        try:
+            if request.sequence_id in self._requests:
+                raise RequestConflict(f"sequence {request.sequence_id} is here already", param="sequence_id")
+            admission.check(request, self.model.config, max_model_len=self.max_model_len)
+            sequences = admission.sequences_of(
+                request, self.model.config, eos_token_ids=self.eos_token_ids, device=self.model.device
+            )
+        except Exception:
+            let_go_of(stored)
+            raise
         first = sequences[0]
         if first.mode is Mode.GENERATE and first.num_outputs:
             reason = self._finish_reason(first, first.token_ids[-1])
@@ -119,10 +141,28 @@ class Engine:
                 self._ready.append(
                     TokenOutput(request.sequence_id, first.num_outputs, None, None, (), reason, None, 0)
                 )
+                let_go_of(stored)
                 return
         self._requests[request.sequence_id] = sequences
+        self._preloads.offer(first, stored)
         for sequence in sequences:
             self._roster.add(sequence)
+
+    def preload(self, sequence_id: str, stored: Seq[StoredBlock]) -> bool:
+        """Load blocks of a waiting sequence's prefix from a lower tier, beside the steps.
+
+        The leading blocks that are not resident are copied, checked, and brought in layer by layer;
+        the sequence may run once `preload_layers` are there. A short or damaged one ends the
+        prefix before it: what follows is computed. Loading begins with a step that has room.
+
+        Returns:
+            False, and all are let go: the sequence is not here, or does not wait without KV.
+        """
+        sequences = self._requests.get(sequence_id)
+        if sequences is None:
+            let_go_of(stored)
+            return False
+        return self._preloads.offer(sequences[0], stored)
 
     def cancel(self, sequence_id: str) -> bool:
         """Drop a sequence before the next step; it gets no further output. False if it is not here."""
@@ -153,9 +193,33 @@ class Engine:
         """A resident block's bytes in `kv_layout`; None if it is not resident."""
         return self._cache.export_block(block_hash)
 
+    def save(self, block_hashes: Seq[bytes], room_for: Room | None = None, *, on_saved: OnSaved) -> int:
+        """Copy resident blocks out for a lower tier, layer by layer, beside the steps.
+
+        Args:
+            room_for: where each block's bytes go, on the copy's thread; None: into memory of their own.
+            on_saved: called once, usually on the copy's thread, with the blocks that are out, whole. It
+                should do little and must not raise.
+
+        Returns:
+            How many of the blocks are resident.
+        """
+        self._cache.copies.poll()
+        return self._cache.save(block_hashes, room_for, on_saved)
+
+    def poll(self) -> None:
+        """Take note of copies that are over; every step begins with it. Never waits."""
+        self._cache.copies.poll()
+
+    def close(self) -> None:
+        """End the threads of the copies. What was not copied is lost; the engine takes no step again."""
+        self._cache.copies.close()
+        self._cache.copies.poll()
+
     def stats(self) -> EngineStats:
         """Gauges and counters."""
-        pool = self._cache.pool
+        pool, host, copies = self._cache.pool, self._cache.host, self._cache.copies
+        moved = self._cache.counters
         tally = self._tally
         return EngineStats(
             waiting=len(self._roster.waiting),
@@ -174,6 +238,21 @@ class Engine:
             recomputed_tokens=tally.recomputed_tokens,
             steps=tally.steps,
             busy_s=tally.busy_s,
+            kv_blocks_draining=pool.num_draining,
+            host_blocks_used=host.pool.num_held + host.pool.num_draining if host is not None else 0,
+            host_blocks_total=host.pool.num_blocks if host is not None else 0,
+            swapped_out_blocks=moved.swapped_out_blocks,
+            swapped_in_blocks=moved.swapped_in_blocks,
+            swap_out_bytes=moved.swap_out_bytes,
+            swap_in_bytes=moved.swap_in_bytes,
+            swap_out_s=moved.swap_out_s,
+            swap_in_s=moved.swap_in_s,
+            lost_sequences=moved.lost_sequences,
+            preload_blocks=moved.preload_blocks,
+            preload_corrupt=moved.preload_corrupt,
+            stall_s=copies.stall_s,
+            host_in_bytes_per_s=copies.in_bytes_per_s,
+            host_out_bytes_per_s=copies.out_bytes_per_s,
         )
 
     @torch.inference_mode()
@@ -182,14 +261,20 @@ class Engine:
         started_s = self._clock()
         report = StepReport(self._ready)
         self._ready = []
+        self._cache.copies.poll()
         parts = self._roster.schedule(report)
         if parts:
             report.computing(parts)
             computed, faults = compute(self.model, self._cache, parts)
             for fault in faults:
-                self._fail(fault.sequence, fault.error, report)
+                if isinstance(fault.error, CopyFailed):
+                    self._roster.preempt(fault.sequence)
+                else:
+                    self._fail(fault.sequence, fault.error, report)
             for batch in computed:
                 self._absorb(batch, report)
+        elif not report.outputs:
+            self._cache.copies.wait(_COPY_WAIT_S)
         return report.result(self._tally, self._clock() - started_s)
 
     def _absorb(self, batch: Computed, report: StepReport) -> None:

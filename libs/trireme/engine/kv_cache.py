@@ -1,27 +1,29 @@
-"""The engine's KV memory: tensors, the pool of blocks, and the table of who holds which."""
+"""Which sequence holds which blocks of KV, on the device or in host memory."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from typing import Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from trireme.engine import block_moves
+from trireme.engine.block_moves import Load
+from trireme.engine.block_tables import BlockTables
+from trireme.engine.host_arena import HostArena
+from trireme.engine.kv_copies import Copy, KvCopies, Link
+from trireme.engine.kv_counters import KvCounters
+from trireme.engine.kv_memory import KvMemory
+from trireme.engine.kv_memory import block_bytes as block_bytes
+from trireme.engine.layer_gate import GatedLayers
 from trireme.engine.sequence import Sequence
+from trireme.engine.stored_blocks import OnSaved, Room, let_go_of
 from trireme.engine.tier import KvTier
 from trireme.kvcache.block_identity import extend_hashes
 from trireme.kvcache.block_pool import BlockPool
-from trireme.models.config import ModelConfig
 from trireme.models.model import LayerKv, Model
-
-LAYOUT_VERSION: Final = 1
-
-
-def block_bytes(config: ModelConfig, *, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block: keys and values of all layers."""
-    return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
 class KvCache:
@@ -29,11 +31,12 @@ class KvCache:
 
     Args:
         model: gives shape, type and device.
-        num_blocks, block_size: of the pool.
-        max_sequences: rows of the block table.
+        num_blocks, block_size: of the device's pool.
+        host_blocks: of the host arena that sequences are swapped to; 0: none.
         max_model_len: longest sequence.
         shares: reuse complete blocks; else no block is ever found again.
         tier: told what becomes resident and what leaves.
+        link: a modelled link between device and host.
     """
 
     def __init__(
@@ -42,36 +45,23 @@ class KvCache:
         *,
         num_blocks: int,
         block_size: int,
-        max_sequences: int,
+        host_blocks: int = 0,
         max_model_len: int,
         shares: bool,
         tier: KvTier | None,
+        link: Link | None = None,
     ) -> None:
-        config = model.config
-        shape = (block_size, config.num_kv_heads, config.head_dim)
         self.block_size = block_size
-        self._shares = shares
+        self.shares = shares
         self._tier = tier
-        self._device = model.device
-        # Zeros, not whatever was there: masked scores times a stale NaN would still be NaN.
-        self._memory = torch.zeros(
-            (config.num_layers, 2, num_blocks, *shape), dtype=model.dtype, device=model.device
-        )
-        self.layers: tuple[LayerKv, ...] = tuple((layer[0], layer[1]) for layer in self._memory)
-        self._staging = torch.zeros((config.num_layers, 2, *shape), dtype=model.dtype)
-        self._staging_bytes: NDArray[np.uint8] = self._staging.view(-1).view(torch.uint8).numpy()
-        dtype = str(model.dtype).removeprefix("torch.")
-        self.layout = f"kv{LAYOUT_VERSION}:{config.num_layers}x2x{'x'.join(map(str, shape))}:{dtype}"
-        """A block's bytes: (layer, keys then values, token, kv head, head dim), row-major, little-endian."""
-        self.pool = BlockPool(
-            num_blocks,
-            on_cached=self._on_cached,
-            on_evicted=self._on_evicted,
-        )
-        self._tables = np.zeros((max_sequences, -(-max_model_len // block_size)), dtype=np.int64)
-        self._free_rows = list(range(max_sequences - 1, -1, -1))
+        self.memory = KvMemory(model, num_blocks=num_blocks, block_size=block_size)
+        self.pool = BlockPool(num_blocks, on_cached=self._on_cached, on_evicted=self._on_evicted)
+        self.host = HostArena(self.memory, host_blocks) if host_blocks else None
+        self.copies = KvCopies(model.device, link)
+        self.counters = KvCounters()
+        self._tables = BlockTables(-(-max_model_len // block_size))
         self._pending: dict[bytes, Sequence] = {}
-        """Prompt blocks that a running sequence is about to complete."""
+        """Prompt blocks that a sequence is about to complete or that are being loaded for it."""
 
     def hashes_of(self, token_ids: Seq[int], salt: bytes) -> tuple[bytes, ...]:
         """Hashes of the full blocks of `token_ids`."""
@@ -87,19 +77,23 @@ class KvCache:
             known.extend(extend_hashes(known[-1] if known else sequence.salt, tokens, self.block_size))
         return known if len(known) == wanted else known[:wanted]
 
+    def complete_hashes(self, sequence: Sequence) -> tuple[bytes, ...]:
+        """Hashes of the complete blocks that the sequence has, by which others may find them."""
+        return tuple(self.hashes(sequence, sequence.num_computed)) if self.shares else ()
+
     def match(self, sequence: Sequence) -> list[int]:
         """Resident blocks that the sequence could start from."""
-        if not self._shares:
+        if not self.shares:
             return []
         return self.pool.match(self.hashes(sequence, sequence.reusable_tokens))
 
     def next_block(self, sequence: Sequence, num_matched: int) -> bytes | None:
         """Hash of the first block that the sequence would compute and others could share."""
         hashes = self.hashes(sequence, sequence.reusable_tokens)
-        return hashes[num_matched] if self._shares and num_matched < len(hashes) else None
+        return hashes[num_matched] if self.shares and num_matched < len(hashes) else None
 
     def is_pending(self, block_hash: bytes | None) -> bool:
-        """A running sequence is computing this block."""
+        """A sequence on the device is computing or loading this block."""
         return block_hash is not None and block_hash in self._pending
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -107,26 +101,25 @@ class KvCache:
         return -(-num_tokens // self.block_size)
 
     def admit(self, sequence: Sequence) -> bool:
-        """Give the sequence a table row, its resident prefix, and blocks for all it must compute.
+        """Give a sequence without KV its resident prefix, and blocks for all it must compute.
 
-        Sets `num_computed` to the tokens found. False, and nothing taken, if blocks or rows lack.
+        A prefix that is being loaded for it counts as resident once enough of its layers are
+        there. Sets `num_computed` to the tokens found. False, and nothing taken, if blocks lack or
+        the load is not that far.
         """
+        if sequence.load is not None:
+            return self._join(sequence, sequence.load)
         matched = self.match(sequence)
         self.pool.acquire(matched)
         fresh = self.pool.allocate(self.blocks_for(sequence.num_target) - len(matched))
-        if fresh is None or not self._free_rows:
+        if fresh is None:
             self.pool.release(matched)
-            if fresh is not None:
-                self.pool.release(fresh)
             return False
-        sequence.row = self._free_rows.pop()
-        sequence.blocks = matched + fresh
+        self.attach(sequence, matched + fresh)
         sequence.num_computed = len(matched) * self.block_size
         sequence.num_committed = len(matched)
-        self._tables[sequence.row, : len(sequence.blocks)] = sequence.blocks
-        if self._shares:
-            for block_hash in self.hashes(sequence, sequence.reusable_tokens)[len(matched) :]:
-                self._pending.setdefault(block_hash, sequence)
+        sequence.preloaded_blocks = 0
+        self.expect(sequence)
         return True
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -137,9 +130,8 @@ class KvCache:
         fresh = self.pool.allocate(missing)
         if fresh is None:
             return False
-        held = len(sequence.blocks)
+        self._tables.extend(sequence.row, len(sequence.blocks), fresh)
         sequence.blocks.extend(fresh)
-        self._tables[sequence.row, held : held + missing] = fresh
         return True
 
     def commit(self, sequence: Sequence) -> None:
@@ -149,40 +141,112 @@ class KvCache:
             return
         hashes = self.hashes(sequence, complete * self.block_size)
         for index in range(sequence.num_committed, complete):
-            if self._shares:
+            if self.shares:
                 self.pool.cache(sequence.blocks[index], hashes[index])
                 self._settle(hashes[index], sequence)
         sequence.num_committed = complete
 
-    def release(self, sequence: Sequence) -> None:
-        """Take everything back from a sequence; complete blocks stay findable."""
-        if sequence.row < 0:
-            return
+    def pause(self, sequence: Sequence) -> None:
+        """The sequence keeps its blocks but does not run now: others may compute what it was to share."""
         for block_hash in sequence.hashes[sequence.num_committed :]:
             self._settle(block_hash, sequence)
+
+    def expect(self, sequence: Sequence) -> None:
+        """The sequence runs: others may wait for its prompt's blocks instead of computing them too."""
+        if self.shares:
+            for block_hash in self.hashes(sequence, sequence.reusable_tokens)[sequence.num_committed :]:
+                self._pending.setdefault(block_hash, sequence)
+
+    def attach(self, sequence: Sequence, blocks: list[int]) -> None:
+        """Write blocks, one reference to each of which is the sequence's, into a row of the table."""
+        sequence.row = self._tables.take(blocks)
+        sequence.blocks = blocks
+
+    def detach(self, sequence: Sequence) -> None:
+        """Take the device's blocks back; what was computed still counts."""
+        self.pause(sequence)
         self.pool.release(sequence.blocks)
-        self._free_rows.append(sequence.row)
+        self._tables.give_back(sequence.row)
         sequence.row = -1
         sequence.blocks = []
+        sequence.num_committed = 0
+
+    def release(self, sequence: Sequence) -> None:
+        """Take everything back from a sequence, wherever its KV is; complete blocks stay findable.
+
+        Copies under way are cancelled; the blocks they touch drain until they are over.
+        """
+        if sequence.row >= 0:
+            self.detach(sequence)
+        for copy in (sequence.move, sequence.load.copy if sequence.load is not None else None):
+            if copy is not None:
+                copy.cancel()
+        sequence.move = sequence.load = None
+        if self.host is not None:
+            self.host.pool.release(sequence.host_blocks)
+            sequence.host_blocks = []
+        stored, sequence.stored = sequence.stored, ()
+        let_go_of(stored)
+        for block_hash in sequence.hashes[: sequence.preloaded_blocks]:
+            self.pool.set_next_use(block_hash, math.inf)
+        sequence.preloaded_blocks = 0
         sequence.num_computed = 0
         sequence.num_committed = 0
 
     def scrub(self, sequence: Sequence) -> None:
         """Forget and zero what a failed sequence wrote: it may hold values that are not numbers."""
+        if sequence.load is not None:  # what is loaded after the zeros would undo them
+            sequence.load.copy.cancel()
+            self.copies.finish(sequence.load.copy)
         own = [block_id for block_id in sequence.blocks if self.pool.refs(block_id) == 1]
         if not own:
             return
+        if self.host is not None:
+            hashes = [self.pool.hash_of(block_id) for block_id in own]
+            found = [self.host.pool.find(name) for name in hashes if name is not None]
+            self.host.pool.forget([block_id for block_id in found if block_id is not None])
         self.pool.forget(own)
-        self._memory[:, :, torch.tensor(own, dtype=torch.int64, device=self._device)] = 0
+        self.memory.zero(own)
 
     def tables(self, rows: list[int], width: int) -> NDArray[np.int64]:
         """Block tables (rows, width) of running sequences; a copy."""
-        return self._tables[rows, :width]
+        return self._tables.read(rows, width)
+
+    def layers_for(self, sequences: Iterable[Sequence]) -> Seq[LayerKv]:
+        """The layers, for a step of these sequences; each layer waits for what is loaded into it."""
+        loads = [sequence.load for sequence in sequences if sequence.load is not None]
+        return GatedLayers(self.memory.layers, loads, self.copies) if loads else self.memory.layers
+
+    def wait_for_draining(self) -> None:
+        """Wait until no block drains any more; the copies that touch them do not depend on a step."""
+        while self.pool.num_draining:
+            self.copies.wait(timeout_s=0.1)
+            self.copies.poll()
+
+    def save(self, block_hashes: Seq[bytes], room_for: Room | None, on_saved: OnSaved) -> int:
+        """Copy those of the blocks that are resident out, beside the compute; how many these are.
+
+        Until a block is out it drains, so nobody overwrites it. `on_saved` is called in any case.
+        """
+        found = [(name, block_id) for name in block_hashes if (block_id := self.pool.find(name)) is not None]
+        if not found:
+            on_saved(())
+            return 0
+        names, blocks = [name for name, _ in found], [block_id for _, block_id in found]
+        report = block_moves.OnceSaved(on_saved)
+
+        def then(copy: Copy) -> None:
+            self.pool.end_copy(blocks)
+            report(())  # a copy that was cancelled before it began has not told
+
+        self.pool.begin_copy(blocks)
+        self.copies.copy_out(block_moves.save(self.memory, blocks, names, room_for, report), then)
+        return len(blocks)
 
     def export_block(self, block_hash: bytes) -> bytes | None:
         """A resident block's bytes, in `layout`; None if it is not resident."""
         block_id = self.pool.find(block_hash)
-        return None if block_id is None else self._export(block_id)
+        return None if block_id is None else self.memory.read(block_id)
 
     def import_block(self, block_hash: bytes, payload: bytes | memoryview) -> bool:
         """Make a block resident from bytes in `layout`.
@@ -192,20 +256,28 @@ class KvCache:
         if self.pool.find(block_hash) is not None:
             return True
         view = memoryview(payload)
-        if view.nbytes != self._staging_bytes.nbytes or not self._shares:
+        if view.nbytes != self.memory.block_bytes or not self.shares:
             return False
         taken = self.pool.allocate(1)
         if taken is None:
             return False
-        self._staging_bytes[:] = np.frombuffer(view, dtype=np.uint8)
-        self._memory[:, :, taken[0]] = self._staging.to(self._device)
+        self.memory.write(taken[0], view)
         self.pool.cache(taken[0], block_hash)
         self.pool.release(taken)
         return True
 
-    def _export(self, block_id: int) -> bytes:
-        self._staging.copy_(self._memory[:, :, block_id])
-        return self._staging_bytes.tobytes()
+    def _join(self, sequence: Sequence, load: Load) -> bool:
+        if not load.is_admissible or load.num_intact is None:
+            return False
+        kept = load.num_matched + load.num_intact
+        corrupt, sequence.blocks = sequence.blocks[kept:], sequence.blocks[:kept]
+        self.pool.release(corrupt)
+        if not self.grow(sequence, sequence.num_target):
+            return False
+        sequence.num_computed = kept * self.block_size
+        load.is_joined = True
+        self.expect(sequence)
+        return True
 
     def _settle(self, block_hash: bytes, sequence: Sequence) -> None:
         if self._pending.get(block_hash) is sequence:
@@ -217,4 +289,4 @@ class KvCache:
 
     def _on_evicted(self, block_hash: bytes, block_id: int) -> None:
         if self._tier is not None:
-            self._tier.on_evicted(block_hash, lambda: self._export(block_id))
+            self._tier.on_evicted(block_hash, lambda: self.memory.read(block_id))

@@ -113,3 +113,26 @@ class EngineStats:
     recomputed_tokens: int
     steps: int
     busy_s: float
+    kv_blocks_draining: int = 0
+    """Given up, but a copy still touches them."""
+    host_blocks_used: int = 0
+    """Host blocks that swapped sequences hold, or that a copy still touches."""
+    host_blocks_total: int = 0
+    swapped_out_blocks: int = 0
+    swapped_in_blocks: int = 0
+    swap_out_bytes: int = 0
+    swap_in_bytes: int = 0
+    swap_out_s: float = 0.0
+    """Time of the copies to the host, which run beside the steps."""
+    swap_in_s: float = 0.0
+    lost_sequences: int = 0
+    """Sequences whose KV a copy lost: computed again."""
+    preload_blocks: int = 0
+    """Stored blocks that were loaded."""
+    preload_corrupt: int = 0
+    """Stored blocks that were short or damaged: they and what followed them were computed."""
+    stall_s: float = 0.0
+    """Time that steps waited for layers on their way."""
+    host_in_bytes_per_s: float = 0.0
+    """Measured speed of copies to the device; 0: there was none."""
+    host_out_bytes_per_s: float = 0.0

@@ -6,10 +6,13 @@ from bisect import insort
 
 from trireme.engine.batch import Part
 from trireme.engine.kv_cache import KvCache
+from trireme.engine.kv_preloads import KvPreloads
+from trireme.engine.kv_view import view_of
 from trireme.engine.sequence import Sequence
 from trireme.engine.settings import EngineSettings
 from trireme.engine.tally import StepReport, Tally
 from trireme.policies import iteration_snapshot as iteration
+from trireme.policies.iteration import Location
 from trireme.policies.iteration_snapshot import (
     IterationDecision,
     IterationState,
@@ -19,10 +22,11 @@ from trireme.policies.iteration_snapshot import (
 
 
 class Roster:
-    """All sequences of an engine, by state. A sequence has blocks while it runs, and only then."""
+    """All sequences of an engine, by state. A sequence that waits has blocks only while some are loaded."""
 
-    def __init__(self, cache: KvCache, settings: EngineSettings, tally: Tally) -> None:
+    def __init__(self, cache: KvCache, preloads: KvPreloads, settings: EngineSettings, tally: Tally) -> None:
         self._cache = cache
+        self._preloads = preloads
         self._settings = settings
         self._tally = tally
         self._watermark_blocks = int(settings.watermark * settings.num_blocks)
@@ -39,17 +43,18 @@ class Roster:
 
     def remove(self, sequence: Sequence) -> None:
         """It ends: its blocks go back."""
-        if self.running.pop(sequence.sequence_id, None) is not None:
-            self._cache.release(sequence)
-        elif sequence in self.waiting:
+        if self.running.pop(sequence.sequence_id, None) is None and sequence in self.waiting:
             self.waiting.remove(sequence)
+        self._cache.release(sequence)
 
     def schedule(self, report: StepReport) -> list[Part]:
         """Ask the policy and do what it says; what runs is returned, single tokens first."""
+        reserve = self._watermark_blocks if self.running else 0
+        self._preloads.start(self.waiting[: self._settings.admission_window], reserve=reserve)
         decision = self._schedule(self._state())
         report.decided(decision)
         for sequence_id, _ in decision.preempted:
-            self._preempt(self.running[sequence_id])
+            self.preempt(self.running[sequence_id])
         if decision.passed:
             passed = set(decision.passed)
             for sequence in self.waiting:
@@ -87,22 +92,20 @@ class Roster:
         )
 
     def _candidate(self, sequence: Sequence) -> WaitingSequence:
-        cache = self._cache
-        matched = cache.match(sequence)
-        next_block = cache.next_block(sequence, len(matched))
-        shared = sum(cache.pool.refs(block_id) > 0 for block_id in matched)
+        view = view_of(self._cache, sequence)
         return WaitingSequence(
             sequence.sequence_id,
             sequence.arrival_s,
             sequence.priority,
-            sequence.num_target - len(matched) * cache.block_size,
-            cache.blocks_for(sequence.num_target) - shared,
+            view.num_tokens,
+            view.num_blocks,
             sequence.times_passed,
-            next_block,
-            cache.is_pending(next_block),
+            view.next_block,
+            view.is_block_pending or view.location is Location.MOVING,
         )
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def preempt(self, sequence: Sequence) -> None:
+        """A running sequence gives up its KV and waits again."""
         del self.running[sequence.sequence_id]
         self._cache.release(sequence)
         self._tally.preemptions += 1

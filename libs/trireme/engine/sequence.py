@@ -6,8 +6,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from trireme.engine.block_moves import Load
+from trireme.engine.kv_copies import Copy
 from trireme.engine.request import Mode, SequenceRequest
 from trireme.engine.sampling import SamplingState
+from trireme.engine.stored_blocks import StoredBlock
+from trireme.policies.iteration import Location
 
 
 @dataclass(slots=True, eq=False)
@@ -23,7 +27,7 @@ class ScoreGroup:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Sequence:
-    """Owned by the engine; `blocks`, `row` and the counts of computed tokens by its `KvCache`."""
+    """Owned by the engine; what it holds, how far it is and what moves by its `KvCache`."""
 
     sequence_id: str
     mode: Mode
@@ -46,12 +50,23 @@ class Sequence:
     """For EMBED: (hidden,) float32, over the tokens computed so far."""
 
     row: int = -1
-    """Row of the block table; -1: it waits."""
+    """Row of the block table; -1: it has no device blocks."""
     blocks: list[int] = field(default_factory=list)
+    """Device blocks, in order."""
+    host_blocks: list[int] = field(default_factory=list)
+    """Host blocks that hold its KV while it is swapped out."""
+    move: Copy | None = None
+    """The swap under way."""
+    load: Load | None = None
+    """Stored blocks on their way into the last of `blocks`; it waits, or runs beside the load."""
+    stored: tuple[StoredBlock, ...] = ()
+    """Blocks that a lower tier offers, not yet on their way."""
+    preloaded_blocks: int = 0
+    """Leading blocks of its prefix that wait for it after a load."""
     hashes: list[bytes] = field(default_factory=list)
     """Of the full blocks of its tokens, as far as they were asked for."""
     num_computed: int = 0
-    """Tokens whose keys and values are in its blocks."""
+    """Tokens whose keys and values are in its blocks, on the device or in the host."""
     num_committed: int = 0
     """Blocks that others may find."""
     most_computed: int = 0
@@ -61,6 +76,17 @@ class Sequence:
     """Tokens found at first admission, until they are reported."""
     has_answered: bool = False
     """It chose a token here: computing its newest token is decoding, all else is prefill."""
+
+    @property
+    def location(self) -> Location:
+        """Where its KV is; a load that it may join counts as nowhere: it is to be admitted."""
+        if self.move is not None:
+            return Location.MOVING
+        if self.load is not None and not self.load.is_joined:
+            return Location.NONE if self.load.is_admissible else Location.MOVING
+        if self.row >= 0:
+            return Location.DEVICE
+        return Location.HOST if self.host_blocks else Location.NONE
 
     @property
     def num_target(self) -> int:

@@ -14,6 +14,8 @@ class EngineSettings:
 
     num_blocks: int
     """KV blocks; `kv_cache.block_bytes` says what one costs."""
+    host_blocks: int = 0
+    """KV blocks in host memory that preempted sequences are swapped to; 0: they are computed again."""
     block_size: int = 16
     """Tokens per block: smaller shares more, larger costs less."""
     max_num_seqs: int = 64
@@ -48,5 +50,6 @@ class EngineSettings:
             raise InvalidConfiguration(f"policy is {self.policy!r}; it must be fcfs or priority")
         if not 0.0 <= self.watermark < 1.0:
             raise InvalidConfiguration(f"watermark is {self.watermark}; it must be in [0, 1)")
-        if self.max_passes < 0:
-            raise InvalidConfiguration(f"max_passes is {self.max_passes}; it must not be negative")
+        for name in ("max_passes", "host_blocks"):
+            if getattr(self, name) < 0:
+                raise InvalidConfiguration(f"{name} is {getattr(self, name)}; it must not be negative")

@@ -42,6 +42,7 @@ class BlockPool:
         on_evicted: a hash stops being resident; its bytes are still in the block during the call.
         next_use_s: when a block that becomes cached is expected to be used, in seconds on any
             clock that all answers share; infinity: nobody knows. Default: least recently used.
+            An attribute too, for an owner that comes later.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class BlockPool:
         self.num_blocks = num_blocks
         self._on_cached = on_cached
         self._on_evicted = on_evicted
-        self._next_use_s = next_use_s
+        self.next_use_s = next_use_s
         self._refs = [0] * num_blocks
         self._copies = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
@@ -63,6 +64,8 @@ class BlockPool:
         self._draining: set[int] = set()
         self._cached: OrderedDict[int, None] = OrderedDict()
         """Those without a known next use, least recently used first."""
+        self._told: dict[int, float] = {}
+        """Next uses from `set_next_use`, of blocks that were not used since."""
         self._awaited: dict[int, float] = {}
         """Cached ones with a known next use."""
         self._farthest: list[tuple[float, int]] = []
@@ -135,6 +138,7 @@ class BlockPool:
         for block_id in block_ids:
             if self._refs[block_id] == 0:
                 self._leave(block_id)
+                self._told.pop(block_id, None)
             self._refs[block_id] += 1
 
     def release(self, block_ids: Sequence[int]) -> None:
@@ -176,9 +180,15 @@ class BlockPool:
         return True
 
     def set_next_use(self, block_hash: bytes, next_use_s: float) -> None:
-        """The next use of a block is expected at another time than was said; no matter if it is not here."""
+        """When a block is next used, in place of what `next_use_s` says; nothing if it is not here.
+
+        It holds until somebody uses the block. Infinity: nobody knows.
+        """
         block_id = self._by_hash.get(block_hash)
-        if block_id is not None and (block_id in self._cached or block_id in self._awaited):
+        if block_id is None:
+            return
+        self._told[block_id] = next_use_s
+        if block_id in self._cached or block_id in self._awaited:
             self._leave(block_id)
             self._enter(block_id, next_use_s)
 
@@ -204,7 +214,8 @@ class BlockPool:
         elif block_hash is None:
             self._free.append(block_id)
         else:
-            self._enter(block_id, self._next_use_s(block_hash))
+            told = self._told.get(block_id)
+            self._enter(block_id, self.next_use_s(block_hash) if told is None else told)
 
     def _enter(self, block_id: int, next_use_s: float) -> None:
         if next_use_s == math.inf:
@@ -242,4 +253,5 @@ class BlockPool:
         assert block_hash is not None
         self._on_evicted(block_hash, block_id)
         del self._by_hash[block_hash]
+        self._told.pop(block_id, None)
         self._hashes[block_id] = None
