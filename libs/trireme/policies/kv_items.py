@@ -148,6 +148,14 @@ class TierIndex(Generic[K]):
         """Whether a job waits for the item."""
         return bool(self._uses.get(item_id))
 
+    def is_running(self, item_id: K) -> bool:
+        """Whether a job runs with the item."""
+        return item_id in self._runs
+
+    def job_key(self, job_id: str) -> JobKey:
+        """Where a waiting job stands."""
+        return self._jobs[job_id][0]
+
     def put(self, item: Item[K]) -> None:
         """An item is new, or differs from what was told before."""
         record = self._records.get(item.item_id)
@@ -168,8 +176,9 @@ class TierIndex(Generic[K]):
         del self._by_number[record.number]
 
     def enqueue(self, job: QueuedJob[K]) -> None:
-        """A job waits; one of that id that waited before is replaced. Items may appear later."""
+        """A job waits; one of that id that waited or ran before is replaced. Items may appear later."""
         self.dequeue(job.job_id)
+        self.finish(job.job_id)
         key = (job.use_s, self._next_job)
         self._next_job += 1
         self._jobs[job.job_id] = (key, job.item_ids)
@@ -200,6 +209,7 @@ class TierIndex(Generic[K]):
         """A waiting job runs: it frees its place in the queue, and its items do not expire."""
         _, item_ids = self._jobs.get(job_id, (None, ()))
         self.dequeue(job_id)
+        self.finish(job_id)
         self._running[job_id] = item_ids
         for item_id in item_ids:
             self._runs[item_id] = self._runs.get(item_id, 0) + 1

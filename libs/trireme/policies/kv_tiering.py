@@ -45,9 +45,9 @@ class Capacity:
     is_ssd_writable: bool = True
     """False while the SSD is full of other things, slow or failing: then victims are dropped."""
     low_free: float = 0.10
-    """Below this share of free DRAM, evicting starts; fetching never goes below it."""
+    """Below this share of free DRAM, evicting starts."""
     high_free: float = 0.15
-    """Evicting goes on up to this share."""
+    """Evicting goes on up to this share; fetching stops at it, so that it does not set off evicting."""
 
     @property
     def window_bytes(self) -> int:
@@ -57,6 +57,11 @@ class Capacity:
     @property
     def low_free_bytes(self) -> int:
         return math.ceil(self.dram_bytes * self.low_free)
+
+    @property
+    def urgent_free_bytes(self) -> int:
+        """Half of `low_free_bytes`. Below it, only giving up valid copies is fast enough."""
+        return self.low_free_bytes // 2
 
     @property
     def high_free_bytes(self) -> int:
@@ -88,7 +93,12 @@ class Command(Generic[K]):
 
 
 def plan(
-    index: TierIndex[K], capacity: Capacity, *, now_s: float, dram_free_bytes: int | None = None
+    index: TierIndex[K],
+    capacity: Capacity,
+    *,
+    now_s: float,
+    dram_free_bytes: int | None = None,
+    is_guarded: bool = True,
 ) -> tuple[Command[K], ...]:
     """Commands that bring the tiers where the queue wants them, in the order to carry them out.
 
@@ -97,19 +107,25 @@ def plan(
         capacity: sizes and watermarks.
         now_s: same clock as the index' times.
         dram_free_bytes: what the allocator has free, where that is not the capacity less the items' bytes.
+        is_guarded: False lets a fetch put out what is needed before it: only to show what the guard is for.
 
     Dropped is first what expired. Then DRAM is brought above its watermark, farthest use first; then what
     the jobs in the fetch window wait for comes in, nearest first, for which only farther items give way.
     Planning again after all commands were carried out gives none.
     """
-    return _Planning(index, capacity, now_s, dram_free_bytes).commands()
+    return _Planning(index, capacity, now_s, dram_free_bytes, is_guarded).commands()
 
 
 class _Planning(Generic[K]):
     """One plan in the making: what would be free after the commands so far."""
 
     def __init__(
-        self, index: TierIndex[K], capacity: Capacity, now_s: float, dram_free_bytes: int | None
+        self,
+        index: TierIndex[K],
+        capacity: Capacity,
+        now_s: float,
+        dram_free_bytes: int | None,
+        is_guarded: bool,
     ) -> None:
         self._index = index
         self._capacity = capacity
@@ -117,6 +133,7 @@ class _Planning(Generic[K]):
         free_bytes = capacity.dram_bytes - index.dram_bytes if dram_free_bytes is None else dram_free_bytes
         self._dram_free = free_bytes + index.draining_bytes
         self._ssd_free = capacity.ssd_bytes - index.ssd_bytes
+        self._is_guarded = is_guarded
         self._can_copy = capacity.ssd_bytes > 0 and capacity.is_ssd_writable
         mean_bytes = index.mean_job_bytes()
         self._fetch_window = index.first_jobs_key(max(1, capacity.window_bytes // mean_bytes))
@@ -130,11 +147,14 @@ class _Planning(Generic[K]):
         self._ssd_victims = _Walk(reversed(index.ssd_victims))
         self._duplicates = _Walk(iter(index.duplicates))
         self._nearest_evicted: UseKey = (math.inf, math.inf, 0, 0)
+        """Of those that a later plan may fetch again."""
 
     def commands(self) -> tuple[Command[K], ...]:
         self._drop_expired()
         if self._dram_free < self._capacity.low_free_bytes:
             self._refill()
+        if self._dram_free - self._index.draining_bytes < self._capacity.urgent_free_bytes:
+            self._refill_at_once()
         self._fetch()
         return tuple(self._commands)
 
@@ -152,15 +172,25 @@ class _Planning(Generic[K]):
                 break
             self._evict(key, reason)
 
+    def _refill_at_once(self) -> None:
+        """Where the disk is slower than what comes in, give up what it holds a valid copy of."""
+        missing_bytes = self._capacity.urgent_free_bytes + self._index.draining_bytes - self._dram_free
+        for key in reversed(self._index.duplicates):
+            if missing_bytes <= 0:
+                break
+            if key[3] not in self._taken and key[3] not in self._single:
+                missing_bytes -= self._index.record(key[3]).item.size_bytes
+                self._evict(key, "what leaves DRAM is not on SSD in time")
+
     def _fetch(self) -> None:
-        low_bytes, window_bytes = self._capacity.low_free_bytes, self._capacity.window_bytes
+        high_bytes, window_bytes = self._capacity.high_free_bytes, self._capacity.window_bytes
         for key in self._index.wanted:
-            if key[:2] > self._fetch_window or key > self._nearest_evicted:
+            if key[:2] > self._fetch_window or (self._is_guarded and key > self._nearest_evicted):
                 break
             item = self._index.record(key[3]).item
             if key[3] in self._taken or item.size_bytes > window_bytes:
                 continue
-            if not self._make_dram_room(item.size_bytes + low_bytes, key):
+            if not self._make_dram_room(item.size_bytes + high_bytes, key):
                 break
             self._taken.add(key[3])
             self._dram_free -= item.size_bytes
@@ -186,14 +216,14 @@ class _Planning(Generic[K]):
         freed_bytes = self._dram_free
         while freed_bytes < free_bytes:
             key = self._next_victim()
-            if key is None or key <= wanted:
+            if key is None or (self._is_guarded and key <= wanted):
                 self._dram_victims.put_back([*victims, key] if key else victims)
                 return False
             victims.append(key)
             freed_bytes += self._index.record(key[3]).item.size_bytes
         for key in victims:
             self._evict(key, f"makes room for one that is needed in {wanted[0] - self._now_s:.1f} s")
-        return self._dram_free >= free_bytes
+        return self._dram_free - self._index.draining_bytes >= free_bytes
 
     def _evict(self, key: UseKey, reason: str) -> None:
         """Move an item out of DRAM; drop it where nothing on SSD is worth less."""
@@ -211,7 +241,8 @@ class _Planning(Generic[K]):
             self._ssd_free -= item.size_bytes
         self._dram_free += item.size_bytes
         self._taken.add(key[3])
-        self._nearest_evicted = min(self._nearest_evicted, key)
+        if self._index.record(key[3]).is_queued and item.size_bytes <= self._capacity.window_bytes:
+            self._nearest_evicted = min(self._nearest_evicted, key)
         self._commands.append(
             Command(
                 action=Action.EVICT,
@@ -269,13 +300,11 @@ class _Planning(Generic[K]):
         )
 
     def _drop(self, number: int, reason: str) -> None:
-        record = self._index.record(number)
-        item = record.item
+        item = self._index.record(number).item
         from_ssd = item.on_ssd and number not in self._single
         self._taken.add(number)
         if item.in_dram:
             self._dram_free += item.size_bytes
-            self._nearest_evicted = min(self._nearest_evicted, record.key)
         if from_ssd:
             self._ssd_free += item.size_bytes
         self._commands.append(
