@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+import psutil
 import pytest
 
 from tests.fleet.conftest import Fleet
@@ -109,13 +110,35 @@ async def test_kill_9_of_one_of_two_workers(fleet: Fleet, undisturbed: list[list
     await fleet.ready_workers(2)
 
 
-async def test_a_paused_workers_requests_finish_elsewhere(fleet: Fleet, undisturbed: list[list[int]]) -> None:
+async def test_kill_9_of_an_engine_process(fleet: Fleet, undisturbed: list[list[int]]) -> None:
+    victim = (await fleet.ready_workers(2))[0]
+
+    async def fault() -> None:
+        os.kill(engine_pid(victim.pid), signal.SIGKILL)
+
+    answers = await under_load(fleet, fault)
+    check(answers, undisturbed)
+    assert any(answer.attempts > 1 and answer.pauses for answer in answers)
+    assert not psutil.pid_exists(victim.pid), "a worker without its engine is none"
+    await fleet.ready_workers(2)
+
+
+def engine_pid(worker_pid: int) -> int:
+    """The process of a worker's engines."""
+    [child] = [p for p in psutil.Process(worker_pid).children() if "engine_process" in str(p.cmdline())]
+    return child.pid
+
+
+@pytest.mark.parametrize("pid_of", [lambda worker_pid: worker_pid, engine_pid], ids=["worker", "engine"])
+async def test_a_paused_workers_requests_finish_elsewhere(
+    fleet: Fleet, undisturbed: list[list[int]], pid_of: Callable[[int], int]
+) -> None:
     victim = (await fleet.ready_workers(2))[0]
     stopped_s = 0.0
 
     async def fault() -> None:
         nonlocal stopped_s
-        os.kill(victim.pid, signal.SIGSTOP)
+        os.kill(pid_of(victim.pid), signal.SIGSTOP)
         stopped_s = time.monotonic()
         while victim.id in {record.id for record in await fleet.living("worker")}:
             assert time.monotonic() - stopped_s < 10, "detected within 10 s"

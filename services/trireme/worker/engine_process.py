@@ -56,12 +56,14 @@ def main() -> None:
     arguments = parser.parse_args()
     die_with(arguments.parent)
     configure_logging("engine", level=arguments.log_level)
-    os.setpriority(os.PRIO_PROCESS, 0, ENGINE_NICE)
     try:
         # Importing torch takes seconds: not before the worker's death would be noticed.
         from trireme.worker.engine_loop import EngineLoop
 
-        EngineLoop(socket.socket(fileno=arguments.link), arguments.area, threads=arguments.threads).run()
+        loop = EngineLoop(socket.socket(fileno=arguments.link), arguments.area, threads=arguments.threads)
+        # Whoever carries tokens must not wait for a core behind those who compute the next ones.
+        os.setpriority(os.PRIO_PROCESS, 0, ENGINE_NICE)
+        loop.run()
     except BaseException:
         log.critical("engine_broken", exc_info=True)
         logging.shutdown()
