@@ -443,9 +443,7 @@ async def test_errors_before_the_first_byte_have_their_status(world: World) -> N
 
 
 async def test_an_error_after_the_first_byte_is_an_event(world: World) -> None:
-    stream = asyncio.create_task(
-        world.client.chat.completions.create(model="py", messages=USER, stream=True)
-    )
+    stream = asyncio.create_task(world.client.chat.completions.create(model="py", messages=USER, stream=True))
     assignment = await world.worker.next_assignment()
     world.worker.emit(assignment, ids=IDS[:2])
     chunks = await stream
@@ -557,9 +555,7 @@ async def test_a_stream_with_nothing_to_say_sends_comments(world: World) -> None
     assert status == 200
     lines = raw.decode().split("\n\n")
     assert lines[0] == ": ping" and lines.count(": ping") >= 2
-    asking = asyncio.create_task(
-        world.client.chat.completions.create(model="py", messages=USER, stream=True)
-    )
+    asking = asyncio.create_task(world.client.chat.completions.create(model="py", messages=USER, stream=True))
     assignment = await world.worker.next_assignment()
     await asyncio.sleep(0.25)
     world.worker.answer(assignment, IDS)
@@ -666,3 +662,31 @@ async def test_a_gateway_without_workers_lives_but_is_not_ready(bare: World) -> 
                 assert response.status == 503
                 if "no worker" in await response.text():
                     break
+
+
+async def test_a_long_chat_is_cut_at_its_turns_if_the_body_says_so(world: World) -> None:
+    turn = [{"role": "user", "content": "word " * 200}, {"role": "assistant", "content": "yes"}]
+    messages: Any = [
+        {"role": "system", "content": "be brief"},
+        *turn * 12,
+        {"role": "user", "content": "now"},
+    ]
+    with pytest.raises(openai.BadRequestError) as refused:
+        await world.client.chat.completions.create(model="py", messages=messages)
+    assert refused.value.code == "context_length_exceeded"
+    for extra in ({"truncation": "auto"}, {"context_overflow": "truncate_pinned"}):
+        serving = asyncio.create_task(world.serve())
+        answer = await world.client.chat.completions.create(
+            model="py", messages=messages, max_tokens=20, extra_body=extra
+        )
+        request = (await serving).request
+        text = TOKENIZER.decode(list(request.prompt_token_ids), skip_special_tokens=False)
+        assert text.startswith("<|system|>\nbe brief<|end|>\n")
+        assert text.endswith("<|user|>\nnow<|end|>\n<|assistant|>\n")
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens == len(request.prompt_token_ids)
+        assert answer.usage.to_dict()["trireme"]["truncated_tokens"] > 1000
+    with pytest.raises(openai.BadRequestError, match="not two different ones"):
+        await world.client.chat.completions.create(
+            model="py", messages=messages, extra_body={"truncation": "auto", "context_overflow": "error"}
+        )

@@ -645,6 +645,28 @@ async def test_the_tenant_header_is_believed_only_where_it_is_trusted(world: Fle
     assert seen[0][1] != seen[1][1] and seen[0][2] != seen[1][2]
 
 
+async def test_a_prompt_that_outgrows_the_context_is_refused_or_cut_as_the_client_says(world: Fleet) -> None:
+    async with world.gateway() as gateway, TriremeClient([gateway.grpc_address]) as client:
+        prompt = [index % 4000 for index in range(3000)]
+        with pytest.raises(ContextLengthExceeded, match="2048"):
+            await Call(client, prompt=prompt).end()
+        call = Call(client, prompt=prompt, context_overflow="truncate_pinned", pinned_tokens=40)
+        assignment = await world.workers[0].next_assignment()
+        request = assignment.request
+        kept = list(request.prompt_token_ids)
+        head, cut = request.truncation.head_tokens, request.truncation.cuts[-1]
+        assert head == 48 and kept == prompt[:48] + prompt[cut:]
+        assert len(kept) + request.sampling.max_tokens <= 2048
+        assert len(request.prefix_hashes) == 16 * (len(kept) // 16)
+        world.workers[0].answer(assignment, IDS)
+        events = await call.end()
+        assert isinstance(events[0], Accepted) and isinstance(events[-1], Summary)
+        for told in (events[0], events[-1].usage):
+            assert (told.prompt_tokens, told.truncated_tokens) == (len(kept), 3000 - len(kept))
+        with pytest.raises(InvalidRequest, match="must be one of"):
+            await Call(client, context_overflow="drop").end()
+
+
 async def wait_state(worker: FakeWorker, request_id: str, state: State) -> bool:
     async with asyncio.timeout(10):
         while True:

@@ -158,3 +158,12 @@ def test_calls_that_lose_a_gateway_together_move_on_together() -> None:
     addresses.answered(lost)  # A last word from before.
     addresses.advance(second)
     assert len({lost, second, addresses.current}) == 3
+
+
+def test_a_request_says_what_happens_when_the_context_overflows() -> None:
+    request = ask(context_overflow="truncate_pinned", pinned_tokens=0)
+    assert request.context_overflow == pb.CONTEXT_OVERFLOW_TRUNCATE_PINNED
+    assert request.HasField("pinned_tokens") and request.pinned_tokens == 0
+    assert ask().context_overflow == pb.CONTEXT_OVERFLOW_UNSPECIFIED and not ask().HasField("pinned_tokens")
+    with pytest.raises(InvalidRequest, match="truncate_oldest"):
+        ask(context_overflow="middle")

@@ -95,7 +95,6 @@ async def serving(catalog: ModelCatalog, **changes: Any) -> AsyncIterator[Server
         settings=chosen,
         gateway_id="g",
         fleet_name="test",
-        block_tokens=64,
         catalog=catalog,
         records=records,  # type: ignore[arg-type]
         links=links,  # type: ignore[arg-type]

@@ -10,7 +10,13 @@ import pytest
 
 from trireme.errors import InvalidRequest
 from trireme.gateway.openai_api.bodies import ChatBody, CompletionBody, parse
-from trireme.gateway.openai_api.sampling import chat_sampling, completion_sampling
+from trireme.gateway.openai_api.sampling import chat_sampling, completion_sampling, context_overflow
+from trireme.wire.inference.v1.inference_pb2 import (
+    CONTEXT_OVERFLOW_ERROR,
+    CONTEXT_OVERFLOW_TRUNCATE_OLDEST,
+    CONTEXT_OVERFLOW_TRUNCATE_PINNED,
+    CONTEXT_OVERFLOW_UNSPECIFIED,
+)
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -73,9 +79,7 @@ def test_two_spellings_of_one_token_are_not_merged_silently() -> None:
         (b'"messages":[' + b"{}," * 10**5 + b"{}]", "messages[0].role"),
         (b'"prompt":"x",' + b",".join(b'"k%d":1' % i for i in range(5 * 10**4)), None),
         (
-            b'"prompt":"x","logit_bias":{'
-            + b",".join(b'"k%d":null' % i for i in range(5 * 10**4))
-            + b"}",
+            b'"prompt":"x","logit_bias":{' + b",".join(b'"k%d":null' % i for i in range(5 * 10**4)) + b"}",
             "logit_bias",
         ),
         (b'"prompt":"x","' + b"k" * 10**6 + b'":1', "k" * 80),
@@ -94,3 +98,25 @@ def test_refusing_a_body_costs_memory_in_proportion_to_it(rest: bytes, param: st
     assert refused.value.param == param
     assert len(refused.value.message) < 500
     assert peak_bytes < 100 * len(raw)
+
+
+@pytest.mark.parametrize(
+    ("fields", "mode"),
+    [
+        ({}, CONTEXT_OVERFLOW_UNSPECIFIED),
+        ({"truncation": "auto"}, CONTEXT_OVERFLOW_TRUNCATE_PINNED),
+        ({"truncation": "disabled"}, CONTEXT_OVERFLOW_ERROR),
+        ({"truncation": "auto", "context_overflow": "truncate_pinned"}, CONTEXT_OVERFLOW_TRUNCATE_PINNED),
+        ({"truncation": None, "context_overflow": "truncate_oldest"}, CONTEXT_OVERFLOW_TRUNCATE_OLDEST),
+    ],
+)
+def test_truncation_is_another_name_of_context_overflow(fields: dict[str, Any], mode: int) -> None:
+    assert context_overflow(chat(**fields)) == mode
+
+
+def test_two_names_may_not_say_different_things() -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        context_overflow(chat(truncation="disabled", context_overflow="truncate_oldest"))
+    assert refused.value.param == "truncation"
+    with pytest.raises(InvalidRequest, match="context_overflow"):
+        chat(context_overflow="middle-out")

@@ -74,6 +74,11 @@ def test_who_serves_what(tmp_path: Path) -> None:
             "",
         ),
         ("models: {'../m': {variants: {v: {checkpoint: a}}}}", "models.../m.[key]", ""),
+        (
+            "models: {m: {variants: {v: {checkpoint: a}}, public_prefixes: [{system: a, text: b}]}}",
+            "models.m.public_prefixes.0",
+            "either",
+        ),
     ],
 )
 def test_a_mistake_is_named_by_its_key(tmp_path: Path, text: str, key: str, says: str) -> None:

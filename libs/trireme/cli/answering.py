@@ -63,18 +63,21 @@ def show_summary(answer: Answer) -> None:
     usage = summary.usage
     decode_s = answer.total_s - answer.first_s
     rate = (usage.completion_tokens - 1) / decode_s if decode_s > 0 and usage.completion_tokens > 1 else 0.0
+    cut = f", {usage.truncated_tokens} cut" if usage.truncated_tokens else ""
     cached = f" ({usage.cached_prompt_tokens} cached)" if usage.cached_prompt_tokens else ""
     why = f", ended by {answer.finished.reason.value}" if answer.finished is not None else ""
     attempts = f", {summary.attempts} attempts" if summary.attempts > 1 else ""
     _tell(
-        f"[{usage.prompt_tokens} prompt tokens{cached}, {usage.completion_tokens} new{why}; "
+        f"[{usage.prompt_tokens} prompt tokens{cached}{cut}, {usage.completion_tokens} new{why}; "
         f"first after {1000 * answer.first_s:.0f} ms, then {rate:.0f}/s; "
         f"{usage.joules:.2f} J, {1000 * usage.grams_co2e:.2f} mgCO2e; "
         f"{summary.variant} at {summary.worker_id}{attempts}; {answer.request_id}]"
     )
 
 
-def converse(client: SyncTriremeClient, model: str, sampling: Sampling, *, system: str) -> None:
+def converse(
+    client: SyncTriremeClient, model: str, sampling: Sampling, *, system: str, context_overflow: str = ""
+) -> None:
     """Read turns from standard input until its end, and answer each.
 
     Raises:
@@ -89,7 +92,14 @@ def converse(client: SyncTriremeClient, model: str, sampling: Sampling, *, syste
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line})
-        events = client.generate(model, messages, sampling, session_id=session, slo="interactive")
+        events = client.generate(
+            model,
+            messages,
+            sampling,
+            session_id=session,
+            slo="interactive",
+            context_overflow=context_overflow,
+        )
         try:
             answer = print_answer(events)
         except KeyboardInterrupt:

@@ -17,6 +17,10 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer at most.")] = 256,
     temperature: Annotated[float | None, typer.Option(min=0.0, help="0 is greedy.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; repeatable.")] = None,
+    context_overflow: Annotated[
+        str,
+        typer.Option(help="When the context is full: error, truncate_oldest or truncate_pinned."),
+    ] = "",
     address: Annotated[
         list[str] | None, typer.Option(help="host:port of a gateway's gRPC server; repeatable.")
     ] = None,
@@ -28,7 +32,7 @@ def chat(
 
     Example:
 
-        trireme chat --temperature 0.7
+        trireme chat --temperature 0.7 --context-overflow truncate_pinned
     """
     from trireme.cli.answering import converse
     from trireme.cli.connecting import gateway_addresses
@@ -36,4 +40,4 @@ def chat(
 
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, stop=stop or ())
     with SyncTriremeClient(gateway_addresses(address or (), run_dir)) as client:
-        converse(client, model, sampling, system=system)
+        converse(client, model, sampling, system=system, context_overflow=context_overflow)

@@ -22,6 +22,13 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeatable.")] = None,
     session: Annotated[str, typer.Option(help="Calls that share it find each other's KV.")] = "",
     slo: Annotated[str, typer.Option(help="interactive, standard or batch.")] = "interactive",
+    context_overflow: Annotated[
+        str,
+        typer.Option(help="When the context is full: error, truncate_oldest or truncate_pinned."),
+    ] = "",
+    pinned_tokens: Annotated[
+        int | None, typer.Option(min=0, help="For truncate_pinned: first tokens of the prompt that stay.")
+    ] = None,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before the answer.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No line about time and energy.")] = False,
     address: Annotated[
@@ -50,7 +57,15 @@ def generate(
     if echo:
         print(text, end="", flush=True)
     with SyncTriremeClient(gateway_addresses(address or (), run_dir)) as client:
-        events = client.generate(model, text, sampling, session_id=session, slo=slo)
+        events = client.generate(
+            model,
+            text,
+            sampling,
+            session_id=session,
+            slo=slo,
+            context_overflow=context_overflow,
+            pinned_tokens=pinned_tokens,
+        )
         answer = print_answer(events)
     print()
     if not quiet:

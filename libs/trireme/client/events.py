@@ -53,6 +53,8 @@ class Accepted:
     seed: int
     attached: bool
     """The request existed already: a resumed stream."""
+    truncated_tokens: int = 0
+    """Prompt tokens that were dropped because they did not fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,13 @@ def event_from(response: pb.GenerateResponse) -> Event | None:
             )
         case "accepted":
             accepted = response.accepted
-            return Accepted(response.request_id, accepted.prompt_tokens, accepted.seed, accepted.attached)
+            return Accepted(
+                response.request_id,
+                accepted.prompt_tokens,
+                accepted.seed,
+                accepted.attached,
+                accepted.truncated_tokens,
+            )
         case "choice_finished":
             finished = response.choice_finished
             reason = _REASONS.get(finished.reason, FinishReason.ERROR)

@@ -19,6 +19,14 @@ SLO_CLASSES = {
 }
 
 
+CONTEXT_OVERFLOWS = {
+    "": pb.CONTEXT_OVERFLOW_UNSPECIFIED,
+    "error": pb.CONTEXT_OVERFLOW_ERROR,
+    "truncate_oldest": pb.CONTEXT_OVERFLOW_TRUNCATE_OLDEST,
+    "truncate_pinned": pb.CONTEXT_OVERFLOW_TRUNCATE_PINNED,
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How tokens are chosen; None leaves the server's default."""
@@ -77,6 +85,20 @@ def slo_class(name: str) -> pb.SloClass.ValueType:
     return SLO_CLASSES[name]
 
 
+def context_overflow_mode(name: str) -> pb.ContextOverflow.ValueType:
+    """The mode of that name.
+
+    Raises:
+        InvalidRequest: there is none.
+    """
+    if name not in CONTEXT_OVERFLOWS:
+        known = ", ".join(repr(known) for known in CONTEXT_OVERFLOWS)
+        raise InvalidRequest(
+            f"context_overflow must be one of {known}, not {name!r}", param="context_overflow"
+        )
+    return CONTEXT_OVERFLOWS[name]
+
+
 def generate_request(
     *,
     request_id: str,
@@ -86,11 +108,13 @@ def generate_request(
     session_id: str,
     slo: str,
     priority: int,
+    context_overflow: str = "",
+    pinned_tokens: int | None = None,
 ) -> pb.GenerateRequest:
     """The first message of a call.
 
     Raises:
-        InvalidRequest: the prompt mixes kinds, or a class or field has no such value.
+        InvalidRequest: the prompt mixes kinds, or a class, mode or field has no such value.
     """
     try:
         request = pb.GenerateRequest(
@@ -100,6 +124,8 @@ def generate_request(
             session_id=session_id,
             slo_class=slo_class(slo),
             priority=priority,
+            context_overflow=context_overflow_mode(context_overflow),
+            pinned_tokens=pinned_tokens,
         )
         if isinstance(prompt, str):
             request.text = prompt

@@ -18,6 +18,8 @@ class Usage:
     """Seconds of engine time attributed to the request."""
     joules: float
     grams_co2e: float
+    truncated_tokens: int = 0
+    """Tokens that were dropped because the context was full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ def usage_from(usage: pb.Usage) -> Usage:
         usage.engine_s,
         usage.joules,
         usage.grams_co2e,
+        usage.truncated_tokens,
     )
 
 

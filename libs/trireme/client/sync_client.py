@@ -39,9 +39,7 @@ class SyncTriremeClient:
         timeout_s: deadline of the calls that are not streams.
     """
 
-    def __init__(
-        self, addresses: Sequence[str], *, retry_s: float = 30.0, timeout_s: float = 600.0
-    ) -> None:
+    def __init__(self, addresses: Sequence[str], *, retry_s: float = 30.0, timeout_s: float = 600.0) -> None:
         self._addresses = Addresses(addresses)
         self._retry_s = retry_s
         self._timeout_s = timeout_s
@@ -73,8 +71,15 @@ class SyncTriremeClient:
         session_id: str = "",
         slo: str = "",
         priority: int = 0,
+        context_overflow: str = "",
+        pinned_tokens: int | None = None,
     ) -> Iterator[Event]:
         """The answer's events as they come. Close the iterator to cancel the request.
+
+        Args:
+            context_overflow: error (as if empty), truncate_oldest or truncate_pinned: what happens
+                where prompt and answer outgrow the model's context.
+            pinned_tokens: for truncate_pinned: first tokens that stay; None: a chat's system prompt.
 
         Raises:
             TriremeError: as the fleet said; ServiceUnavailable when no gateway was there for `retry_s`.
@@ -88,6 +93,8 @@ class SyncTriremeClient:
                 session_id=session_id,
                 slo=slo,
                 priority=priority,
+                context_overflow=context_overflow,
+                pinned_tokens=pinned_tokens,
             )
         )
         broken_s: float | None = None
@@ -184,4 +191,3 @@ class SyncTriremeClient:
                 channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
                 self._channels[address] = channel
         return InferenceStub(channel)
-

@@ -148,8 +148,7 @@ def plan_truncation(
     if protected_from is not None and cuts and cut > max(protected_from, rule.head):
         raise ContextLengthExceeded(
             f"the last turn has {num_tokens - protected_from} tokens; with {rule.head} that are kept before "
-            f"it and room for an answer it does not fit a context of {rule.window}: shorten it",
-            param="messages",
+            f"it and room for an answer it does not fit a context of {rule.window}: shorten it"
         )
     return TruncationPlan(
         num_tokens=num_tokens,

@@ -30,12 +30,29 @@ class Variant(_Section):
     """Sequences run at once; 0: the worker's default."""
 
 
+class PublicPrefix(_Section):
+    """A beginning of prompts whose KV blocks all tenants share, since it is no secret of any."""
+
+    system: str | None = Field(default=None, min_length=1)
+    """A chat's system prompt."""
+    text: str | None = Field(default=None, min_length=1)
+    """The beginning of a plain prompt."""
+
+    @model_validator(mode="after")
+    def _is_one_kind(self) -> PublicPrefix:
+        if (self.system is None) == (self.text is None):
+            raise ValueError("a public prefix is either a system prompt (system) or a text (text)")
+        return self
+
+
 class Model(_Section):
     """A name that a client asks for, and the variants that can answer."""
 
     variants: dict[Name, Variant] = Field(min_length=1)
     default: Name | None = None
     """Variant whose tokenizer and chat template speak for the model; the first if absent."""
+    public_prefixes: list[PublicPrefix] = Field(default_factory=list, max_length=64)
+    """Beginnings of prompts that tenants may find each other's KV of; all else stays apart."""
 
     @model_validator(mode="after")
     def _default_exists(self) -> Model:
@@ -94,6 +111,12 @@ class KvStore(_Section):
     enabled: bool = True
     dram_mib: int = Field(default=256, ge=1)
     ssd_mib: int = Field(default=1024, ge=0)
+    ttl_s: float = Field(default=3600.0, gt=0)
+    """Seconds after which blocks that nobody used are deleted."""
+    tenant_share: float = Field(default=1.0, gt=0, le=1)
+    """Largest share of each tier that one tenant may fill."""
+    tenant_shares: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
+    """The same for tenants that differ."""
     directory: Path | None = None
     """Where the SSD tier keeps its files; absent: the run directory."""
 

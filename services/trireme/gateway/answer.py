@@ -14,6 +14,7 @@ from trireme.errors import ServiceUnavailable
 from trireme.gateway.events import Accepted, ChoiceFinished, Delta, Event, Summary
 from trireme.gateway.live_request import LiveRequest
 from trireme.gateway.metrics import Metrics
+from trireme.gateway.truncation import dropped_tokens
 from trireme.wire.inference.v1.inference_pb2 import Usage
 
 
@@ -42,7 +43,10 @@ class Answer:
         self._flush_interval_s = flush_interval_s
         self._usage_wait_s = usage_wait_s
         self._on_close = on_close
-        self._accepted = Accepted(len(live.admitted.prompt_token_ids), live.admitted.sampling.seed, attached)
+        admitted = live.admitted
+        self._accepted = Accepted(
+            len(admitted.prompt_token_ids), admitted.sampling.seed, attached, dropped_tokens(admitted)
+        )
         self._accepted_s = self._loop.time()
         self._first_token_s = 0.0
         self._last_token_s = 0.0
@@ -201,6 +205,7 @@ class Answer:
             prompt_tokens=len(admitted.prompt_token_ids),
             cached_prompt_tokens=usage.cached_prompt_tokens,
             completion_tokens=sum(live.received()),
+            truncated_tokens=max(usage.truncated_tokens, dropped_tokens(admitted)),
             engine_s=usage.engine_s,
             joules=usage.joules,
             grams_co2e=usage.grams_co2e,

@@ -52,15 +52,15 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise InvalidCheckpoint(f"the chat template does not compile: {error}") from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt for the next answer to a conversation.
+    def render(self, messages: Sequence[Mapping[str, Any]], *, asks: bool = True) -> str:
+        """The prompt for the next answer to a conversation; without `asks` the conversation alone.
 
         Raises:
             InvalidRequest: the template refuses the conversation (its roles or their order).
         """
         try:
             return self._template.render(
-                messages=list(messages), add_generation_prompt=True, tools=None, **self._special_tokens
+                messages=list(messages), add_generation_prompt=asks, tools=None, **self._special_tokens
             )
         except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
             raise InvalidRequest(

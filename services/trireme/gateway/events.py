@@ -16,6 +16,8 @@ class Accepted:
     seed: int
     attached: bool
     """The request existed already."""
+    truncated_tokens: int = 0
+    """Prompt tokens that were dropped before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,8 @@ class Summary:
     cached_prompt_tokens: int
     completion_tokens: int
     """Tokens delivered, over all choices."""
+    truncated_tokens: int
+    """Tokens that were dropped because the context was full."""
     engine_s: float
     joules: float
     grams_co2e: float

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -26,12 +25,13 @@ from trireme.gateway.limits import Limits
 from trireme.gateway.live_request import Choice, LiveRequest
 from trireme.gateway.metrics import Metrics
 from trireme.gateway.models import ModelCatalog, ServedModel
+from trireme.gateway.prefix_blocks import name_blocks
 from trireme.gateway.recovery import Recovery, ending_error
 from trireme.gateway.request_table import RequestTable
 from trireme.gateway.settings import Settings
 from trireme.gateway.submission import Submission
+from trireme.gateway.truncation import dropped_tokens
 from trireme.gateway.worker_links import WorkerLinks
-from trireme.kvcache.block_identity import block_hashes
 from trireme.runtime.telemetry import current_traceparent, span
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest
 from trireme.wire.inference.v1.inference_pb2 import TokenIds
@@ -53,7 +53,6 @@ class Generation:
         settings: Settings,
         gateway_id: str,
         fleet_name: str,
-        block_tokens: int,
         catalog: ModelCatalog,
         records: RequestRecords,
         links: WorkerLinks,
@@ -67,7 +66,6 @@ class Generation:
         self._settings = settings
         self._gateway_id = gateway_id
         self._fleet_name = fleet_name
-        self._block_tokens = block_tokens
         self._records = records
         self._links = links
         self._table = table
@@ -163,6 +161,7 @@ class Generation:
             raise
         self.metrics.admission.observe(time.monotonic() - started_s)
         self.metrics.prompt_tokens.inc(len(admitted.prompt_token_ids))
+        self.metrics.truncated_tokens.inc(dropped_tokens(admitted))
         attached = result.admission is Admission.KNOWN
         return self._answer(live, submission.resume_from, attached=attached)
 
@@ -250,10 +249,8 @@ class Generation:
     def _admitted(self, submission: Submission, traceparent: str) -> AdmittedRequest:
         caller = submission.caller
         now_unix_s = time.time()
-        salt = self._salt(caller.tenant)
-        hashes = block_hashes(submission.prompt_token_ids, self._block_tokens, salt)
         latest_s = now_unix_s + self._settings.max_request_s
-        return AdmittedRequest(
+        admitted = AdmittedRequest(
             request_id=caller.request_id,
             tenant=caller.tenant,
             model=submission.model.name,
@@ -264,19 +261,14 @@ class Generation:
             priority=caller.priority,
             session_id=caller.session_id,
             gateway_id=self._gateway_id,
-            kv_salt=salt,
-            prefix_hashes=b"".join(hashes),
             attempt=1,
             continuations=[TokenIds(ids=ids) for ids in submission.continuations],
             admitted_unix_s=now_unix_s,
             deadline_unix_s=min(caller.deadline_unix_s or latest_s, latest_s),
             traceparent=traceparent,
         )
-
-    def _salt(self, tenant: str) -> bytes:
-        digest = hashlib.blake2b(self._fleet_name.encode(), digest_size=16)
-        digest.update(b"\0" + tenant.encode())
-        return digest.digest()
+        name_blocks(admitted, submission.model, submission.cut, fleet=self._fleet_name, tenant=caller.tenant)
+        return admitted
 
     def _live(self, admitted: AdmittedRequest, model: ServedModel) -> LiveRequest:
         sampling = admitted.sampling
@@ -303,6 +295,7 @@ def _check_same(admitted: AdmittedRequest, submission: Submission) -> None:
         ("kind", lambda: admitted.kind == submission.kind),
         ("model", lambda: admitted.model == submission.model.name),
         ("prompt", lambda: list(admitted.prompt_token_ids) == submission.prompt_token_ids),
+        ("context_overflow", lambda: admitted.HasField("truncation") == (submission.cut is not None)),
         ("n", lambda: max(1, admitted.sampling.n) == submission.sampling.n),
     ]
     for name, holds in same:
@@ -311,4 +304,3 @@ def _check_same(admitted: AdmittedRequest, submission: Submission) -> None:
                 f"a request with the id {admitted.request_id!r} exists with another {name}: use a new id",
                 param="request_id",
             )
-

@@ -26,6 +26,7 @@ from trireme.gateway.submission import (
     checked_traceparent,
     generation,
 )
+from trireme.gateway.truncation import CUTTING, overflow_of
 from trireme.gateway.worker_links import WorkerLinks
 from trireme.runtime.serving import Context
 from trireme.wire.inference.v1 import inference_pb2 as pb
@@ -53,16 +54,26 @@ class InferenceServicer(rpc.InferenceServicer):
         with self._counted("generate"):
             model = self._core.catalog.find(request.model)
             prompt = await self._prompt(request, model)
+            sampling = request.sampling
+            overflow = await overflow_of(
+                request.context_overflow,
+                request.pinned_tokens if request.HasField("pinned_tokens") else None,
+                model,
+                prompt,
+                _messages(request) if request.WhichOneof("prompt") == "chat" else None,
+                sampling.max_tokens if sampling.HasField("max_tokens") else None,
+            )
             submission = generation(
                 self._caller(
                     context, request.request_id, request.slo_class, request.priority, request.session_id
                 ),
                 model,
                 prompt,
-                request.sampling,
+                sampling,
                 self._core.limits,
                 prompt_param=request.WhichOneof("prompt") or "prompt",
                 resume_from=request.resume_from,
+                overflow=overflow,
             )
             answer = await self._core.submit(submission)
             context.add_done_callback(partial(_close, answer))  # type: ignore[arg-type]
@@ -140,18 +151,17 @@ class InferenceServicer(rpc.InferenceServicer):
         return pb.CancelResponse(cancelled=await self._core.cancel(checked_request_id(request.request_id)))
 
     async def _prompt(self, request: pb.GenerateRequest, model: ServedModel) -> list[int]:
+        most = self._core.limits.max_prompt_tokens if request.context_overflow in CUTTING else None
         match request.WhichOneof("prompt"):
             case "text":
-                return await model.tokenize(request.text)
+                return await model.tokenize(request.text, most_tokens=most)
             case "token_ids":
                 return list(request.token_ids.ids)
             case "chat":
                 at_most("chat", len(request.chat.messages), self._core.limits.max_messages)
                 if not request.chat.messages:
                     raise InvalidRequest("chat has no messages: give at least one", param="chat")
-                return await model.tokenize_chat(
-                    [{"role": m.role, "content": m.content} for m in request.chat.messages]
-                )
+                return await model.tokenize_chat(_messages(request), most_tokens=most)
         raise InvalidRequest("give a prompt: text, token_ids or chat", param="prompt")
 
     def _caller(
@@ -206,6 +216,9 @@ def _close(answer: Answer, _: object) -> None:
     answer.close()
 
 
+def _messages(request: pb.GenerateRequest) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in request.chat.messages]
+
 
 async def _end(context: Context) -> None:
     with suppress(grpc.aio.AbortError):
@@ -234,7 +247,10 @@ def _response(request_id: str, event: Event, vocabulary: Vocabulary) -> pb.Gener
             return pb.GenerateResponse(request_id=request_id, delta=delta)
         case Accepted():
             accepted = pb.Accepted(
-                prompt_tokens=event.prompt_tokens, seed=event.seed, attached=event.attached
+                prompt_tokens=event.prompt_tokens,
+                seed=event.seed,
+                attached=event.attached,
+                truncated_tokens=event.truncated_tokens,
             )
             return pb.GenerateResponse(request_id=request_id, accepted=accepted)
         case ChoiceFinished():
@@ -269,5 +285,5 @@ def _usage(summary: Summary) -> pb.Usage:
         engine_s=summary.engine_s,
         joules=summary.joules,
         grams_co2e=summary.grams_co2e,
+        truncated_tokens=summary.truncated_tokens,
     )
-

@@ -9,7 +9,7 @@
 | max_connections | 4096 | HTTP connections of one gateway |
 | max_inflight | 2048 | requests held by one gateway |
 | max_waiting | 4096 | requests waiting in the fleet |
-| max_prompt_tokens | 131072 | prompt, and the model's context |
+| max_prompt_tokens | 131072 | prompt; and the model's context, unless the client lets it be cut |
 | max_answer_tokens | 32768 | max_tokens; also its value where absent, if the context allows |
 | max_choices | 16 | n |
 | max_stop_strings, max_stop_characters | 16, 256 | stop: how many, how long each |
@@ -114,8 +114,12 @@ def check_token_id(param: str, token_id: int, model: ServedModel) -> None:
         )
 
 
-def check_prompt(token_ids: list[int], model: ServedModel, limits: Limits, *, param: str) -> None:
+def check_prompt(
+    token_ids: list[int], model: ServedModel, limits: Limits, *, param: str, may_be_cut: bool = False
+) -> None:
     """Raise unless the prompt has at least one token, all of the vocabulary, and fits.
+
+    A prompt that may be cut need not fit the context.
 
     Raises:
         InvalidRequest: it is empty or has a foreign id.
@@ -126,7 +130,9 @@ def check_prompt(token_ids: list[int], model: ServedModel, limits: Limits, *, pa
     if min(token_ids) < 0 or max(token_ids) >= model.vocabulary_size:
         foreign = next(index for index in token_ids if not 0 <= index < model.vocabulary_size)
         check_token_id(param, foreign, model)
-    allowed = min(limits.max_prompt_tokens, model.context_tokens - 1)
+    allowed = limits.max_prompt_tokens
+    if not may_be_cut:
+        allowed = min(allowed, model.context_tokens - 1)
     if len(token_ids) > allowed:
         raise ContextLengthExceeded(
             f"the prompt has {len(token_ids)} tokens; {model.name} takes at most {allowed} here "

@@ -25,6 +25,7 @@ class Metrics:
         self.admission = self._seconds("admission", "To make a request durable.")
         self.tokens = self._count("tokens", "Answer tokens delivered.")
         self.prompt_tokens = self._count("prompt_tokens", "Prompt tokens admitted.")
+        self.truncated_tokens = self._count("truncated_tokens", "Prompt tokens dropped to fit the context.")
         self.pauses = self._count("pauses", "Pauses told to clients.")
         self.resumes = self._count("resumes", "Calls that attached to a request that existed.")
         self.cancelled = self._count("cancelled", "Requests whose client went away or said stop.")

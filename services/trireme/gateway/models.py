@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import os
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from trireme.errors import (
 )
 from trireme.gateway.chat_template import ChatTemplate, load_chat_template, read_json
 from trireme.gateway.detokenizer import Vocabulary
-from trireme.runtime.fleet import Fleet
+from trireme.runtime.fleet import Fleet, PublicPrefix
 
 ROLES = ("system", "user", "assistant")
 """Who may speak in a conversation; templates put roles next to their control tokens."""
@@ -45,20 +46,34 @@ class ServedModel:
     vocabulary_size: int
     """Rows of the embedding: token ids from 0 up to here are valid."""
     created_unix_s: int
+    block_tokens: int = 16
+    """Tokens per KV block."""
+    public_prefixes: tuple[tuple[int, ...], ...] = ()
+    """Beginnings of prompts that the operator declared public."""
 
     async def tokenize(
-        self, text: str, *, special_tokens: bool = True, param: str = "prompt"
+        self,
+        text: str,
+        *,
+        special_tokens: bool = True,
+        param: str = "prompt",
+        most_tokens: int | None = None,
     ) -> list[int]:
         """The ids of a text; `special_tokens` lets the tokenizer add its own, as for plain prompts.
+
+        Args:
+            most_tokens: what is surely longer is refused at once; None: the context.
 
         Raises:
             InvalidRequest: the text is not valid Unicode (a lone surrogate).
             ContextLengthExceeded: it is so long that it need not be tokenised to say so.
         """
         fewest = self.vocabulary.fewest_tokens(text)
-        if fewest > self.context_tokens:
+        most = self.context_tokens if most_tokens is None else most_tokens
+        if fewest > most:
             raise ContextLengthExceeded(
-                f"the prompt has at least {fewest} tokens; {self.name}'s context is {self.context_tokens}",
+                f"the prompt has at least {fewest} tokens; {self.name} takes at most {most} here "
+                f"(its context is {self.context_tokens})",
                 param=param,
             )
         if not text.isascii():
@@ -75,16 +90,33 @@ class ServedModel:
             encoding = encode(text, add_special_tokens=special_tokens)
         return list(encoding.ids)
 
-    async def tokenize_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    async def tokenize_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, most_tokens: int | None = None
+    ) -> list[int]:
         """The ids of a conversation up to where the answer starts.
-
-        Control tokens come from the template alone: what a message says is text, also where it
-        spells a special token, so nobody can end their own turn and speak as another role.
 
         Raises:
             InvalidRequest: the checkpoint has no chat template, it refuses the messages, or a role
                 is none of `ROLES`.
             ContextLengthExceeded: the conversation is far too long.
+        """
+        template, said, seam = self.disarmed_chat(messages)
+        ids: list[int] = []
+        for piece in template.render(said).split(seam):
+            ids += await self.tokenize(piece, special_tokens=False, param="messages", most_tokens=most_tokens)
+        return ids
+
+    def disarmed_chat(
+        self, messages: Sequence[Mapping[str, Any]]
+    ) -> tuple[ChatTemplate, list[dict[str, Any]], str]:
+        """The template, the messages without control tokens, and the seam that stands in their place.
+
+        Control tokens come from the template alone: what a message says is text, also where it
+        spells a special token, so nobody can end their own turn and speak as another role. What is
+        rendered is tokenised piece by piece between the seams.
+
+        Raises:
+            InvalidRequest: the checkpoint has no chat template, or a role is none of `ROLES`.
         """
         if self.chat_template is None:
             raise InvalidRequest(
@@ -101,10 +133,12 @@ class ServedModel:
         said = [
             {**message, "content": self.vocabulary.disarmed(message["content"], seam)} for message in messages
         ]
-        ids: list[int] = []
-        for piece in self.chat_template.render(said).split(seam):
-            ids += await self.tokenize(piece, special_tokens=False, param="messages")
-        return ids
+        return self.chat_template, said, seam
+
+    def encode_rendered(self, text: str, seam: str) -> list[int]:
+        """The ids of a rendered conversation, or of a part of one that begins where a message does."""
+        encode = self.vocabulary.tokenizer.encode
+        return [i for piece in text.split(seam) for i in encode(piece, add_special_tokens=False).ids]
 
 
 class ModelCatalog:
@@ -142,7 +176,7 @@ def load_catalog(fleet: Fleet) -> ModelCatalog:
     served: list[ServedModel] = []
     for name, model in fleet.models.items():
         variants = {
-            key: _load_variant(key, name, variant.checkpoint, vocabularies)
+            key: _load_variant(key, name, variant.checkpoint, vocabularies, fleet.block_tokens)
             for key, variant in model.variants.items()
         }
         speaker = variants[model.default_variant]
@@ -153,17 +187,17 @@ def load_catalog(fleet: Fleet) -> ModelCatalog:
                     "one cannot answer for the other",
                     param=f"models.{name}.variants",
                 )
-        served += [variant for key, variant in variants.items() if key != name]
+        public = tuple(_public_prefix(speaker, prefix) for prefix in model.public_prefixes)
+        named = [variant for key, variant in variants.items() if key != name]
+        served += [replace(variant, public_prefixes=public) for variant in named]
         served.append(
-            ServedModel(
+            replace(
+                speaker,
                 name=name,
                 variant_of="",
-                vocabulary=speaker.vocabulary,
-                chat_template=speaker.chat_template,
                 context_tokens=min(variant.context_tokens for variant in variants.values()),
-                eos_token_ids=speaker.eos_token_ids,
                 vocabulary_size=min(variant.vocabulary_size for variant in variants.values()),
-                created_unix_s=speaker.created_unix_s,
+                public_prefixes=public,
             )
         )
     names = [model.name for model in served]
@@ -173,8 +207,30 @@ def load_catalog(fleet: Fleet) -> ModelCatalog:
     return ModelCatalog(served)
 
 
+def _public_prefix(model: ServedModel, declared: PublicPrefix) -> tuple[int, ...]:
+    """The tokens that every prompt with this beginning has in common."""
+    try:
+        if declared.text is not None:
+            return tuple(model.vocabulary.tokenizer.encode(declared.text).ids)
+        beginnings = []
+        for question in ("a", "b"):
+            said: list[dict[str, Any]] = [
+                {"role": "system", "content": declared.system},
+                {"role": "user", "content": question},
+            ]
+            template, disarmed, seam = model.disarmed_chat(said)
+            beginnings.append(model.encode_rendered(template.render(disarmed), seam))
+    except InvalidRequest as error:
+        raise InvalidConfiguration(
+            f"a public prefix of {model.name!r} cannot be a system prompt: {error.message}",
+            param="public_prefixes",
+        ) from error
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*beginnings, strict=False))
+    return tuple(token_id for token_id, _ in same)
+
+
 def _load_variant(
-    name: str, model: str, checkpoint: Path, vocabularies: dict[str, Vocabulary]
+    name: str, model: str, checkpoint: Path, vocabularies: dict[str, Vocabulary], block_tokens: int
 ) -> ServedModel:
     file = checkpoint / "tokenizer.json"
     try:
@@ -202,6 +258,7 @@ def _load_variant(
         eos_token_ids=frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos]),
         vocabulary_size=_positive(config, "vocab_size", checkpoint),
         created_unix_s=created_unix_s,
+        block_tokens=block_tokens,
     )
 
 

@@ -84,7 +84,6 @@ async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
             settings=settings,
             gateway_id=gateway_id,
             fleet_name=fleet.name,
-            block_tokens=fleet.block_tokens,
             catalog=catalog,
             records=records,
             links=links,

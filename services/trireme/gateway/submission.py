@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from trireme.errors import InvalidRequest
 from trireme.gateway.limits import Limits, answer_tokens, check_prompt, check_sampling, in_range
 from trireme.gateway.models import ServedModel
+from trireme.gateway.truncation import Cut, Overflow, cut_prompt
 from trireme.wire.bus.v1.facts_pb2 import RequestKind
 from trireme.wire.inference.v1.inference_pb2 import (
     SLO_CLASS_STANDARD,
@@ -19,6 +20,7 @@ from trireme.wire.inference.v1.inference_pb2 import (
 )
 
 DEFAULT_TENANT = "default"
+MUST_FIT = Overflow()
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 _NAME = re.compile(r"[!-~]{1,128}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -46,10 +48,13 @@ class Submission:
     model: ServedModel
     kind: RequestKind.ValueType
     prompt_token_ids: list[int]
+    """What stays of the prompt where it was cut."""
     sampling: SamplingParameters
     """Resolved: max_tokens, seed, n, temperature, top_p and repetition_penalty are set."""
     continuations: tuple[list[int], ...] = ()
     resume_from: tuple[int, ...] = ()
+    cut: Cut | None = None
+    """Where prompt and answer may outgrow the context, and the client wants them cut."""
 
 
 def new_request_id() -> str:
@@ -105,23 +110,30 @@ def generation(
     max_tokens_param: str = "max_tokens",
     logprobs_param: str = "logprobs",
     resume_from: Sequence[int] = (),
+    overflow: Overflow = MUST_FIT,
 ) -> Submission:
     """Check a request for generation and fill in what it leaves open; draws a seed if there is none.
+
+    A prompt that may be cut is cut here.
 
     Raises:
         InvalidRequest: a field is out of range.
         ContextLengthExceeded: prompt and answer do not fit.
     """
     in_range("priority", caller.priority, -100, 100)
-    check_sampling(
-        sampling, model, limits, max_tokens_param=max_tokens_param, logprobs_param=logprobs_param
-    )
-    check_prompt(prompt_token_ids, model, limits, param=prompt_param)
+    check_sampling(sampling, model, limits, max_tokens_param=max_tokens_param, logprobs_param=logprobs_param)
+    check_prompt(prompt_token_ids, model, limits, param=prompt_param, may_be_cut=overflow.cuts)
     asked = sampling.max_tokens if sampling.HasField("max_tokens") else None
     resolved = SamplingParameters()
     resolved.CopyFrom(sampling)
-    resolved.max_tokens = answer_tokens(
-        asked, len(prompt_token_ids), model, limits, param=max_tokens_param
+    cut = cut_prompt(overflow, model, prompt_token_ids, asked, param=prompt_param)
+    if cut is not None:
+        prompt_token_ids = cut.plan.keep(prompt_token_ids)
+    # A prompt that is cut makes room for any answer: what it outgrows is cut while it is written.
+    resolved.max_tokens = (
+        asked
+        if cut is not None and asked is not None
+        else answer_tokens(asked, len(prompt_token_ids), model, limits, param=max_tokens_param)
     )
     if resolved.min_tokens > resolved.max_tokens:
         raise InvalidRequest(
@@ -145,6 +157,7 @@ def generation(
         prompt_token_ids=prompt_token_ids,
         sampling=resolved,
         resume_from=tuple(resume_from),
+        cut=cut,
     )
 
 

@@ -23,7 +23,12 @@ from trireme.gateway.openai_api.bodies import B, ChatBody, CompletionBody, parse
 from trireme.gateway.openai_api.calls import Call, streamed_answer, whole_answer
 from trireme.gateway.openai_api.door import Door
 from trireme.gateway.openai_api.errors import errors_as_json
-from trireme.gateway.openai_api.sampling import chat_sampling, completion_sampling, slo_class
+from trireme.gateway.openai_api.sampling import (
+    chat_sampling,
+    completion_sampling,
+    context_overflow,
+    slo_class,
+)
 from trireme.gateway.openai_api.shapes import ChatShape, Frame, Shape, TextShape
 from trireme.gateway.settings import Settings
 from trireme.gateway.submission import (
@@ -36,9 +41,11 @@ from trireme.gateway.submission import (
     is_name,
     new_request_id,
 )
+from trireme.gateway.truncation import CUTTING, overflow_of
 from trireme.gateway.worker_links import WorkerLinks
 from trireme.runtime.health import HealthReporter
 from trireme.runtime.metrics_server import metrics_routes
+from trireme.wire.inference.v1.inference_pb2 import ContextOverflow
 
 PARSE_INLINE_BYTES = 256 * 2**10
 """Larger bodies are parsed in a thread."""
@@ -75,7 +82,11 @@ class OpenAiApi:
         at_most("messages", len(body.messages), limits.max_messages)
         model = self._core.catalog.find(body.model)
         sampling = chat_sampling(body)
-        prompt = await model.tokenize_chat([message.for_template() for message in body.messages])
+        mode = context_overflow(body)
+        messages = [message.for_template() for message in body.messages]
+        prompt = await model.tokenize_chat(messages, most_tokens=self._most_tokens(mode))
+        asked = sampling.max_tokens if sampling.HasField("max_tokens") else None
+        overflow = await overflow_of(mode, body.pinned_tokens, model, prompt, messages, asked)
         caller = self._caller(request, raw, body.priority, body.service_tier, body.prompt_cache_key)
         submission = generation(
             caller,
@@ -86,6 +97,7 @@ class OpenAiApi:
             prompt_param="messages",
             max_tokens_param="max_tokens" if body.max_tokens is not None else "max_completion_tokens",
             logprobs_param="top_logprobs",
+            overflow=overflow,
         )
         shape = ChatShape(model.vocabulary, with_logprobs=bool(body.logprobs))
         return await self._answer(
@@ -96,7 +108,8 @@ class OpenAiApi:
         raw = await self._body(request)
         body = await _parsed(CompletionBody, raw)
         model = self._core.catalog.find(body.model)
-        prompts = await self._prompts(body, model)
+        mode = context_overflow(body)
+        prompts = await self._prompts(body, model, self._most_tokens(mode))
         caller = self._caller(request, raw, body.priority, body.service_tier, None)
         sampling = completion_sampling(body)
         submissions = [
@@ -106,6 +119,9 @@ class OpenAiApi:
                 prompt,
                 sampling,
                 self._core.limits,
+                overflow=await overflow_of(
+                    mode, body.pinned_tokens, model, prompt, None, sampling.max_tokens
+                ),
             )
             for number, prompt in enumerate(prompts)
         ]
@@ -146,10 +162,16 @@ class OpenAiApi:
         except (web.RequestPayloadError, HttpProcessingError) as error:
             raise InvalidRequest("the body is not encoded as its headers say") from error
 
-    async def _prompts(self, body: CompletionBody, model: ServedModel) -> list[list[int]]:
+    def _most_tokens(self, mode: ContextOverflow.ValueType) -> int | None:
+        """How long a prompt may be; None: as the context."""
+        return self._core.limits.max_prompt_tokens if mode in CUTTING else None
+
+    async def _prompts(
+        self, body: CompletionBody, model: ServedModel, most_tokens: int | None
+    ) -> list[list[int]]:
         prompt = body.prompt
         if isinstance(prompt, str):
-            return [await model.tokenize(prompt)]
+            return [await model.tokenize(prompt, most_tokens=most_tokens)]
         if all(isinstance(part, int) for part in prompt):
             ids = [part for part in prompt if isinstance(part, int)]
             for token_id in (min(ids), max(ids)):
@@ -157,7 +179,7 @@ class OpenAiApi:
             return [ids]
         at_most("prompt", len(prompt), self._core.limits.max_prompts)
         return [
-            await model.tokenize(part) if isinstance(part, str) else list(part)
+            await model.tokenize(part, most_tokens=most_tokens) if isinstance(part, str) else list(part)
             for part in prompt
             if not isinstance(part, int)
         ]
@@ -334,4 +356,3 @@ def _request_id(given: str, tenant: str, path: str, raw: bytes) -> str:
         return new_request_id()
     digest = hashlib.blake2b("\0".join((given, tenant, path, "")).encode() + raw, digest_size=8).hexdigest()
     return f"{given}-{digest}" if _READABLE_ID.fullmatch(given) else f"req-{digest}"
-

@@ -110,6 +110,10 @@ class _Body(_Tolerant):
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
     priority: Annotated[int, Field(ge=-100, le=100)] | None = None
+    context_overflow: Literal["error", "truncate_oldest", "truncate_pinned"] | None = None
+    """What happens where prompt and answer outgrow the context; absent: an error."""
+    pinned_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """For truncate_pinned: first tokens of the prompt that stay; absent: a chat's system prompt."""
 
     @property
     def includes_usage(self) -> bool:
@@ -131,6 +135,8 @@ class ChatBody(_Body):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     """Calls that share it share a session, so that their KV is found again."""
+    truncation: Literal["auto", "disabled"] | None = None
+    """As the Responses API has it: `auto` is truncate_pinned, `disabled` is error."""
 
 
 class CompletionBody(_Body):

@@ -5,10 +5,15 @@ from __future__ import annotations
 from trireme.errors import InvalidRequest
 from trireme.gateway.openai_api.bodies import ChatBody, CompletionBody
 from trireme.wire.inference.v1.inference_pb2 import (
+    CONTEXT_OVERFLOW_ERROR,
+    CONTEXT_OVERFLOW_TRUNCATE_OLDEST,
+    CONTEXT_OVERFLOW_TRUNCATE_PINNED,
+    CONTEXT_OVERFLOW_UNSPECIFIED,
     SLO_CLASS_BATCH,
     SLO_CLASS_INTERACTIVE,
     SLO_CLASS_STANDARD,
     SLO_CLASS_UNSPECIFIED,
+    ContextOverflow,
     SamplingParameters,
     SloClass,
 )
@@ -25,6 +30,31 @@ _TIERS: dict[str, SloClass.ValueType] = {
     "priority": SLO_CLASS_INTERACTIVE,
     "flex": SLO_CLASS_BATCH,
 }
+
+
+_OVERFLOWS: dict[str | None, ContextOverflow.ValueType] = {
+    None: CONTEXT_OVERFLOW_UNSPECIFIED,
+    "error": CONTEXT_OVERFLOW_ERROR,
+    "truncate_oldest": CONTEXT_OVERFLOW_TRUNCATE_OLDEST,
+    "truncate_pinned": CONTEXT_OVERFLOW_TRUNCATE_PINNED,
+}
+_TRUNCATIONS = {None: None, "auto": "truncate_pinned", "disabled": "error"}
+
+
+def context_overflow(body: ChatBody | CompletionBody) -> ContextOverflow.ValueType:
+    """What the body wants done where the context overflows.
+
+    Raises:
+        InvalidRequest: `truncation` and `context_overflow` say different things.
+    """
+    named = body.context_overflow
+    alias = _TRUNCATIONS[body.truncation] if isinstance(body, ChatBody) else None
+    if None not in (named, alias) and named != alias:
+        raise InvalidRequest(
+            f"give truncation or context_overflow, not two different ones: {alias} and {named}",
+            param="truncation",
+        )
+    return _OVERFLOWS[named or alias]
 
 
 def slo_class(service_tier: str | None, header: str | None) -> SloClass.ValueType:
@@ -55,9 +85,7 @@ def chat_sampling(body: ChatBody) -> SamplingParameters:
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
     if body.response_format is not None and body.response_format != {"type": "text"}:
-        raise InvalidRequest(
-            "response_format: only {'type': 'text'} is supported", param="response_format"
-        )
+        raise InvalidRequest("response_format: only {'type': 'text'} is supported", param="response_format")
     if body.store:
         raise InvalidRequest("store: answers are not stored; leave it out", param="store")
     for number, message in enumerate(body.messages):

@@ -143,8 +143,7 @@ class TextShape:
     def piece(self, index: int, delta: Delta, parts: ChoiceParts) -> str:
         logprobs = json.dumps(self._columns(delta, parts)) if self._with_logprobs else "null"
         return (
-            f'{{"index":{index},"text":{json.dumps(delta.text)},'
-            f'"logprobs":{logprobs},"finish_reason":null}}'
+            f'{{"index":{index},"text":{json.dumps(delta.text)},"logprobs":{logprobs},"finish_reason":null}}'
         )
 
     def ending(self, index: int, parts: ChoiceParts) -> str:
@@ -231,6 +230,7 @@ def usage_object(summaries: Sequence[Summary]) -> dict[str, Any]:
         },
         "completion_tokens_details": {"reasoning_tokens": 0},
         "trireme": {
+            "truncated_tokens": sum(summary.truncated_tokens for summary in summaries),
             "joules": sum(summary.joules for summary in summaries),
             "grams_co2e": sum(summary.grams_co2e for summary in summaries),
             "engine_s": sum(summary.engine_s for summary in summaries),
