@@ -146,6 +146,18 @@ class IterationDecision:
     """One line for the trace."""
 
 
+class Steady(NamedTuple):
+    """While those that ran decode, and nobody arrives, ends or moves, every next decision equals the last, as
+    long as it is asked for before these are spent."""
+
+    seconds: float
+    """Charged since the decision."""
+    iterations: float
+    """Since the decision."""
+    blocks: int
+    """Taken from the free ones by those that run. Negative: the next decision may differ in any case."""
+
+
 class IterationScheduler(Protocol):
     """A policy with its queue. Not thread-safe; every method's time is that of one clock."""
 
@@ -162,8 +174,13 @@ class IterationScheduler(Protocol):
     def decide(self, budget: Budget, view: ViewOf, *, now_s: float) -> IterationDecision:
         """What the next iteration runs and which KV moves; the scheduler takes it as done."""
 
-    def charge(self, ran: Sequence[Run], seconds: float, *, now_s: float) -> tuple[LevelChange, ...]:
-        """Bill an iteration's wall time to every sequence that ran in it."""
+    def charge(
+        self, ran: Sequence[Run], seconds: float, *, now_s: float, iterations: int = 1
+    ) -> tuple[LevelChange, ...]:
+        """Bill wall time to every sequence that ran: of one iteration, or of equal ones played as one."""
+
+    def steady(self) -> Steady:
+        """How long the last decision stays the answer; for simulators, which then skip the asking."""
 
     def next_use_s(self, sequence_id: str, *, now_s: float) -> float:
         """Seconds until it is expected to run; 0 if it runs now, infinity if it is not here."""
