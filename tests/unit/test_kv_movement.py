@@ -26,7 +26,7 @@ from tests.unit.engine_support import (
     tokens_of,
 )
 from tests.unit.kv_movement_support import ChanceRoster, Releases, conserves, library_of, shaken, sound
-from trireme.engine import Engine, FinishReason, Link, SavedBlock, SequenceRequest, StoredBlock
+from trireme.engine import Engine, FinishReason, Link, Mode, SavedBlock, SequenceRequest, StoredBlock
 from trireme.engine.copy_streams import CopyStream
 from trireme.engine.kv_copies import Copy, CopyFailed, KvCopies
 from trireme.engine.kv_preloads import LayersNeeded
@@ -240,6 +240,52 @@ def fragile(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args)
 
     return sometimes
+
+
+@pytest.mark.parametrize("way", ["swapped", "evicted"])
+def test_scores_and_vectors_count_each_token_once_however_often_it_is_computed(
+    model: Model, way: str
+) -> None:
+    asked = [
+        request("vector", prompt_of(1, 40), greedy(1), mode=Mode.EMBED),
+        request("scores", prompt_of(2, 9), greedy(1), mode=Mode.SCORE, score_continuations=(range(1, 90),)),
+    ]
+
+    def answers(disturb: Callable[[Engine], None]) -> tuple[list[float], list[float]]:
+        engine = Engine(model, settings(block_size=4, max_batch_tokens=8, host_blocks=64))
+        for one in asked:
+            engine.add(one)
+        vector: list[float] = []
+        scores: list[float] = []
+        while engine.has_work:
+            result = engine.step()
+            vector += [x for output in result.embeddings for x in output.vector]
+            scores += [x for output in result.scores for x in output.logprobs]
+            disturb(engine)
+        return vector, scores
+
+    chance = random.Random(5)
+
+    def disturb(engine: Engine) -> None:
+        for sequence in list(engine._roster.running.values()):
+            if chance.random() > 0.2:
+                continue
+            if way == "evicted":
+                engine._roster.preempt(sequence)
+                continue
+            swaps = KvSwaps(engine._cache)
+            assert swaps.swap_out(sequence)
+            until(engine, lambda: sequence.location is not Location.MOVING)  # noqa: B023
+            if sequence.location is Location.HOST:
+                assert swaps.swap_in(sequence)
+                until(engine, lambda: sequence.location is Location.DEVICE)  # noqa: B023
+            else:
+                engine._roster.preempt(sequence)
+
+    expected = answers(lambda engine: None)
+    got = answers(disturb)
+    assert got[0] == pytest.approx(expected[0], abs=1e-5)
+    assert got[1] == pytest.approx(expected[1], rel=1e-5)
 
 
 # Swapping.

@@ -16,7 +16,6 @@ from trireme.engine.host_arena import HostArena
 from trireme.engine.kv_copies import Copy, KvCopies, Link
 from trireme.engine.kv_counters import KvCounters
 from trireme.engine.kv_memory import KvMemory
-from trireme.engine.kv_memory import block_bytes as block_bytes
 from trireme.engine.layer_gate import GatedLayers
 from trireme.engine.sequence import Sequence
 from trireme.engine.stored_blocks import OnSaved, Room, let_go_of
@@ -116,7 +115,7 @@ class KvCache:
             self.pool.release(matched)
             return False
         self.attach(sequence, matched + fresh)
-        sequence.num_computed = len(matched) * self.block_size
+        sequence.begin(len(matched) * self.block_size)
         sequence.num_committed = len(matched)
         sequence.preloaded_blocks = 0
         self.expect(sequence)
@@ -274,7 +273,7 @@ class KvCache:
         self.pool.release(corrupt)
         if not self.grow(sequence, sequence.num_target):
             return False
-        sequence.num_computed = kept * self.block_size
+        sequence.begin(kept * self.block_size)
         load.is_joined = True
         self.expect(sequence)
         return True

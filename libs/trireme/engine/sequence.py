@@ -77,6 +77,13 @@ class Sequence:
     has_answered: bool = False
     """It chose a token here: computing its newest token is decoding, all else is prefill."""
 
+    def begin(self, num_computed: int) -> None:
+        """It is to be computed from here on: sums over what is computed again start anew."""
+        self.num_computed = num_computed
+        self.hidden_sum = None
+        if self.group is not None:
+            self.group.logprobs[self.member] = 0.0
+
     @property
     def location(self) -> Location:
         """Where its KV is; a load that it may join counts as nowhere: it is to be admitted."""
