@@ -18,12 +18,15 @@ _ROWS_HINT: Final = 16
 
 
 @functools.cache
-def is_available() -> bool:
-    """This build of PyTorch has the operators and they give the right answer."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+def is_available(dtype: torch.dtype) -> bool:
+    """This build of PyTorch has the operators, this CPU runs them on `dtype`, and the answer is right.
+
+    Packed bfloat16 needs AVX-512 or AVX-NE-CONVERT; float32 runs everywhere.
+    """
+    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     try:
-        x, weight = torch.ones(2, 16), torch.ones(16, 16)
+        x, weight = torch.ones(2, 16, dtype=dtype), torch.ones(16, 16, dtype=dtype)
         packed = _ops()._reorder_linear_weight(weight, _ROWS_HINT)
         doubled = linear_add(x, packed, linear(x, packed, None), None)
     except (AttributeError, RuntimeError):

@@ -8,7 +8,6 @@ for the device is chosen here, behind the same signature.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from trireme.kernels import onednn, reference
@@ -66,8 +65,8 @@ def pack_weight(weight: Tensor) -> Tensor:
 
     The result is good for `linear` and `linear_add` alone; it may be `weight` itself.
     """
-    is_packable = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
-    return onednn.pack(weight) if is_packable and onednn.is_available() else weight
+    is_packable = weight.device.type == "cpu" and onednn.is_available(weight.dtype)
+    return onednn.pack(weight) if is_packable else weight
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
