@@ -24,20 +24,39 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trireme.errors import InvalidConfiguration
+from trireme.policies.iteration_profile import DecodePoint, IterationProfile, Part, PrefillPoint
 from trireme.simulator.requests import TICK_S
 
 KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Where a fitted `linear` may bend, as far as it was measured."""
 
 
-class Part(NamedTuple):
-    """Sequences of one iteration that are alike."""
-
-    sequences: int
-    new_tokens: int
-    """Of each."""
-    cached_tokens: int
-    """Context of each before the iteration."""
+PROFILE_TOKENS = (
+    1,
+    2,
+    4,
+    8,
+    16,
+    32,
+    64,
+    96,
+    128,
+    192,
+    256,
+    384,
+    512,
+    768,
+    1024,
+    1536,
+    2048,
+    3072,
+    4096,
+    8192,
+)
+PROFILE_CACHED_TOKENS = (0, 512, 2048, 8192)
+PROFILE_BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+PROFILE_CONTEXTS = (64, 512, 2048)
+"""The grid that policies are told."""
 
 
 class Composition(NamedTuple):
@@ -143,6 +162,21 @@ class EngineModel:
     def decode_s(self, sequences: int, context_tokens: int) -> float:
         """One token for each of so many sequences of so many tokens."""
         return self.iteration_s(*composition([Part(sequences, 1, context_tokens - 1)]))
+
+    def profile(self) -> IterationProfile:
+        """What policies are told of this engine: prompts alone and decoding batches, on a regular grid."""
+        return IterationProfile(
+            tuple(
+                PrefillPoint(new, cached, self.prefill_s(new, cached))
+                for cached in PROFILE_CACHED_TOKENS
+                for new in PROFILE_TOKENS
+            ),
+            tuple(
+                DecodePoint(batch, context, self.decode_s(batch, context))
+                for context in PROFILE_CONTEXTS
+                for batch in PROFILE_BATCHES
+            ),
+        )
 
     def slowed(self, *, per_iteration_s: float = 0.0, factor: float = 1.0) -> EngineModel:
         """The same engine with a fixed cost added to each iteration, and all times multiplied."""

@@ -60,9 +60,9 @@ class Link:
         self.copied_bytes = 0
         self.busy_s = 0.0
 
-    def copy(self, num_bytes: int, on_copied: Callable[[], None]) -> float:
+    def copy(self, num_bytes: int, on_copied: Callable[[], None], *, not_before_s: float = 0.0) -> float:
         """Start a copy as soon as those before it have ended; returns when it will have ended."""
-        starts_s = max(self._env.now, self._free_s)
+        starts_s = max(self._env.now, self._free_s, not_before_s)
         seconds = on_tick(self._latency_s + num_bytes / self._bytes_per_s)
         self._free_s = starts_s + seconds
         self.copied_bytes += num_bytes

@@ -1,0 +1,435 @@
+"""One engine on the virtual clock: asks the live iteration scheduler, moves blocks, takes the model's time.
+
+The order of an iteration is that of the live engine: decide, start the copies that the decision names,
+compute, charge, sample, end what has all its tokens. Copies go over one link per direction while the
+engine computes; a sequence runs only when its own have ended.
+
+Fast-forward: while every member decodes, the scheduler says for how long its answer stays the same
+(`steady`), and nobody arrives, ends, moves or runs out of blocks, the iterations between are the same
+decision at times that the model gives. They are played as one event and charged their sum, which is exact
+(`requests.TICK_S`). An arrival cuts the run at the end of the iteration it falls into.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from simpy import Environment
+
+from trireme.errors import InvalidConfiguration
+from trireme.policies.iteration import (
+    Budget,
+    IterationDecision,
+    IterationScheduler,
+    Job,
+    Location,
+    Run,
+    SequenceView,
+)
+from trireme.simulator.engine_model import EngineModel
+from trireme.simulator.events import ITERATION, Call, Link
+from trireme.simulator.result import Counters
+from trireme.simulator.sequences import Pools, Sequence
+
+_NO_ENDS: NDArray[np.float64] = np.empty(0)
+LONGEST_RUN = 4096
+"""Iterations played as one event, at most: bounds the arrays."""
+
+
+class Swapping(enum.Enum):
+    """What happens to the KV of a preempted sequence whose blocks are needed."""
+
+    PROACTIVE = "proactive"
+    """Copied to the host while the engine computes, ahead of need."""
+    REACTIVE = "reactive"
+    """Copied to the host while the engine waits."""
+    RECOMPUTE = "recompute"
+    """Dropped, and computed again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Sizes of one engine.
+
+    Raises:
+        InvalidConfiguration: a value is out of range.
+    """
+
+    num_blocks: int = 4096
+    """KV blocks on the device."""
+    host_blocks: int = 0
+    """KV blocks for swapped-out sequences."""
+    block_tokens: int = 16
+    max_sequences: int = 32
+    token_budget: int = 512
+    """Tokens of one iteration."""
+    watermark: float = 0.01
+    max_passes: int = 64
+    swapping: Swapping = Swapping.PROACTIVE
+    fast_forward: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("num_blocks", "block_tokens", "max_sequences"):
+            if getattr(self, name) < 1:
+                raise InvalidConfiguration(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.host_blocks < 0 or not 0 <= self.watermark < 1:
+            raise InvalidConfiguration("host_blocks must not be negative and watermark be in [0, 1)")
+        if self.token_budget < self.max_sequences:
+            raise InvalidConfiguration(
+                f"token_budget is {self.token_budget}; every one of {self.max_sequences} sequences must get "
+                "a token per iteration"
+            )
+
+
+class Engine:
+    """Sequences in, finished sequences out.
+
+    Args:
+        env: the clock.
+        model: the time of an iteration.
+        scheduler: a live iteration scheduler of its own.
+        on_end: called with each sequence when its last token is there.
+        on_first_token: called when its first is.
+    """
+
+    def __init__(
+        self,
+        env: Environment,
+        config: EngineConfig,
+        model: EngineModel,
+        scheduler: IterationScheduler,
+        *,
+        on_end: Callable[[Sequence], None],
+    ) -> None:
+        self.env = env
+        self.config = config
+        self.model = model
+        self.scheduler = scheduler
+        self.counters = Counters()
+        self.pools = Pools(config.num_blocks, config.host_blocks)
+        self.sequences: dict[str, Sequence] = {}
+        self.running = 0
+        """Members of the present batch."""
+        bandwidth = model.link_bytes_per_s
+        self.link_out, self.link_in = Link(env, bandwidth), Link(env, bandwidth)
+        self._block_bytes = max(1, config.block_tokens * model.kv_bytes_per_token)
+        self._watermark_blocks = int(config.watermark * config.num_blocks)
+        self._on_end = on_end
+        self._runs: tuple[Run, ...] = ()
+        self._ends_s: NDArray[np.float64] | None = None
+        """When the iterations of a fast-forwarded run end, after `_started_s`; None: it is one."""
+        self._started_s = 0.0
+        self._seconds = 0.0
+        self._iterations = 0
+        self._pending: Call | None = None
+        """The end of what computes now; None: idle."""
+        self._copies = 0
+        """In flight."""
+
+    def submit(self, sequence: Sequence) -> None:
+        """A sequence arrives.
+
+        Raises:
+            InvalidConfiguration: it can never fit.
+        """
+        request = sequence.request
+        needed = self._blocks_for(request.prompt_tokens + request.answer_tokens)
+        if needed > self.config.num_blocks:
+            raise InvalidConfiguration(
+                f"request {request.request_id} needs {needed} blocks of KV and the device has "
+                f"{self.config.num_blocks}: give more with --kv-blocks",
+                param="--kv-blocks",
+            )
+        self.sequences[sequence.sequence_id] = sequence
+        job = Job(
+            sequence_id=sequence.sequence_id,
+            arrival_s=sequence.arrival_s,
+            new_tokens=request.prompt_tokens - sequence.cached_tokens,
+            cached_tokens=sequence.cached_tokens,
+            load_stall_s=sequence.stall_s,
+        )
+        self.scheduler.add(job, now_s=self.env.now)
+        self._wake()
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that are here and not in the present batch."""
+        return len(self.sequences) - self.running
+
+    def _wake(self) -> None:
+        """Something changed: decide anew, at once if idle, else when the present iteration ends."""
+        if self._pending is None:
+            # After everything else that happens at this instant.
+            self._pending = Call(self.env, 0.0, self._end, priority=ITERATION)
+        elif self._ends_s is not None:
+            self._cut()
+
+    def _cut(self) -> None:
+        """End a fast-forwarded run with the iteration that computes now."""
+        assert self._ends_s is not None and self._pending is not None
+        place = int(np.searchsorted(self._ends_s, self.env.now - self._started_s, side="left"))
+        if place + 1 < self._iterations:
+            self._pending.cancel()
+            self._take(place + 1, float(self._ends_s[place]))
+        self._ends_s = None
+
+    def _take(self, iterations: int, seconds: float) -> None:
+        self._iterations = iterations
+        self._seconds = seconds
+        delay_s = self._started_s + seconds - self.env.now
+        self._pending = Call(self.env, delay_s, self._end, priority=ITERATION)
+
+    def _end(self) -> None:
+        """The present iterations are over; begin the next."""
+        self._pending = None
+        self._ends_s = None
+        runs = self._runs
+        if runs:
+            self._settle(runs)
+        self.running = 0
+        self._runs = ()
+        if self.sequences:
+            self._begin()
+
+    def _settle(self, runs: tuple[Run, ...]) -> None:
+        now_s = self.env.now
+        iterations = self._iterations
+        counters = self.counters
+        counters.iterations += iterations
+        counters.busy_s += self._seconds
+        sequences = self.sequences
+        size = self.config.block_tokens
+        ended: list[Sequence] = []
+        for sequence_id, num_tokens in runs:
+            sequence = sequences[sequence_id]
+            computed = sequence.computed + num_tokens
+            if computed == sequence.target:
+                if not sequence.generated:
+                    sequence.first_token_s = now_s
+                computed += iterations - 1
+                blocks = -(-computed // size)
+                if blocks > sequence.blocks:
+                    self.pools.device_free -= blocks - sequence.blocks
+                    sequence.blocks = blocks
+                sequence.generated += iterations
+                sequence.target += iterations
+            sequence.computed = computed
+            if computed > sequence.most_computed:
+                sequence.most_computed = computed
+            if sequence.generated == sequence.answer_tokens:
+                ended.append(sequence)
+        changes = self.scheduler.charge(runs, self._seconds, now_s=now_s, iterations=iterations)
+        counters.level_changes += len(changes)
+        for sequence in ended:
+            self._finish(sequence, now_s)
+
+    def _finish(self, sequence: Sequence, now_s: float) -> None:
+        sequence.finish_s = now_s
+        self.pools.device_free += sequence.blocks
+        sequence.blocks = 0
+        sequence.location = Location.NONE
+        del self.sequences[sequence.sequence_id]
+        self.scheduler.remove(sequence.sequence_id)
+        self._on_end(sequence)
+
+    def _begin(self) -> None:
+        """Decide, move, and compute."""
+        decision = self.scheduler.decide(self._budget(), self._view, now_s=self.env.now)
+        self.counters.decisions += 1
+        self._move(decision)
+        if not decision.runs:
+            # A copy that ends, or an arrival, wakes it.
+            assert self._copies or decision.evicted, f"the scheduler runs nobody: {decision.reason}"
+            if not self._copies:
+                self._wake()
+            return
+        self._compute(decision)
+
+    def _budget(self) -> Budget:
+        pools = self.pools
+        config = self.config
+        return Budget(
+            token_budget=config.token_budget,
+            max_sequences=config.max_sequences,
+            free_blocks=pools.device_free,
+            draining_blocks=pools.device_draining,
+            host_free_blocks=pools.host_free,
+            host_blocks=pools.host_blocks,
+            watermark_blocks=self._watermark_blocks,
+            max_passes=config.max_passes,
+            link_blocks_per_s=self.model.link_bytes_per_s / self._block_bytes,
+        )
+
+    def _compute(self, decision: IterationDecision) -> None:
+        """Take the model's time for the batch, or for as many iterations of it as are sure to be alike."""
+        runs = decision.runs
+        sequences = self.sequences
+        size = self.config.block_tokens
+        new_tokens = kv_tokens = pairs = taken = 0
+        stall_s = 0.0
+        longest = LONGEST_RUN if self.config.fast_forward else 1
+        # Written out: this loop is most of the simulator's own time.
+        for sequence_id, count in runs:
+            sequence = sequences[sequence_id]
+            if sequence.location is not Location.DEVICE:
+                assert sequence.location is Location.NONE and sequence_id in decision.admitted
+                stall_s = max(stall_s, self._admit(sequence))
+            start, target = sequence.computed, sequence.target
+            end = start + count
+            blocks = -(-target // size)
+            if blocks > sequence.blocks:
+                taken += blocks - sequence.blocks
+                sequence.blocks = blocks
+            if count == 1 and end == target and sequence.generated:
+                left = sequence.answer_tokens - sequence.generated
+                if left < longest:
+                    longest = left
+                pairs += end
+            else:
+                longest = 1
+                pairs += count * start + count * (count + 1) // 2
+            if start < sequence.most_computed:
+                sequence.recomputed_tokens += min(sequence.most_computed, end) - start
+            new_tokens += count
+            kv_tokens += end
+        self.pools.device_free -= taken
+        self._runs = runs
+        self.running = len(runs)
+        wait_s = max(stall_s, self._draining_s())
+        if self.config.swapping is Swapping.REACTIVE and self._copies:
+            wait_s = max(wait_s, self.link_in.free_s - self.env.now, self.link_out.free_s - self.env.now)
+        self.counters.stalled_s += wait_s
+        self._started_s = self.env.now + wait_s
+        if longest > 1 and not self._copies:
+            ends_s = self._alike_ends_s(runs, kv_tokens, longest)
+            if len(ends_s) > 1:
+                self._ends_s = ends_s
+                self._take(len(ends_s), float(ends_s[-1]))
+                return
+        self._take(1, self.model.iteration_s(len(runs), new_tokens, kv_tokens, pairs))
+
+    def _alike_ends_s(self, runs: tuple[Run, ...], kv_tokens: int, longest: int) -> NDArray[np.float64]:
+        """Ends of the iterations, after the first starts, for which the scheduler would decide the same."""
+        steady = self.scheduler.steady()
+        if steady.blocks < 0:
+            return _NO_ENDS
+        iterations = self._within_blocks(runs, steady.blocks, int(min(longest, steady.iterations)))
+        if iterations == 1:
+            return _NO_ENDS
+        ends_s = self.model.decode_ends_s(len(runs), kv_tokens, iterations)
+        # The iteration whose charge goes beyond what is allowed is the last: then the answer changes.
+        return ends_s[: int(np.searchsorted(ends_s, steady.seconds, side="right")) + 1]
+
+    def _within_blocks(self, runs: tuple[Run, ...], blocks: int, longest: int) -> int:
+        """The most iterations for which the members' growth takes no more than so many blocks."""
+        size = self.config.block_tokens
+        members = [self.sequences[sequence_id] for sequence_id, _ in runs]
+        rooms = [sequence.blocks * size - sequence.target for sequence in members]
+
+        def taken(iterations: int) -> int:
+            return sum(-(-(iterations - 1 - room) // size) for room in rooms if iterations - 1 > room)
+
+        if taken(longest) <= blocks:
+            return longest
+        fits, exceeds = 1, longest
+        while exceeds - fits > 1:
+            middle = (fits + exceeds) // 2
+            if taken(middle) <= blocks:
+                fits = middle
+            else:
+                exceeds = middle
+        return fits
+
+    def _draining_s(self) -> float:
+        """Wait for copies that still read blocks which were given out already."""
+        pools = self.pools
+        assert pools.device_free + pools.device_draining >= 0, (
+            "the scheduler gave out blocks that are not there"
+        )
+        return self.link_out.free_s - self.env.now if pools.device_free < 0 else 0.0
+
+    def _admit(self, sequence: Sequence) -> float:
+        """Its KV begins; returns the wait for what is loaded."""
+        sequence.location = Location.DEVICE
+        if sequence.preemptions:
+            return 0.0
+        sequence.computed = sequence.most_computed = sequence.cached_tokens
+        return sequence.stall_s
+
+    def _view(self, sequence_id: str) -> SequenceView:
+        sequence = self.sequences[sequence_id]
+        held = sequence.blocks if sequence.location is Location.DEVICE else 0
+        return SequenceView(
+            sequence.target - sequence.computed,
+            -(-sequence.target // self.config.block_tokens) - held,
+            held,
+            sequence.location,
+        )
+
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.config.block_tokens)
+
+    # What the decision moves.
+
+    def _move(self, decision: IterationDecision) -> None:
+        self.counters.paused += len(decision.paused)
+        for sequence_id, _ in decision.evicted:
+            self._evict(self.sequences[sequence_id])
+        for sequence_id, _ in decision.swap_out:
+            self._swap_out(self.sequences[sequence_id])
+        for sequence_id in decision.swap_in:
+            self._swap_in(self.sequences[sequence_id])
+
+    def _evict(self, sequence: Sequence) -> None:
+        self.counters.evicted += 1
+        if sequence.location is Location.HOST:
+            self.pools.host_free += sequence.blocks
+        else:
+            self.pools.device_free += sequence.blocks
+        sequence.preemptions += 1
+        sequence.blocks = 0
+        sequence.computed = 0
+        sequence.location = Location.NONE
+
+    def _swap_out(self, sequence: Sequence) -> None:
+        blocks = sequence.blocks
+        assert sequence.location is Location.DEVICE and self.pools.host_free >= blocks
+        self.counters.swapped_out += 1
+        self.pools.device_draining += blocks
+        self.pools.host_free -= blocks
+        sequence.preemptions += 1
+        sequence.location = Location.MOVING
+        self._copies += 1
+        self.link_out.copy(blocks * self._block_bytes, lambda: self._swapped_out(sequence, blocks))
+
+    def _swapped_out(self, sequence: Sequence, blocks: int) -> None:
+        self._copies -= 1
+        self.pools.device_draining -= blocks
+        self.pools.device_free += blocks
+        sequence.location = Location.HOST
+        self._wake()
+
+    def _swap_in(self, sequence: Sequence) -> None:
+        blocks = sequence.blocks
+        needed = self._blocks_for(sequence.target)
+        assert sequence.location is Location.HOST
+        self.counters.swapped_in += 1
+        self.pools.device_free -= needed
+        sequence.blocks = needed
+        sequence.location = Location.MOVING
+        self._copies += 1
+        self.link_in.copy(
+            blocks * self._block_bytes,
+            lambda: self._swapped_in(sequence, blocks),
+            not_before_s=self.env.now + self._draining_s(),
+        )
+
+    def _swapped_in(self, sequence: Sequence, host_blocks: int) -> None:
+        self._copies -= 1
+        self.pools.host_free += host_blocks
+        sequence.location = Location.DEVICE
+        self._wake()
