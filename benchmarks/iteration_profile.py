@@ -25,7 +25,8 @@ import torch
 from benchmarks.fleet import CHECKPOINTS, write_result
 from trireme.engine import Engine, EngineSettings, SamplingParams, SequenceRequest, build
 from trireme.engine.kv_memory import block_bytes
-from trireme.simulator.engine_model import Part, Sample, composition, fitted
+from trireme.policies.iteration_profile import Part
+from trireme.simulator.engine_model import Sample, composition, fitted
 
 BLOCK_TOKENS = 16
 MAX_SEQUENCES = 64

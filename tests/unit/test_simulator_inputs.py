@@ -14,15 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trireme.errors import InvalidConfiguration
+from trireme.policies.iteration_profile import Part
 from trireme.simulator import operators, traces, workloads
-from trireme.simulator.engine_model import (
-    EngineModel,
-    Part,
-    Sample,
-    composition,
-    fitted,
-    from_file,
-)
+from trireme.simulator.engine_model import EngineModel, Sample, composition, fitted, from_file
 from trireme.simulator.requests import TICK_S, Request, checked, on_tick, rescaled
 
 

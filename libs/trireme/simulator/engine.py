@@ -129,6 +129,8 @@ class Engine:
         """The end of what computes now; None: idle."""
         self._copies = 0
         """In flight."""
+        self._waits_since_s: float | None = None
+        """Somebody is here and nobody can run before a copy ends."""
 
     def submit(self, sequence: Sequence) -> None:
         """A sequence arrives.
@@ -238,12 +240,16 @@ class Engine:
 
     def _begin(self) -> None:
         """Decide, move, and compute."""
+        if self._waits_since_s is not None:
+            self.counters.stalled_s += self.env.now - self._waits_since_s
+            self._waits_since_s = None
         decision = self.scheduler.decide(self._budget(), self._view, now_s=self.env.now)
         self.counters.decisions += 1
         self._move(decision)
         if not decision.runs:
             # A copy that ends, or an arrival, wakes it.
             assert self._copies or decision.evicted, f"the scheduler runs nobody: {decision.reason}"
+            self._waits_since_s = self.env.now
             if not self._copies:
                 self._wake()
             return
