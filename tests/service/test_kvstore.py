@@ -24,7 +24,7 @@ from trireme.bus.registry import Registry
 from trireme.bus.streams import Stream
 from trireme.kvcache.arena import ArenaRef, attach_arena
 from trireme.kvcache.store_client import StoreClient
-from trireme.wire.bus.v1.facts_pb2 import Hint, Measurement, ProcessRecord
+from trireme.wire.bus.v1.facts_pb2 import Hint, Measurement, ProcessRecord, WaitingRequest
 from trireme.wire.kvstore.v1 import kvstore_pb2 as pb
 from trireme.wire.kvstore.v1 import kvstore_pb2_grpc as rpc
 
@@ -255,16 +255,21 @@ async def test_it_measures_follows_hints_and_shows_its_metrics(tmp_path: Path, r
             keys = Keys("trireme")
             hints = Stream(redis, keys.hints("n1"), Hint)
             while (stats := await client.stats()) is None or stats.dram.blocks < 6:
+                waiting = WaitingRequest(
+                    request_id="r", namespace=NAMESPACE, block_hashes=b"".join(hashes(range(6)))
+                )
                 await hints.publish(
                     Hint(
                         id="h",
-                        namespace=NAMESPACE,
-                        block_hashes=b"".join(hashes(range(6))),
+                        source="scheduler-1",
                         made_unix_s=time.time(),
+                        request_ids=["r"],
+                        start_in_s=[2.0],
+                        described=[waiting],
                     )
                 )
                 await asyncio.sleep(0.1)
-            assert stats.promoted == 6
+            assert stats.promoted == stats.fetched_ahead == 6
             assert await client.match(NAMESPACE, hashes(range(8)), deadline_s=5.0) == 6
             measurements = Stream(redis, keys.measurements, Measurement)
             windows: list[tuple[str, int, int]] = []

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from trireme.kvcache.arena import Arena, own_arena
 from trireme.kvcache.arena_copies import CopyFault, copy_in, copy_out
-from trireme.kvcache.block_codec import payload_checksum
-from trireme.kvcache.dram_tier import Slot
-from trireme.kvcache.segment_files import SegmentFiles
-from trireme.kvcache.ssd_tier import SsdTier
-from trireme.kvcache.tiered_store import NewBlock, TieredStore
+from trireme.kvcache.block_codec import namespace_digest, payload_checksum, read_generation
+from trireme.kvcache.residency_index import ResidencyReader
+from trireme.kvcache.segment_files import DiskCalls, SegmentFiles
+from trireme.kvcache.stored_blocks import Block
+from trireme.kvcache.tiered_store import Limits, NewBlock, TieredStore
+from trireme.policies.kv_items import State
 from trireme.wire.kvstore.v1.kvstore_pb2 import AcquiredBlock, ReservedBlock
 
 NAMESPACE = "model-a/float32/v1"
@@ -43,29 +45,33 @@ def payload(number: int, length: int = 3900) -> bytes:
     return random.Random(number).randbytes(length)
 
 
-def slot_of(slot: Slot, store: TieredStore) -> AcquiredBlock:
+def slot_of(block: Block, store: TieredStore) -> AcquiredBlock:
     """What the servicer would send."""
     return AcquiredBlock(
-        offset=store.dram.payload_offset(slot),
-        payload_bytes=slot.header.payload_bytes,
-        checksum=slot.header.checksum,
-        generation=slot.generation,
+        offset=store.dram.payload_offset(block),
+        payload_bytes=block.payload_bytes,
+        checksum=block.checksum,
+        generation=block.generation,
     )
 
 
 @asynccontextmanager
 async def opened_store(
-    directory: Path, *, dram_bytes: int, ssd_bytes: int = 0, clock: HandClock | None = None, **files: object
+    directory: Path,
+    *,
+    dram_bytes: int,
+    ssd_bytes: int = 0,
+    clock: HandClock | None = None,
+    limits: Limits | None = None,
+    calls: DiskCalls | None = None,
 ) -> AsyncIterator[TieredStore]:
     """A store whose arena and segments lie in `directory`; nothing runs behind it."""
     clock = clock or HandClock()
-    with own_arena(directory, dram_bytes=dram_bytes) as arena:
-        if not ssd_bytes:
-            yield TieredStore(arena, None, clock=clock)
-            return
-        segments = SegmentFiles(directory / "ssd", quota_bytes=ssd_bytes, **files)  # type: ignore[arg-type]
-        async with SsdTier.opened(segments, clock=clock, queue_bytes=dram_bytes) as ssd:
-            yield TieredStore(arena, ssd, clock=clock)
+    with own_arena(directory, dram_bytes=dram_bytes, ssd_bytes=ssd_bytes) as arena:
+        files = SegmentFiles(directory / "ssd", calls=calls) if ssd_bytes else None
+        opened = TieredStore.opened(arena, files, ssd_bytes=ssd_bytes, clock=clock, limits=limits)
+        async with opened as store:
+            yield store
 
 
 def save(
@@ -73,21 +79,19 @@ def save(
 ) -> int:
     """Reserve, copy and commit as a worker does; returns how many were committed."""
     blocks = list(blocks)
-    wanted = [
-        NewBlock(block_hash=block_hash(number), payload_bytes=len(data), checksum=payload_checksum(data))
-        for number, data in blocks
-    ]
-    generations = []
+    wanted = [NewBlock(block_hash=block_hash(number), payload_bytes=len(data)) for number, data in blocks]
+    generations, checksums = [], []
     for outcome, (_, data) in zip(store.reserve(namespace, tenant, wanted), blocks, strict=True):
-        if isinstance(outcome, Slot):
+        if isinstance(outcome, Block):
             write(store.arena, store, outcome, data)
             generations.append(outcome.generation)
-    return store.commit(generations)
+            checksums.append(payload_checksum(data))
+    return store.commit(generations, checksums)
 
 
-def write(arena: Arena, store: TieredStore, slot: Slot, data: bytes) -> None:
+def write(arena: Arena, store: TieredStore, block: Block, data: bytes) -> None:
     """Copy a payload to reserved room."""
-    room = ReservedBlock(offset=store.dram.payload_offset(slot), generation=slot.generation)
+    room = ReservedBlock(offset=store.dram.payload_offset(block), generation=block.generation)
     assert copy_in(arena, room, data) is None
 
 
@@ -98,11 +102,53 @@ async def load(
     hashes = b"".join(map(block_hash, numbers))
     acquired = await store.acquire(namespace, hashes, deadline_s=deadline_s, lease_s=5.0)
     payloads, corrupt = [], []
-    for slot in acquired.slots:
-        copied = copy_out(store.arena, slot_of(slot, store))
+    for block in acquired.blocks:
+        copied = copy_out(store.arena, slot_of(block, store))
         if isinstance(copied, CopyFault):
-            corrupt.append(slot.generation)
+            corrupt.append(block.generation)
             break
         payloads.append(copied)
     store.release(acquired.lease_id, corrupt_generations=corrupt)
     return payloads
+
+
+async def until_settled(store: TieredStore) -> None:
+    """Plan and move until there is nothing left to do."""
+    while store.look_ahead.replan() or store.moves.is_busy:
+        await store.moves.settle()
+
+
+def agree(store: TieredStore) -> None:
+    """Every book of the store says the same of each block; raises AssertionError where one does not."""
+    table, reader = store.table, ResidencyReader(store.arena.index)
+    dram_bytes: Counter[str] = Counter()
+    ssd_bytes: Counter[str] = Counter()
+    blocks = 0
+    for run in table.runs.values():
+        assert run.blocks and run.size_bytes == sum(block.image_bytes for block in run.blocks)
+        assert run.in_dram or run.on_ssd or run.state is not State.RESIDENT
+        item = table.index.get(run.number)
+        assert item is not None
+        told = (item.size_bytes, item.in_dram, item.on_ssd, item.state, item.pinned)
+        assert told == (run.size_bytes, run.in_dram, run.on_ssd, run.state, run.pins > 0)
+        for block in run.blocks:
+            blocks += 1
+            assert table.blocks[block.key] is block and block.run is run
+            digest, name = block.key[:16], block.key[16:]
+            assert digest == namespace_digest(NAMESPACE)
+            if not store.residency.left_out:
+                assert reader.match(NAMESPACE, name) == (int(run.in_dram or run.on_ssd), int(run.in_dram))
+            if run.in_dram:
+                assert read_generation(store.dram.image(block)) == block.generation
+        if run.in_dram:
+            dram_bytes[run.tenant] += run.size_bytes
+        if run.on_ssd:
+            ssd_bytes[run.tenant] += run.size_bytes
+            assert store.ssd is not None and store.ssd.segments.by_number[run.segment].runs[run.number] is run
+    assert blocks == len(table.blocks) and len(table.runs) == len(table.index)
+    assert ssd_bytes == table.ssd_ledger.bytes
+    assert table.index.ssd_bytes >= sum(ssd_bytes.values())
+    reserved = store.dram.used_bytes - sum(dram_bytes.values())
+    assert reserved >= 0
+    if store.ssd is not None:
+        assert store.ssd.segments.live_bytes == sum(ssd_bytes.values())

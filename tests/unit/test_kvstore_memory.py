@@ -39,8 +39,8 @@ from trireme.kvcache.block_codec import (
     write_generation,
     write_header,
 )
-from trireme.kvcache.dram_tier import Slot
 from trireme.kvcache.slab_allocator import SlabAllocator
+from trireme.kvcache.stored_blocks import Block
 from trireme.kvcache.tiered_store import RESERVATION_S, NewBlock, Refusal
 
 SLAB = 64 * 1024
@@ -132,7 +132,7 @@ async def test_a_leased_block_stays_when_everything_else_is_put_out(tmp_path: Pa
         held = await store.acquire(NAMESPACE, block_hash(0), deadline_s=0.0, lease_s=5.0)
         assert save(store, [(n, payload(n)) for n in range(1, 40)]) == 15
         assert save(store, [(n, payload(n)) for n in range(40, 60)]) == 15
-        assert copy_out(store.arena, slot_of(held.slots[0], store)) == payload(0)
+        assert copy_out(store.arena, slot_of(held.blocks[0], store)) == payload(0)
         assert await load(store, [0]) == [payload(0)]
 
 
@@ -141,7 +141,7 @@ async def test_a_reader_that_outlived_its_lease_misses(tmp_path: Path) -> None:
     async with opened_store(tmp_path, dram_bytes=SLAB, clock=clock) as store:
         save(store, [(0, payload(0))])
         held = await store.acquire(NAMESPACE, block_hash(0), deadline_s=0.0, lease_s=5.0)
-        block = slot_of(held.slots[0], store)
+        block = slot_of(held.blocks[0], store)
         clock.now_s += 5.0
         store.sweep()
         assert copy_out(store.arena, block) == payload(0), "nobody needed the room yet"
@@ -154,16 +154,16 @@ async def test_a_reader_that_outlived_its_lease_misses(tmp_path: Path) -> None:
 async def test_a_writer_that_never_commits_loses_its_room_and_cannot_commit_later(tmp_path: Path) -> None:
     clock = HandClock()
     async with opened_store(tmp_path, dram_bytes=SLAB, clock=clock) as store:
-        wanted = [NewBlock(block_hash=block_hash(n), payload_bytes=3900, checksum=0) for n in range(16)]
-        slots = [slot for slot in store.reserve(NAMESPACE, "t", wanted) if isinstance(slot, Slot)]
+        wanted = [NewBlock(block_hash=block_hash(n), payload_bytes=3900) for n in range(16)]
+        slots = [slot for slot in store.reserve(NAMESPACE, "t", wanted) if isinstance(slot, Block)]
         assert len(slots) == 16
         assert store.reserve(NAMESPACE, "t", wanted[:1]) == [Refusal.PRESENT]
-        another = NewBlock(block_hash=block_hash(99), payload_bytes=3900, checksum=0)
+        another = NewBlock(block_hash=block_hash(99), payload_bytes=3900)
         assert store.reserve(NAMESPACE, "t", [another]) == [Refusal.NO_SPACE]
         clock.now_s += RESERVATION_S
         store.sweep()
         assert store.dram.used_bytes == 0
-        assert store.commit([slot.generation for slot in slots]) == 0
+        assert store.commit([slot.generation for slot in slots], [0] * 16) == 0
         assert store.match(NAMESPACE, block_hash(0)) == (0, 0)
 
 
@@ -171,10 +171,10 @@ async def test_a_flipped_byte_in_the_arena_is_a_miss_once_and_then_forgotten(tmp
     async with opened_store(tmp_path, dram_bytes=SLAB) as store:
         save(store, [(0, payload(0)), (1, payload(1))])
         held = await store.acquire(NAMESPACE, block_hash(1), deadline_s=0.0, lease_s=5.0)
-        store.dram.payload(held.slots[0])[5] ^= 1
+        store.dram.payload(held.blocks[0])[5] ^= 1
         store.release(held.lease_id)
         assert await load(store, [0, 1]) == [payload(0)]
-        assert store.counters.dram_corrupt == 1
+        assert store.moves.counters.dram_corrupt == 1
         assert store.match(NAMESPACE, block_hash(0) + block_hash(1)) == (1, 1)
         assert save(store, [(1, payload(1))]) == 1
         assert await load(store, [0, 1]) == [payload(0), payload(1)]
@@ -222,7 +222,7 @@ async def test_namespaces_and_salted_hashes_keep_models_and_tenants_apart(tmp_pa
         assert await load(store, [0], namespace="model-a") == [payload(0)]
         assert await load(store, [0], namespace="model-b") == [payload(50)]
         assert await load(store, [0], namespace="model-c") == []
-        assert dict(store.dram.tenant_bytes) == {"acme": 4096, "bolt": 4096}
+        assert dict(store.table.dram_ledger.bytes) == {"acme": 4096, "bolt": 4096}
 
 
 def test_the_generation_is_wiped_when_room_is_given_back() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -16,16 +18,15 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from tests.unit.kvstore_support import (
     NAMESPACE,
     HandClock,
+    agree,
     block_hash,
     load,
     opened_store,
     payload,
     save,
+    until_settled,
 )
-from trireme.kvcache.arena import own_arena
-from trireme.kvcache.block_codec import BlockKey
-from trireme.kvcache.segment_files import SegmentFiles
-from trireme.kvcache.ssd_tier import SsdTier
+from trireme.kvcache.segment_files import DiskCalls
 from trireme.kvcache.tiered_store import TieredStore
 
 SLOTS = 16
@@ -47,14 +48,12 @@ class DramAgainstADict(RuleBasedStateMachine):
 
     @rule(chain=CHAINS)
     def save(self, chain: list[int]) -> None:
-        fresh: list[int] = []
-        for number in chain:
-            if number in self.model:
-                self.model.move_to_end(number)
-                continue
-            if len(self.model) + len(fresh) == SLOTS:
-                self.model.popitem(last=False)
-            fresh.append(number)
+        present = [number for number in chain if number in self.model]
+        for number in reversed(present):
+            self.model.move_to_end(number)
+        fresh = [number for number in chain if number not in self.model]
+        while len(self.model) + len(fresh) > SLOTS:
+            self.model.popitem(last=False)
         for number in reversed(fresh):
             self.model[number] = payload(number)
         assert save(self.store, [(n, payload(n)) for n in chain]) == len(fresh)
@@ -95,16 +94,13 @@ class TiersAgainstTheirHistory(RuleBasedStateMachine):
         opened = opened_store(
             Path(self.directory.name), dram_bytes=4 * 65536, ssd_bytes=2**20, clock=self.clock
         )
-        store = await self.stack.enter_async_context(opened)
-        assert store.ssd is not None
-        writing = asyncio.create_task(store.ssd.run())
-        self.stack.callback(writing.cancel)
-        return store
+        return await self.stack.enter_async_context(opened)
 
     @rule(chain=CHAINS)
     def save(self, chain: list[int]) -> None:
         async def body() -> None:
             save(self.store, [(n, self.bytes_of(n)) for n in chain])
+            self.store.look_ahead.replan()
             await asyncio.sleep(0)
 
         self.runner.run(body())
@@ -125,7 +121,7 @@ class TiersAgainstTheirHistory(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         self.clock.now_s += seconds
         self.store.sweep()
-        self.runner.run(asyncio.sleep(0.001))
+        self.runner.run(self.plan())
 
     @rule(flush=st.booleans())
     def restart(self, flush: bool) -> None:
@@ -137,8 +133,13 @@ class TiersAgainstTheirHistory(RuleBasedStateMachine):
         store = self.store
         assert store.ssd is not None and not store.ssd.status
         assert store.dram.used_bytes <= store.dram.capacity_bytes == 4 * 65536
-        assert store.ssd.files.used_bytes <= 2**20
-        assert store.counters.dram_corrupt == store.ssd.files.corrupt == 0
+        assert store.ssd.segments.used_bytes <= 2**20
+        assert store.moves.counters.dram_corrupt == store.moves.counters.ssd_corrupt == 0
+        agree(store)
+
+    async def plan(self) -> None:
+        self.store.look_ahead.replan()
+        await asyncio.sleep(0.001)
 
     async def leave(self, flush: bool) -> None:
         if flush:
@@ -155,37 +156,29 @@ class TiersAgainstTheirHistory(RuleBasedStateMachine):
 
 
 TestDram = DramAgainstADict.TestCase
-TestDram.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestDram.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestTiers = TiersAgainstTheirHistory.TestCase
 TestTiers.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
-
-
-async def until_written(store: TieredStore) -> None:
-    assert store.ssd is not None
-    writing = asyncio.create_task(store.ssd.run())
-    while store.ssd.queue_blocks:
-        await asyncio.sleep(0.001)
-    writing.cancel()
 
 
 async def test_what_dram_puts_out_comes_back_from_ssd(tmp_path: Path) -> None:
     async with opened_store(tmp_path, dram_bytes=ARENA, ssd_bytes=2**20) as store:
         for number in range(3 * SLOTS):
             save(store, [(number, payload(number))])
-            await until_written(store)
+            await until_settled(store)
         assert store.match(NAMESPACE, block_hash(0)) == (1, 0)
         everything = [payload(n) for n in range(3 * SLOTS)]
         assert [(await load(store, [n]))[0] for n in range(3 * SLOTS)] == everything
-        assert store.counters.promoted >= 2 * SLOTS
-        await until_written(store)
-        assert store.ssd is not None and len(store.ssd.files) == 3 * SLOTS
+        assert store.moves.counters.promoted >= 2 * SLOTS
+        await until_settled(store)
+        assert store.ssd is not None and store.ssd.segments.live_blocks >= 2 * SLOTS
 
 
 async def test_a_chain_longer_than_dram_is_cut_and_never_wrong(tmp_path: Path) -> None:
     async with opened_store(tmp_path, dram_bytes=ARENA, ssd_bytes=2**20) as store:
         for number in range(2 * SLOTS):
             save(store, [(number, payload(number))])
-            await until_written(store)
+            await until_settled(store)
         found = await load(store, range(2 * SLOTS))
         assert found == [payload(n) for n in range(SLOTS)]
 
@@ -195,18 +188,8 @@ async def test_a_flush_makes_a_restart_warm(tmp_path: Path) -> None:
         save(store, [(n, payload(n)) for n in range(SLOTS)])
         assert await store.flush(deadline_s=60.0) == SLOTS
     async with opened_store(tmp_path, dram_bytes=ARENA, ssd_bytes=2**20) as store:
-        assert len(store.dram) == 0
+        assert store.table.dram_blocks == 0
         assert await load(store, range(SLOTS)) == [payload(n) for n in range(SLOTS)]
-
-
-async def test_hinted_blocks_are_in_dram_before_they_are_asked_for(tmp_path: Path) -> None:
-    async with opened_store(tmp_path, dram_bytes=ARENA, ssd_bytes=2**20) as store:
-        save(store, [(n, payload(n)) for n in range(3)])
-        await store.flush(deadline_s=60.0)
-    async with opened_store(tmp_path, dram_bytes=ARENA, ssd_bytes=2**20) as store:
-        hashes = b"".join(map(block_hash, [0, 77, 1, 2]))
-        assert await store.prefetch(NAMESPACE, hashes) == 3
-        assert store.match(NAMESPACE, b"".join(map(block_hash, range(3)))) == (3, 3)
 
 
 async def test_a_corrupt_copy_in_dram_is_replaced_by_the_one_on_ssd(tmp_path: Path) -> None:
@@ -214,38 +197,36 @@ async def test_a_corrupt_copy_in_dram_is_replaced_by_the_one_on_ssd(tmp_path: Pa
         save(store, [(0, payload(0))])
         await store.flush(deadline_s=60.0)
         held = await store.acquire(NAMESPACE, block_hash(0), deadline_s=1.0, lease_s=5.0)
-        store.dram.payload(held.slots[0])[9] ^= 4
+        store.dram.payload(held.blocks[0])[9] ^= 4
         store.release(held.lease_id)
         assert await load(store, [0]) == []
         assert await load(store, [0]) == [payload(0)]
 
 
-class SlowDisk(SegmentFiles):
+class SlowDisk:
     """Reads when it is told to."""
 
-    def __init__(self, directory: Path) -> None:
-        super().__init__(directory, quota_bytes=2**20)
+    def __init__(self) -> None:
         self.may_read = threading.Event()
 
-    def read_into(self, key: BlockKey, image: memoryview) -> bool:
+    def preadv(self, descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
         self.may_read.wait(timeout=60)
-        return super().read_into(key, image)
+        return os.preadv(descriptor, buffers, offset)
 
 
 async def test_a_block_that_comes_late_is_a_miss_now_and_a_hit_next_time(tmp_path: Path) -> None:
     async with opened_store(tmp_path, dram_bytes=ARENA, ssd_bytes=2**20) as store:
         save(store, [(0, payload(0))])
         await store.flush(deadline_s=60.0)
-    files = SlowDisk(tmp_path / "ssd")
-    clock = HandClock()
-    with own_arena(tmp_path, dram_bytes=ARENA) as arena:
-        async with SsdTier.opened(files, clock=clock, queue_bytes=ARENA) as ssd:
-            store = TieredStore(arena, ssd, clock=clock)
-            assert await load(store, [0], deadline_s=0.01) == []
-            assert store.counters.late == 1
-            other_readers = [asyncio.create_task(load(store, [0])) for _ in range(3)]
-            await asyncio.sleep(0)
-            files.may_read.set()
-            assert await asyncio.gather(*other_readers) == [[payload(0)]] * 3
-            assert store.counters.promoted == 1, "one read served all"
-            assert store.dram.num_leases == 0
+    disk = SlowDisk()
+    calls = DiskCalls(preadv=disk.preadv)
+    async with opened_store(tmp_path, dram_bytes=ARENA, ssd_bytes=2**20, calls=calls) as store:
+        assert await load(store, [0], deadline_s=0.01) == []
+        assert store.counters.late == 1
+        other_readers = [asyncio.create_task(load(store, [0])) for _ in range(3)]
+        await asyncio.sleep(0)
+        disk.may_read.set()
+        assert await asyncio.gather(*other_readers) == [[payload(0)]] * 3
+        assert store.moves.counters.promoted == 1, "one read served all"
+        assert store.dram.num_leases == 0
+        agree(store)

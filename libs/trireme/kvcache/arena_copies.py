@@ -60,14 +60,50 @@ def copy_chain(
     return payloads, None
 
 
-def copy_all(arena: Arena, pairs: Iterable[tuple[ReservedBlock, Buffer]]) -> tuple[list[int], list[int]]:
-    """Write payloads to reserved room; returns the generations written and those that were not."""
+def copy_all(
+    arena: Arena, pairs: Iterable[tuple[ReservedBlock, Buffer]]
+) -> tuple[list[int], list[int], list[int]]:
+    """Write payloads to reserved room.
+
+    Returns the generations written, the checksums of their payloads, and the generations that were not.
+    """
     written: list[int] = []
+    checksums: list[int] = []
     refused: list[int] = []
     for block, payload in pairs:
-        fault = copy_in(arena, block, payload)
-        (written if fault is None else refused).append(block.generation)
-    return written, refused
+        if copy_in(arena, block, payload) is None:
+            written.append(block.generation)
+            checksums.append(payload_checksum(payload))
+        else:
+            refused.append(block.generation)
+    return written, checksums, refused
+
+
+def room_for(arena: Arena, block: ReservedBlock, payload_bytes: int) -> memoryview | None:
+    """The memory of a reserved payload, to be written piece by piece; None where it is another's by now."""
+    view = _slot(arena, block.offset, payload_bytes)
+    if view is None or read_generation(view[:HEADER_BYTES]) != block.generation:
+        return None
+    return view[HEADER_BYTES:]
+
+
+def view_of(arena: Arena, block: AcquiredBlock) -> memoryview | None:
+    """The memory of an acquired payload, to be read piece by piece; None where it is another's by now."""
+    view = _slot(arena, block.offset, block.payload_bytes)
+    if view is None or read_generation(view[:HEADER_BYTES]) != block.generation:
+        return None
+    return view[HEADER_BYTES:].toreadonly()
+
+
+def is_unchanged(arena: Arena, block: AcquiredBlock) -> CopyFault | None:
+    """Whether what was read piece by piece was the block: None, or what is wrong with it."""
+    view = _slot(arena, block.offset, block.payload_bytes)
+    if view is None:
+        return CopyFault.OUTSIDE
+    if payload_checksum(view[HEADER_BYTES:]) != block.checksum:
+        return CopyFault.CORRUPT
+    # Read last: the slot was the block's for as long as its bytes were looked at.
+    return None if read_generation(view[:HEADER_BYTES]) == block.generation else CopyFault.REUSED
 
 
 def _slot(arena: Arena, offset: int, payload_bytes: int) -> memoryview | None:

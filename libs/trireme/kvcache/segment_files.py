@@ -1,9 +1,9 @@
-"""The SSD tier: blocks appended to segment files, found again after a restart by their headers.
+"""The SSD tier's files: blocks appended to segments, found again after a restart.
 
-Blocking, and meant for one thread (`in`, `len` and the figures may be read from others).
-A segment is written once, from its beginning to its end; room is made by deleting the
-segment whose blocks were used least recently. What a crash left half written has no
-intact header, or a payload without its checksum: either is a miss.
+Blocking, and meant for threads; it keeps no index. A segment is written once, from its beginning to
+its end, in whole pages and past the page cache where the file system allows it (O_DIRECT), so that the
+store's memory is what its settings say. What a crash left half written has no intact header, or a
+payload without its checksum: either is a miss.
 """
 
 from __future__ import annotations
@@ -11,87 +11,66 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import mmap
 import os
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from trireme.kvcache.block_codec import (
     HEADER_BYTES,
     PAGE_BYTES,
-    BlockHeader,
     BlockKey,
-    Buffer,
     image_bytes,
     is_intact,
     read_header,
-    write_generation,
 )
+from trireme.kvcache.segment_sidecar import FoundBlock, FoundRun, decode_sidecar, encode_sidecar
 
 log = logging.getLogger(__name__)
 
-_LARGEST_SEGMENT_BYTES = 4 * 2**30
-_SMALLEST_SEGMENT_BYTES = 2**20
-_SEGMENTS_IN_QUOTA = 64
 _PREFIX = "segment-"
 _SUFFIX = ".kv"
-
-Pwrite = Callable[[int, memoryview, int], int]
+_SIDECAR = ".index"
+_BUFFERS_PER_CALL = 512
+_NOT_DIRECT = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    segment_id: int
-    offset: int
-    header: BlockHeader
+class DiskCalls:
+    """The system calls that move bytes; a test puts a failing disk in their place."""
+
+    pwritev: Callable[[int, Sequence[memoryview], int], int] = os.pwritev
+    preadv: Callable[[int, Sequence[memoryview], int], int] = os.preadv
 
 
-@dataclass(slots=True)
-class _Segment:
+@dataclass(frozen=True, slots=True)
+class FoundSegment:
+    """A segment that lay in the directory, and what is in it."""
+
+    number: int
     descriptor: int
-    path: Path
-    bytes: int = 0
-    keys: set[BlockKey] = field(default_factory=set)
+    size_bytes: int
+    is_sealed: bool
+    """Whether its index was there, so that it was not scanned."""
+    runs: Sequence[FoundRun]
 
 
 class SegmentFiles:
-    """Blocks in the segment files of one directory, at most `quota_bytes` of files.
+    """One directory of segments, for one store at a time.
 
-    Every method may raise OSError: the disk is full, broken or gone. The caller then
-    decides whether to go on; what was indexed before stays as it was.
+    Every method may raise OSError: the disk is full, broken or gone.
     """
 
-    def __init__(self, directory: Path, *, quota_bytes: int, pwrite: Pwrite = os.pwrite) -> None:
+    def __init__(self, directory: Path, *, calls: DiskCalls | None = None) -> None:
         self.directory = directory
-        self.quota_bytes = quota_bytes
-        self.used_bytes = 0
-        self.corrupt = 0
-        self.evictions = 0
-        self._pwrite = pwrite
-        self._segment_bytes = min(
-            max(quota_bytes // _SEGMENTS_IN_QUOTA, _SMALLEST_SEGMENT_BYTES), _LARGEST_SEGMENT_BYTES
-        )
-        self._places: dict[BlockKey, _Place] = {}
-        self._segments: OrderedDict[int, _Segment] = OrderedDict()
-        """Oldest use first."""
-        self._active: int | None = None
-        self._last_segment = 0
+        self.is_direct = False
+        """Whether the page cache is passed by."""
+        self._calls = calls or DiskCalls()
         self._lock: int | None = None
 
-    def __contains__(self, key: BlockKey) -> bool:
-        return key in self._places
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def header(self, key: BlockKey) -> BlockHeader | None:
-        """What is known of a block without reading it; None where it is not here."""
-        place = self._places.get(key)
-        return place.header if place else None
-
-    def open(self) -> None:
-        """Take the directory for this process and index what lies there.
+    def open(self) -> list[FoundSegment]:
+        """Take the directory for this process; the segments that lie there, oldest first.
 
         Raises:
             OSError: it cannot be made, read or written, or another store has it.
@@ -103,22 +82,16 @@ class SegmentFiles:
         except BlockingIOError as error:
             message = "another store uses the directory"
             raise OSError(errno.EBUSY, message, str(self.directory)) from error
-        for path in sorted(self.directory.glob(f"{_PREFIX}*{_SUFFIX}")):
-            number = path.name[len(_PREFIX) : -len(_SUFFIX)]
-            if number.isdecimal():
-                self._index(int(number), path)
-        while self.used_bytes > self.quota_bytes:
-            self._drop_segment(next(iter(self._segments)))
+        self.is_direct = _takes_direct_io(self.directory / "lock")
+        return [self._found(number, path) for number, path in self._segments()]
 
-    def close(self) -> None:
-        """Close all files; they stay on disk."""
-        for segment in self._segments.values():
-            os.close(segment.descriptor)
+    def close(self, descriptors: Sequence[int]) -> None:
+        """Close segments and leave the directory to others; the files stay."""
+        for descriptor in descriptors:
+            os.close(descriptor)
         if self._lock is not None:
             os.close(self._lock)
-        self._segments.clear()
-        self._places.clear()
-        self._active, self._lock, self.used_bytes = None, None, 0
+            self._lock = None
 
     def check(self) -> None:
         """Look whether the directory is still there, as open files alone would not tell.
@@ -130,107 +103,149 @@ class SegmentFiles:
         if self._lock is None or there.st_ino != os.fstat(self._lock).st_ino:
             raise FileNotFoundError(errno.ENOENT, "the directory was replaced", str(self.directory))
 
-    def append(self, image: Buffer) -> bool:
-        """Write a block's image behind all others; False where it is corrupt, too large or here already."""
-        header = read_header(image)
-        if header is None or not is_intact(image, header):
-            self.corrupt += 1
-            return False
-        if len(image) != image_bytes(header.payload_bytes):
-            raise ValueError(f"an image of {len(image)} bytes for a payload of {header.payload_bytes}")
-        if header.key in self._places or len(image) > self.quota_bytes:
-            return False
-        segment_id = self._room_for(len(image))
-        segment = self._segments[segment_id]
-        try:
-            self._write_all(segment.descriptor, memoryview(image), segment.bytes)
-        except OSError:
-            os.ftruncate(segment.descriptor, segment.bytes)
-            raise
-        self._places[header.key] = _Place(segment_id, segment.bytes, header)
-        segment.keys.add(header.key)
-        segment.bytes += len(image)
-        self.used_bytes += len(image)
-        self._segments.move_to_end(segment_id)
-        return True
+    def create(self, number: int) -> int:
+        """The descriptor of a new, empty segment."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | self._direct
+        return os.open(self._path(number), flags, 0o600)
 
-    def read_into(self, key: BlockKey, image: memoryview) -> bool:
-        """Read a block's image into memory of its length; False where it is not here or corrupt.
+    def write(self, descriptor: int, images: Sequence[memoryview], offset: int) -> None:
+        """Write images one behind the other, whole pages at an offset of whole pages.
 
-        The generation it shows is 0. A corrupt block is forgotten.
+        Raises:
+            OSError: ENOSPC also where the disk took a part only.
         """
-        place = self._places.get(key)
-        if place is None or len(image) != image_bytes(place.header.payload_bytes):
-            return False
-        segment = self._segments[place.segment_id]
-        done = 0
-        while done < len(image):
-            count = os.preadv(segment.descriptor, [image[done:]], place.offset + done)
-            if count == 0:
-                break
-            done += count
-        header = read_header(image) if done == len(image) else None
-        if header is None or header.key != key or not is_intact(image, header):
-            self.corrupt += 1
-            del self._places[key]
-            segment.keys.discard(key)
-            return False
-        write_generation(image, 0)
-        self._segments.move_to_end(place.segment_id)
-        return True
-
-    def _room_for(self, length: int) -> int:
-        active = self._segments.get(self._active) if self._active is not None else None
-        if active is not None and active.bytes + length > max(self._segment_bytes, length):
-            self._active = None
-        while self.used_bytes + length > self.quota_bytes:
-            self._drop_segment(next(iter(self._segments)))
-        if self._active is None:
-            self._last_segment += 1
-            path = self.directory / f"{_PREFIX}{self._last_segment:010d}{_SUFFIX}"
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self._segments[self._last_segment] = _Segment(os.open(path, flags, 0o600), path)
-            self._active = self._last_segment
-        return self._active
-
-    def _write_all(self, descriptor: int, data: memoryview, offset: int) -> None:
-        while data:
-            count = self._pwrite(descriptor, data, offset)
-            if count == 0:
+        for start in range(0, len(images), _BUFFERS_PER_CALL):
+            part = images[start : start + _BUFFERS_PER_CALL]
+            length = sum(map(len, part))
+            written = self._calls.pwritev(descriptor, part, offset)
+            if written != length:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory))
-            data, offset = data[count:], offset + count
+            if not self.is_direct:
+                # Only clean pages leave the cache.
+                os.fdatasync(descriptor)
+                os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+            offset += length
 
-    def _drop_segment(self, segment_id: int) -> None:
-        segment = self._segments.pop(segment_id)
-        os.close(segment.descriptor)
-        for key in segment.keys:
-            del self._places[key]
-        self.evictions += len(segment.keys)
-        self.used_bytes -= segment.bytes
-        if self._active == segment_id:
-            self._active = None
-        segment.path.unlink(missing_ok=True)
+    def read(self, descriptor: int, wanted: Sequence[tuple[BlockKey, int, memoryview]]) -> list[bool]:
+        """Read images (key, offset, memory of its length); which of them are whole and sound."""
+        arrived: list[bool] = []
+        for group in _neighbours(wanted):
+            offset, images = group[0][1], [image for _, _, image in group]
+            length = sum(map(len, images))
+            count = self._calls.preadv(descriptor, images, offset)
+            if not self.is_direct:
+                os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+            end = 0
+            for _, _, image in group:
+                end += len(image)
+                arrived.append(end <= count)
+        return [
+            whole and _is_sound(image, key) for whole, (key, _, image) in zip(arrived, wanted, strict=True)
+        ]
 
-    def _index(self, segment_id: int, path: Path) -> None:
-        segment = _Segment(os.open(path, os.O_RDWR | os.O_CLOEXEC), path)
-        segment.bytes = os.fstat(segment.descriptor).st_size
-        self._segments[segment_id] = segment
-        self._last_segment = max(self._last_segment, segment_id)
-        self.used_bytes += segment.bytes
-        offset = 0
-        while offset + HEADER_BYTES <= segment.bytes:
-            header = read_header(os.pread(segment.descriptor, HEADER_BYTES, offset))
+    def seal(self, number: int, runs: Sequence[FoundRun], *, segment_bytes: int) -> None:
+        """Write the index of a segment that takes no more blocks, or whose uses have changed."""
+        path = self._path(number).with_suffix(_SIDECAR)
+        fresh = path.with_suffix(".new")
+        fresh.write_bytes(encode_sidecar(runs, segment_bytes=segment_bytes))
+        fresh.replace(path)
+
+    def remove(self, number: int, descriptor: int) -> None:
+        """Delete a segment."""
+        os.close(descriptor)
+        path = self._path(number)
+        path.with_suffix(_SIDECAR).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+    @property
+    def _direct(self) -> int:
+        return os.O_DIRECT if self.is_direct else 0
+
+    def _path(self, number: int) -> Path:
+        return self.directory / f"{_PREFIX}{number:010d}{_SUFFIX}"
+
+    def _segments(self) -> list[tuple[int, Path]]:
+        found = []
+        for path in sorted(self.directory.glob(f"{_PREFIX}*{_SUFFIX}")):
+            number = path.name[len(_PREFIX) : -len(_SUFFIX)]
+            if number.isdecimal():
+                found.append((int(number), path))
+        return found
+
+    def _found(self, number: int, path: Path) -> FoundSegment:
+        size_bytes = path.stat().st_size // PAGE_BYTES * PAGE_BYTES
+        sidecar = path.with_suffix(_SIDECAR)
+        runs = decode_sidecar(sidecar.read_bytes(), segment_bytes=size_bytes) if sidecar.exists() else None
+        is_sealed = runs is not None
+        if runs is None:
+            runs = _scan(path, size_bytes)
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | self._direct)
+        return FoundSegment(number, descriptor, size_bytes, is_sealed, runs)
+
+
+def _takes_direct_io(path: Path) -> bool:
+    """Whether reads and writes of whole pages may pass the page cache by; tried on this file."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in _NOT_DIRECT:
+            raise
+        return False
+    try:
+        with mmap.mmap(-1, PAGE_BYTES) as page:
+            os.pwritev(descriptor, [page], 0)
+        return True
+    except OSError as error:
+        if error.errno not in _NOT_DIRECT:
+            raise
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def _is_sound(image: memoryview, key: BlockKey) -> bool:
+    header = read_header(image)
+    return header is not None and header.key == key and is_intact(image, header)
+
+
+def _neighbours(
+    wanted: Sequence[tuple[BlockKey, int, memoryview]],
+) -> list[list[tuple[BlockKey, int, memoryview]]]:
+    """The images in groups that lie one behind the other."""
+    groups: list[list[tuple[BlockKey, int, memoryview]]] = []
+    end = -1
+    for each in wanted:
+        if each[1] == end and len(groups[-1]) < _BUFFERS_PER_CALL:
+            groups[-1].append(each)
+        else:
+            groups.append([each])
+        end = each[1] + len(each[2])
+    return groups
+
+
+def _scan(path: Path, size_bytes: int) -> list[FoundRun]:
+    """The runs of a segment without an index, by the headers of its blocks."""
+    runs: list[FoundRun] = []
+    blocks: list[FoundBlock] = []
+    tenant, saved_unix_s, offset = "", 0.0, 0
+
+    def end_run() -> None:
+        if blocks:
+            runs.append(FoundRun(tenant, saved_unix_s, saved_unix_s, blocks))
+
+    with path.open("rb", buffering=0) as file:
+        while offset + HEADER_BYTES <= size_bytes:
+            header = read_header(os.pread(file.fileno(), HEADER_BYTES, offset))
             if header is None:
                 # Behind a damaged header the next block begins at some later page.
                 offset += PAGE_BYTES
                 continue
             length = image_bytes(header.payload_bytes)
-            if offset + length <= segment.bytes:
-                # Written twice only where the older copy had been found corrupt.
-                if older := self._places.get(header.key):
-                    self._segments[older.segment_id].keys.discard(header.key)
-                self._places[header.key] = _Place(segment_id, offset, header)
-                segment.keys.add(header.key)
+            if offset + length <= size_bytes:
+                if header.position == 0 or header.tenant != tenant or header.saved_unix_s != saved_unix_s:
+                    end_run()
+                    blocks, tenant, saved_unix_s = [], header.tenant, header.saved_unix_s
+                blocks.append(FoundBlock(header.key, header.payload_bytes, header.checksum, offset))
             offset += length
-        if not segment.keys:
-            self._drop_segment(segment_id)
+        end_run()
+    return runs

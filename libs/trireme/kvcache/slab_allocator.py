@@ -35,15 +35,24 @@ class SlabAllocator:
         self.slab_bytes = slab_bytes
         self.num_slabs = num_slabs
         self.used_bytes = 0
+        self._free_slot_bytes = 0
+        self._last_slot_bytes = _PAGE_BYTES
         self._slabs: dict[int, _Slab] = {}
         self._empty = list(range(num_slabs - 1, -1, -1))
         # Slabs with a free slot, by slot size; a dict keeps an order that a set would not.
         self._open: dict[int, dict[int, None]] = {}
 
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that slots of the size asked for last, or of sizes in use, can still take."""
+        slots = self.slab_bytes // self._last_slot_bytes
+        return self._free_slot_bytes + len(self._empty) * slots * self._last_slot_bytes
+
     def allocate(self, slot_bytes: int) -> int | None:
         """The offset of a free slot; None where neither an open slab nor an empty one is left."""
         if not 0 < slot_bytes <= self.slab_bytes:
             return None
+        self._last_slot_bytes = slot_bytes
         candidates = self._open.setdefault(slot_bytes, {})
         if candidates:
             index = next(iter(candidates))
@@ -51,6 +60,7 @@ class SlabAllocator:
             index = self._empty.pop()
             self._slabs[index] = _Slab(slot_bytes)
             candidates[index] = None
+            self._free_slot_bytes += self._slots_bytes(slot_bytes)
         else:
             return None
         slab = self._slabs[index]
@@ -61,6 +71,7 @@ class SlabAllocator:
             slab.untouched += 1
         slab.used += 1
         self.used_bytes += slot_bytes
+        self._free_slot_bytes -= slot_bytes
         if slab.used == self.slab_bytes // slot_bytes:
             del candidates[index]
         return index * self.slab_bytes + slot * slot_bytes
@@ -71,7 +82,9 @@ class SlabAllocator:
         slab = self._slabs[index]
         slab.used -= 1
         self.used_bytes -= slab.slot_bytes
+        self._free_slot_bytes += slab.slot_bytes
         if slab.used == 0:
+            self._free_slot_bytes -= self._slots_bytes(slab.slot_bytes)
             del self._slabs[index]
             self._open[slab.slot_bytes].pop(index, None)
             self._empty.append(index)
@@ -83,7 +96,5 @@ class SlabAllocator:
         """The slab that a slot lies in."""
         return offset // self.slab_bytes
 
-    def slots_used(self, slab_index: int) -> int:
-        """Slots of a slab that are given out."""
-        slab = self._slabs.get(slab_index)
-        return slab.used if slab else 0
+    def _slots_bytes(self, slot_bytes: int) -> int:
+        return self.slab_bytes // slot_bytes * slot_bytes

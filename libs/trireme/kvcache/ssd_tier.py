@@ -1,63 +1,93 @@
-"""The SSD tier as the event loop sees it: written behind, read in one thread, able to vanish.
+"""The SSD tier as the event loop sees it: segments, what lives in them, and a disk that may fail.
 
-A full disk stops the writing, any other fault stops the tier; both are tried again later.
-Neither is an error to the callers: what cannot be read is a miss, what cannot be written
-is dropped and counted.
+All bookkeeping happens on the loop; threads only move bytes. A full disk stops the writing; any
+other fault, and a call that does not come back, stops the tier. Both are tried again later.
+Neither is an error to the callers: what cannot be read is a miss, what cannot be written stays
+where it was or is dropped, and is counted.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
-import functools
 import logging
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from trireme.kvcache.block_codec import BlockHeader, BlockKey, read_header, write_generation
-from trireme.kvcache.segment_files import SegmentFiles
+from trireme.kvcache.block_codec import is_intact, read_header
+from trireme.kvcache.disk_threads import DiskCall, DiskThreads
+from trireme.kvcache.segment_files import FoundSegment, SegmentFiles
+from trireme.kvcache.segment_sidecar import FoundRun
+from trireme.kvcache.segments import Segment, Segments
+from trireme.kvcache.stored_blocks import NOWHERE, Block, Run
 from trireme.runtime.clock import Clock
 
 log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
+HANG_S = 3.0
+"""A call that takes longer does not come back: the tier goes off."""
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _RETRY_S = 30.0
-_CHECK_S = 1.0
+_WATCH_S = 0.25
+_CHECK_EVERY = 4
+_OPEN_S = 10.0
+"""A start waits for the index no longer; then the tier comes on when it is read."""
 _CLOSE_S = 2.0
+_READERS = 2
+
+
+class SsdOwner(Protocol):
+    """Who holds the runs, and hears what becomes of them."""
+
+    def adopt(self, found: FoundRun, segment: int) -> Run | None:
+        """A run lay on the disk at start; None where it is not wanted."""
+
+    def ssd_adopted(self, run: Run) -> None:
+        """The tier has noted where an adopted run lies."""
+
+    def ssd_lost(self, run: Run) -> None:
+        """A run's copy is no longer on SSD; `run.segment` is 0 now."""
+
+    def block_is_corrupt(self, block: Block) -> None:
+        """A block's bytes in memory are not what was saved: it is to be dropped."""
+
+    def ssd_turned(self, is_on: bool) -> None:
+        """The tier can be read from now on, or cannot."""
 
 
 class SsdTier:
-    """Blocks in segment files, and those that wait to be written there."""
+    """Runs in segment files."""
 
-    def __init__(self, files: SegmentFiles, *, clock: Clock, queue_bytes: int) -> None:
+    def __init__(self, files: SegmentFiles, *, quota_bytes: int, clock: Clock, owner: SsdOwner) -> None:
         self._files = files
         self._clock = clock
-        self._queue_limit_bytes = queue_bytes
-        self._queue: OrderedDict[BlockKey, bytes] = OrderedDict()
-        self._queued = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-ssd")
+        self._owner = owner
+        self._segments = Segments(quota_bytes=quota_bytes)
+        self._writer = DiskThreads(1, name="kv-ssd-write", clock=clock)
+        self._readers = DiskThreads(_READERS, name="kv-ssd-read", clock=clock)
         self._fault = "not opened yet"
         self._full = ""
+        self._is_indexed = False
         self._retry_at_s = 0.0
-        self._last_progress_s = clock.monotonic_s()
-        self.queue_bytes = 0
-        self.dropped = 0
+        self._opening: asyncio.Task[None] | None = None
+        self.corrupt = 0
+        self.unwritten = 0
+        """Blocks that could not be written, since the start."""
+        self.hangs = 0
+        """Times that the disk did not answer, since the start."""
 
-    @classmethod
     @asynccontextmanager
-    async def opened(cls, files: SegmentFiles, *, clock: Clock, queue_bytes: int) -> AsyncIterator[SsdTier]:
-        """The tier, indexed if the directory can be used now; its files are closed at the end."""
-        tier = cls(files, clock=clock, queue_bytes=queue_bytes)
-        await tier._try_open()
+    async def in_use(self) -> AsyncIterator[None]:
+        """Open, wait for the index if that can be had soon, and leave the files in order at the end."""
+        self._opening = asyncio.create_task(self._try_open())
+        await asyncio.wait({self._opening}, timeout=_OPEN_S)
         try:
-            yield tier
+            yield
         finally:
-            await tier._close()
+            await self._close()
 
     @property
     def serving(self) -> bool:
@@ -65,141 +95,300 @@ class SsdTier:
         return not self._fault
 
     @property
+    def is_writable(self) -> bool:
+        """Whether blocks can be written."""
+        return not (self._fault or self._full)
+
+    @property
     def status(self) -> str:
         """Why the tier is off or takes nothing; empty where all is well."""
         return self._fault or self._full
 
     @property
-    def files(self) -> SegmentFiles:
-        """The files, for their figures."""
-        return self._files
+    def segments(self) -> Segments:
+        """The segments, for their figures."""
+        return self._segments
 
     @property
-    def queue_blocks(self) -> int:
-        """Blocks that wait to be written."""
-        return len(self._queue)
+    def waiting_writes(self) -> int:
+        """Calls that the writing thread has not ended."""
+        return self._writer.waiting
 
-    @property
-    def stalled_s(self) -> float:
-        """Seconds since the last write while blocks wait; 0 where none do."""
-        return self._clock.monotonic_s() - self._last_progress_s if self._queue else 0.0
+    def begin_read(self, blocks: Sequence[Block], images: Sequence[memoryview]) -> DiskCall[list[bool]]:
+        """Read blocks of one run into memory of their length; tells which came sound.
 
-    def __contains__(self, key: BlockKey) -> bool:
-        return self.serving and (key in self._queue or key in self._files)
-
-    def header(self, key: BlockKey) -> BlockHeader | None:
-        """What is known of a block; None where it is not here."""
-        if not self.serving:
-            return None
-        image = self._queue.get(key)
-        return read_header(image) if image is not None else self._files.header(key)
-
-    def offer(self, key: BlockKey, image: memoryview) -> None:
-        """Queue a copy of a block's image for writing, unless it is here or the queue is full."""
-        if key in self:
-            return
-        if self.status or self.queue_bytes + len(image) > self._queue_limit_bytes:
-            self.dropped += 1
-            return
-        if not self._queue:
-            self._last_progress_s = self._clock.monotonic_s()
-        self._queue[key] = bytes(image)
-        self.queue_bytes += len(image)
-        self._queued.set()
-
-    async def read_into(self, key: BlockKey, image: memoryview) -> bool:
-        """Copy a block's image into memory of its length; False where it cannot be had.
-
-        The generation it shows is 0. Not to be cancelled: the thread goes on writing to `image`.
+        The images show generation 0 or whatever was written. Memory is in use until the call has returned.
         """
-        waiting = self._queue.get(key)
-        if waiting is not None and len(waiting) == len(image):
-            image[:] = waiting
-            write_generation(image, 0)
-            return True
+        assert blocks[0].run is not None
+        segment = self._segments.by_number[blocks[0].run.segment]
+        segment.use_s = self._clock.monotonic_s()
+        wanted = [(block.key, block.ssd_offset, image) for block, image in zip(blocks, images, strict=True)]
+        segment.users += 1
+        call = self._readers.submit(lambda: self._files.read(segment.descriptor, wanted))
+        call.when_returned(lambda: self._leave(segment))
+        return call
+
+    async def outcome_of(self, call: DiskCall[R]) -> R | None:
+        """What a call gave; None where the disk failed, which may turn the tier off."""
         try:
-            return await self._in_thread(lambda: self._files.read_into(key, image))
+            return await call.outcome
         except OSError as error:
-            await self._fail(error)
+            if not call.is_given_up:
+                self.fail(error)
+            return None
+
+    async def write(
+        self, run: Run, images: Sequence[memoryview], *, when_returned: Callable[[], None]
+    ) -> bool:
+        """Write a run's blocks and note where they are; False where that failed. Corrupt ones are dropped.
+
+        `images` stay as they are until `when_returned` is called, which may be before or after this ends.
+        """
+        blocks = list(run.blocks)
+        placed = await self._append(images, when_returned)
+        if placed is None:
+            self.unwritten += len(blocks)
             return False
+        return self._note(run, blocks, images, *placed)
 
-    async def write_through(self, image: memoryview) -> bool:
-        """Write an image that stays in place meanwhile; False where the tier takes nothing."""
-        if self.status:
-            return False
-        try:
-            await self._in_thread(lambda: self._files.append(image))
-        except OSError as error:
-            await self._fail(error)
-            return False
-        return True
+    def drop(self, run: Run) -> None:
+        """Forget a run's copy; the segment's room comes back when all in it is dropped, or moved."""
+        segment = self._segments.forget(run)
+        for block in run.blocks:
+            block.ssd_offset = NOWHERE
+        if segment.is_dead:
+            self._remove(segment)
 
-    async def run(self) -> None:
-        """Write what is queued and look after the disk, for ever."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._write_behind())
-            tasks.create_task(self._look_after())
-
-    async def check(self) -> None:
-        """Look whether the disk is there; try again what failed, where it is time."""
-        if self._fault:
-            if self._clock.monotonic_s() >= self._retry_at_s:
-                await self._try_open()
-            return
-        if self._full and self._clock.monotonic_s() >= self._retry_at_s:
-            self._full = ""
-        try:
-            await self._in_thread(self._files.check)
-        except OSError as error:
-            await self._fail(error)
-
-    async def _look_after(self) -> None:
-        while True:
-            await asyncio.sleep(_CHECK_S)
-            await self.check()
-
-    async def _write_behind(self) -> None:
-        while True:
-            await self._queued.wait()
-            while self._queue:
-                key, image = next(iter(self._queue.items()))
-                try:
-                    await self._in_thread(functools.partial(self._files.append, image))
-                except OSError as error:
-                    await self._fail(error)
-                if self._queue.pop(key, None) is not None:
-                    self.queue_bytes -= len(image)
-                self._last_progress_s = self._clock.monotonic_s()
-            self._queued.clear()
-
-    async def _fail(self, error: OSError) -> None:
+    def fail(self, error: OSError) -> None:
+        """The disk is full, or it failed: stop writing, or stop altogether, for a while."""
         self._retry_at_s = self._clock.monotonic_s() + _RETRY_S
         reason = error.strerror or str(error)
-        self.dropped += len(self._queue)
-        self._queue.clear()
-        self.queue_bytes = 0
         if error.errno in _FULL and self.serving:
             self._full = f"ssd tier takes nothing: {reason}"
             log.warning("kv_ssd_full", extra={"error": reason, "retry_s": _RETRY_S})
             return
-        if not self._fault:
-            log.warning("kv_ssd_off", extra={"error": reason, "retry_s": _RETRY_S})
+        was_on = self.serving
         self._fault = f"ssd tier is off: {reason}"
-        await self._in_thread(self._files.close)
+        for threads in (self._readers, self._writer):
+            threads.give_up(OSError(error.errno, reason))
+        if was_on:
+            log.warning("kv_ssd_off", extra={"error": reason, "retry_s": _RETRY_S})
+            self._owner.ssd_turned(False)
+
+    async def run(self) -> None:
+        """Look after the disk, for ever."""
+        turn = 0
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            turn += 1
+            self.watch()
+            if turn % _CHECK_EVERY == 0:
+                await self.check()
+                await self.compact()
+
+    def watch(self) -> None:
+        """Turn the tier off where the disk does not answer."""
+        stuck_s = max(self._readers.stuck_s, self._writer.stuck_s)
+        if stuck_s > HANG_S and self.serving:
+            self.hangs += 1
+            self.fail(OSError(errno.ETIMEDOUT, f"the disk has not answered for {stuck_s:.0f} s"))
+
+    async def check(self) -> None:
+        """Look whether the disk is there; try again what failed, where it is time."""
+        now_s = self._clock.monotonic_s()
+        if self._fault:
+            is_opening = self._opening is not None and not self._opening.done()
+            if now_s >= self._retry_at_s and not (self._stuck or is_opening):
+                self._opening = asyncio.create_task(self._try_open())
+                await asyncio.wait({self._opening}, timeout=_OPEN_S)
+            return
+        if self._full and now_s >= self._retry_at_s:
+            self._full = ""
+        if not self._readers.waiting:
+            await self.outcome_of(self._readers.submit(self._files.check))
+
+    async def compact(self) -> None:
+        """Where room runs short, move what lives in the emptiest sealed segment, and delete it."""
+        segment = self._segments.worth_moving()
+        if segment is None or not self.is_writable:
+            return
+        for run in list(segment.runs.values()):
+            if run.segment == segment.number and self.is_writable:
+                await self._move(run, segment)
+        if segment.is_dead:
+            self._remove(segment)
+
+    @property
+    def _stuck(self) -> bool:
+        return bool(self._readers.waiting or self._writer.waiting)
+
+    async def _move(self, run: Run, segment: Segment) -> None:
+        blocks, buffers = list(run.blocks), self._segments.staging(run)
+        found = await self.outcome_of(self.begin_read(blocks, buffers))
+        if found is None or not all(found):
+            return
+        placed = await self._append(buffers, lambda: None)
+        if placed is not None and run.segment == segment.number:
+            self._segments.forget(run)
+            self._note(run, blocks, buffers, *placed)
+
+    async def _append(
+        self, images: Sequence[memoryview], when_returned: Callable[[], None]
+    ) -> tuple[Segment, int, list[bool]] | None:
+        """Write images at the end of a segment; where, and which of them were sound."""
+        length = sum(map(len, images))
+        segment = self._room_for(length) if self.is_writable else None
+        if segment is None:
+            when_returned()
+            return None
+        offset = segment.append(length)
+        segment.users += 1
+        call = self._writer.submit(lambda: self._write_now(segment, images, offset))
+
+        def leave() -> None:
+            when_returned()
+            self._leave(segment)
+
+        call.when_returned(leave)
+        sound = await self.outcome_of(call)
+        if sound is None:
+            segment.take_back(offset, length)
+        return None if sound is None or segment.is_out else (segment, offset, sound)
+
+    def _note(
+        self,
+        run: Run,
+        blocks: Sequence[Block],
+        images: Sequence[memoryview],
+        segment: Segment,
+        offset: int,
+        sound: Sequence[bool],
+    ) -> bool:
+        for block, image, is_sound in zip(blocks, images, sound, strict=True):
+            if block.run is run and is_sound:
+                block.ssd_offset = offset
+            elif block.run is run:
+                self._owner.block_is_corrupt(block)
+            offset += len(image)
+        if run.blocks:
+            self._segments.note_written(segment, run, now_s=self._clock.monotonic_s())
+        return bool(run.blocks)
+
+    def _write_now(self, segment: Segment, images: Sequence[memoryview], offset: int) -> list[bool]:
+        sound = []
+        for image in images:
+            header = read_header(image)
+            sound.append(header is not None and is_intact(image, header))
+        if segment.descriptor < 0:
+            segment.descriptor = self._files.create(segment.number)
+        self._files.write(segment.descriptor, images, offset)
+        return sound
+
+    def _room_for(self, length: int) -> Segment | None:
+        self._shrink(length)
+        if not self._segments.fits(length):
+            return None
+        sealed = self._segments.seal_if_full(length)
+        if sealed is not None:
+            self._seal(sealed)
+        return self._segments.active
+
+    def _shrink(self, length: int) -> None:
+        """Let whole segments give way until so much more can be written, or those left are in use."""
+        while (victim := self._segments.in_the_way_of(length)) is not None and not victim.users:
+            self._segments.evicted_blocks += sum(len(run.blocks) for run in victim.runs.values())
+            self._lose_all_of(victim)
+            self._remove(victim)
+
+    def _lose_all_of(self, segment: Segment) -> None:
+        for run in list(segment.runs.values()):
+            self._segments.forget(run)
+            for block in run.blocks:
+                block.ssd_offset = NOWHERE
+            self._owner.ssd_lost(run)
+
+    def _seal(self, segment: Segment) -> DiskCall[None]:
+        runs = segment.found_runs(unix_s=self._clock.unix_s(), now_s=self._clock.monotonic_s())
+        size_bytes = segment.size_bytes
+        segment.is_changed = False
+        return self._writer.submit(lambda: self._files.seal(segment.number, runs, segment_bytes=size_bytes))
+
+    def _remove(self, segment: Segment) -> None:
+        # Readers that are still in it keep the file alive until the last one leaves.
+        self._segments.take_out(segment)
+        if not segment.users:
+            self._delete(segment)
+
+    def _leave(self, segment: Segment) -> None:
+        segment.users -= 1
+        if segment.is_out and not segment.users:
+            self._delete(segment)
+
+    def _delete(self, segment: Segment) -> None:
+        if segment.descriptor >= 0:
+            self._writer.submit(lambda: self._files.remove(segment.number, segment.descriptor))
 
     async def _try_open(self) -> None:
+        if self._is_indexed:
+            # The same directory as before has the same segments: nothing needs to be read again.
+            call = self._readers.submit(self._files.check)
+            try:
+                await call.outcome
+            except OSError:
+                await self._forget_all()
+            else:
+                self._turn_on()
+                return
+        opening = self._readers.submit(self._files.open)
         try:
-            await self._in_thread(self._files.open)
+            found = await opening.outcome
         except OSError as error:
-            await self._fail(error)
+            self.fail(error)
             return
+        await self._adopt(found)
+        self._is_indexed = True
+        self._shrink(0)
+        self._turn_on()
+        log.info("kv_ssd_on", extra={"bytes": self._segments.used_bytes, "direct_io": self._files.is_direct})
+
+    def _turn_on(self) -> None:
         self._fault, self._full = "", ""
-        log.info("kv_ssd_on", extra={"blocks": len(self._files), "bytes": self._files.used_bytes})
+        self._owner.ssd_turned(True)
+
+    async def _adopt(self, found: Sequence[FoundSegment]) -> None:
+        for each in found:
+            segment = self._segments.add_found(each.number, each.descriptor, each.size_bytes)
+            for found_run in each.runs:
+                run = self._owner.adopt(found_run, each.number)
+                if run is not None:
+                    self._segments.note_found(segment, run)
+                    self._owner.ssd_adopted(run)
+            segment.is_changed = not each.is_sealed
+            if segment.is_dead:
+                self._remove(segment)
+            elif not each.is_sealed:
+                self._seal(segment)
+            await asyncio.sleep(0)
+
+    async def _forget_all(self) -> None:
+        self._is_indexed = False
+        segments = list(self._segments.by_number.values())
+        for segment in segments:
+            self._lose_all_of(segment)
+            self._segments.take_out(segment)
+            await asyncio.sleep(0)
+        descriptors = [segment.descriptor for segment in segments if segment.descriptor >= 0]
+        self._readers.submit(lambda: self._files.close(descriptors))
 
     async def _close(self) -> None:
-        closing = asyncio.create_task(self._in_thread(self._files.close))
-        await asyncio.wait({closing}, timeout=_CLOSE_S)
-        self._thread.shutdown(wait=False, cancel_futures=True)
-
-    async def _in_thread(self, work: Callable[[], R]) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        if self._opening is not None:
+            self._opening.cancel()
+        if self._is_indexed and self.serving:
+            calls = [self._seal(each) for each in self._segments.by_number.values() if each.is_changed]
+            descriptors = [
+                each.descriptor for each in self._segments.by_number.values() if each.descriptor >= 0
+            ]
+            calls.append(self._writer.submit(lambda: self._files.close(descriptors)))
+            await asyncio.wait({call.outcome for call in calls}, timeout=_CLOSE_S)
+        for threads in (self._readers, self._writer):
+            threads.close()

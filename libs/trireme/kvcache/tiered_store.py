@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import enum
 import itertools
-from collections.abc import Sequence
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from trireme.errors import InvalidRequest
@@ -18,23 +20,45 @@ from trireme.kvcache.arena import Arena
 from trireme.kvcache.block_codec import (
     HASH_BYTES,
     MAX_PAYLOAD_BYTES,
-    BlockHeader,
     BlockKey,
     block_key,
     block_keys,
+    image_bytes,
     namespace_digest,
     tenant_label,
-    write_generation,
 )
-from trireme.kvcache.dram_tier import DramTier, Lease, Slot
+from trireme.kvcache.block_table import BlockTable
+from trireme.kvcache.dram_tier import DramTier, Lease
+from trireme.kvcache.look_ahead import LookAhead
+from trireme.kvcache.residency_index import ResidencyWriter
+from trireme.kvcache.segment_files import SegmentFiles
+from trireme.kvcache.segment_sidecar import FoundRun
+from trireme.kvcache.sessions import Sessions
 from trireme.kvcache.ssd_tier import SsdTier
+from trireme.kvcache.stored_blocks import MAX_RUN_BYTES, Block, Run, cut_into_runs
+from trireme.kvcache.tenant_ledger import Shares, TenantLedger
+from trireme.kvcache.tier_moves import Fetch, TierMoves
+from trireme.policies.kv_items import State
 from trireme.runtime.clock import Clock
 
 RESERVATION_S = 30.0
 """A writer that has not committed by then is taken for dead."""
 MAX_LEASE_S = 30.0
 MAX_DEADLINE_S = 30.0
-_SWEEP_S = 0.25
+SWEEP_S = 0.25
+_ROOM_S = 0.25
+"""A writer waits no longer for older blocks to be written to SSD; then they are dropped."""
+_RUNS_IN_DRAM = 32
+"""A run takes at most this part of DRAM."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What bounds the blocks besides the sizes of the tiers."""
+
+    ttl_s: float = 3600.0
+    """Blocks that nobody used or waited for, for so long, are deleted."""
+    shares: Shares = field(default_factory=Shares)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +67,6 @@ class NewBlock:
 
     block_hash: bytes
     payload_bytes: int
-    checksum: int
 
 
 class Refusal(enum.Enum):
@@ -57,14 +80,14 @@ class Refusal(enum.Enum):
 class Acquired:
     """The leading blocks of a chain; `lease_id` is 0 where there are none."""
 
-    slots: list[Slot]
+    blocks: list[Block]
     lease_id: int
     lease_s: float
 
 
 @dataclass(slots=True)
 class Counters:
-    """What was done since the start, in blocks."""
+    """What was asked since the start, in blocks."""
 
     lookups: int = 0
     matched: int = 0
@@ -73,27 +96,58 @@ class Counters:
     misses: int = 0
     late: int = 0
     committed: int = 0
-    promoted: int = 0
-    dram_corrupt: int = 0
-
-
-@dataclass(slots=True)
-class _Promotion:
-    task: asyncio.Task[None]
-    leases: list[Lease] = field(default_factory=list)
 
 
 class TieredStore:
     """Blocks in an arena and, where there is one, on an SSD."""
 
-    def __init__(self, arena: Arena, ssd: SsdTier | None, *, clock: Clock) -> None:
+    def __init__(self, arena: Arena, *, ssd_bytes: int, clock: Clock, limits: Limits) -> None:
         self.arena = arena
-        self.ssd = ssd
-        self.dram = DramTier(arena, on_evict=self._on_evict)
+        self.dram = DramTier(arena)
+        self.ssd: SsdTier | None = None
+        self.residency = ResidencyWriter(arena.index)
+        self.table = BlockTable(
+            self.dram,
+            self.residency,
+            dram_ledger=TenantLedger(limits.shares, capacity_bytes=self.dram.capacity_bytes),
+            ssd_ledger=TenantLedger(limits.shares, capacity_bytes=ssd_bytes),
+            ttl_s=limits.ttl_s,
+            clock=clock,
+        )
+        self.moves = TierMoves(self.table, self.dram, lambda: self.ssd)
+        self.look_ahead = LookAhead(self.table, self.dram, self.moves, lambda: self.ssd, clock=clock)
+        self.sessions = Sessions(ttl_s=limits.ttl_s)
         self.counters = Counters()
+        self.peers = 0
+        """Stores of other nodes that can be asked, for the workers to see."""
         self.last_sweep_s = clock.monotonic_s()
         self._clock = clock
-        self._promotions: dict[BlockKey, _Promotion] = {}
+        self._limits = limits
+        self._most_run_bytes = min(MAX_RUN_BYTES, self.dram.capacity_bytes // _RUNS_IN_DRAM)
+
+    @classmethod
+    @asynccontextmanager
+    async def opened(
+        cls,
+        arena: Arena,
+        files: SegmentFiles | None,
+        *,
+        ssd_bytes: int = 0,
+        clock: Clock,
+        limits: Limits | None = None,
+    ) -> AsyncIterator[TieredStore]:
+        """A store over both tiers, or over DRAM alone where there are no `files`."""
+        store = cls(arena, ssd_bytes=ssd_bytes, clock=clock, limits=limits or Limits())
+        if files is None:
+            yield store
+            return
+        ssd = store.ssd = SsdTier(files, quota_bytes=ssd_bytes, clock=clock, owner=store)
+        store.table.segments = ssd.segments
+        async with ssd.in_use():
+            try:
+                yield store
+            finally:
+                store.moves.cancel()
 
     def match(self, namespace: str, block_hashes: bytes) -> tuple[int, int]:
         """Leading blocks of a chain that some tier holds, and that DRAM holds.
@@ -102,13 +156,29 @@ class TieredStore:
             InvalidRequest: `block_hashes` is no multiple of 16 bytes.
         """
         keys = block_keys(namespace, block_hashes)
-        available = len(list(itertools.takewhile(self._is_here, keys)))
-        in_dram = len(list(itertools.takewhile(self.dram.__contains__, keys)))
+        here = self.leading(keys)
         self.counters.lookups += len(keys)
-        self.counters.matched += available
-        return available, in_dram
+        self.counters.matched += len(here)
+        return len(here), len(list(itertools.takewhile(lambda block: block.in_dram, here)))
 
-    def reserve(self, namespace: str, tenant: str, blocks: Sequence[NewBlock]) -> list[Slot | Refusal]:
+    def leading(self, keys: Iterable[BlockKey]) -> list[Block]:
+        """The blocks of a chain up to the first that cannot be read here."""
+        here, get = [], self.table.blocks.get
+        serving = self.ssd is not None and self.ssd.serving
+        for key in keys:
+            block = get(key)
+            if block is None or not (serving or block.in_dram):
+                break
+            here.append(block)
+        return here
+
+    async def prepare_room(self, blocks: Sequence[NewBlock]) -> None:
+        """Wait a moment for room where blocks come in faster than the disk takes older ones."""
+        size_bytes = sum(image_bytes(block.payload_bytes) for block in blocks)
+        if size_bytes > self.dram.free_bytes:
+            await self.moves.prepare(size_bytes, deadline_s=_ROOM_S)
+
+    def reserve(self, namespace: str, tenant: str, blocks: Sequence[NewBlock]) -> list[Block | Refusal]:
         """Room for each block, or why there is none.
 
         Raises:
@@ -126,18 +196,83 @@ class TieredStore:
                     param="payload_bytes",
                 )
         digest, label = namespace_digest(namespace), tenant_label(tenant)
-        return [self._reserve_one(digest, label, block) for block in blocks]
+        expires_s = self._clock.monotonic_s() + RESERVATION_S
+        keys = [block_key(digest, block.block_hash) for block in blocks]
+        # What is here is used now; noted first, or room for the rest would be made from it.
+        present = [found for key in keys for found in self.leading([key])]
+        self.table.touch_chain(_runs_of(present))
+        held = {block.key for block in present}
+        outcomes: list[Block | Refusal] = []
+        for key, wanted in zip(keys, blocks, strict=True):
+            if key in held or self.dram.is_being_written(key):
+                outcomes.append(Refusal.PRESENT)
+            else:
+                block_room = self.reserve_key(key, label, wanted.payload_bytes, expires_s)
+                outcomes.append(block_room or Refusal.NO_SPACE)
+        self.look_ahead.note_room()
+        return outcomes
 
-    def commit(self, generations: Sequence[int]) -> int:
-        """Make reserved blocks readable, first of the chain first; returns how many still were reserved."""
-        slots = [slot for slot in map(self.dram.commit, generations) if slot is not None]
-        self.dram.touch([slot.header.key for slot in slots])
-        self.counters.committed += len(slots)
-        return len(slots)
+    def reserve_key(self, key: BlockKey, tenant: str, payload_bytes: int, expires_s: float) -> Block | None:
+        """Room for one block that is neither here nor being written; None where there is none."""
+        size_bytes = image_bytes(payload_bytes)
+        ledger = self.table.dram_ledger
+        excess_bytes = ledger.excess_bytes(tenant, size_bytes)
+        if excess_bytes > 0:
+            before = self.moves.counters.evicted
+            freed_bytes = self.moves.give_up_oldest(ledger.oldest_first(tenant), excess_bytes)
+            ledger.over_quota[tenant] += self.moves.counters.evicted - before
+            if freed_bytes < excess_bytes:
+                return None
+        block = Block(key, payload_bytes, 0)
+        if not self.moves.place(block):
+            return None
+        ledger.grow(tenant, size_bytes)
+        self.dram.reserve(block, tenant=tenant, expires_s=expires_s)
+        return block
+
+    def commit(self, generations: Sequence[int], checksums: Sequence[int]) -> int:
+        """Make reserved blocks readable, first of the chain first; returns how many still were reserved.
+
+        Raises:
+            InvalidRequest: there are not as many checksums as generations.
+        """
+        if len(generations) != len(checksums):
+            raise InvalidRequest(
+                f"{len(generations)} generations come with {len(checksums)} checksums", param="checksums"
+            )
+        by_tenant: dict[str, list[Block]] = {}
+        for generation, checksum in zip(generations, checksums, strict=True):
+            reservation = self.dram.end_reservation(generation)
+            if reservation is None:
+                continue
+            block = reservation.block
+            block.checksum = checksum
+            self.table.dram_ledger.shrink(reservation.tenant, block.image_bytes)
+            by_tenant.setdefault(reservation.tenant, []).append(block)
+        saved_unix_s = self._clock.unix_s()
+        runs: list[Run] = []
+        for tenant, blocks in by_tenant.items():
+            for part in cut_into_runs(blocks, max_run_bytes=self._most_run_bytes):
+                runs.append(self.table.make_run(tenant, part, saved_unix_s=saved_unix_s))
+        for run in reversed(runs):
+            for position, block in enumerate(run.blocks):
+                self.dram.seal(block, position=position)
+            self.table.add(run, used_s=self.table.now_s())
+            self.table.enter_dram(run)
+        committed = sum(len(run.blocks) for run in runs)
+        self.counters.committed += committed
+        return committed
 
     def abort(self, generations: Sequence[int]) -> int:
         """Give reserved room back; returns how many still were reserved."""
-        return sum(map(self.dram.abort, generations))
+        aborted = 0
+        for generation in generations:
+            reservation = self.dram.end_reservation(generation)
+            if reservation is not None:
+                self.table.dram_ledger.shrink(reservation.tenant, reservation.block.image_bytes)
+                self.dram.displace(reservation.block)
+                aborted += 1
+        return aborted
 
     async def acquire(
         self, namespace: str, block_hashes: bytes, *, deadline_s: float, lease_s: float
@@ -153,161 +288,172 @@ class TieredStore:
         keys = block_keys(namespace, block_hashes)
         deadline_s, lease_s = min(deadline_s, MAX_DEADLINE_S), min(lease_s, MAX_LEASE_S)
         lease = self.dram.open_lease(expires_s=self._clock.monotonic_s() + deadline_s + lease_s)
-        here = list(itertools.takewhile(self._is_here, keys))
+        here = self.leading(keys)
         # All that is in DRAM is pinned first, or room for the rest would be made from it.
-        in_dram = [key for key in here if self.dram.pin(lease, key)]
-        promotions = self._promote_for(lease, here)
+        self.moves.pin(lease, here)
+        in_dram = set(lease.blocks)
+        fetches = self._fetch_for(lease, here)
         try:
-            late = await _wait_for(promotions, deadline_s)
+            late = await _wait_for(fetches, deadline_s)
         except asyncio.CancelledError:
-            self.dram.release(lease.lease_id)
+            self.release(lease.lease_id)
             raise
-        found = list(itertools.takewhile(lease.slots.__contains__, keys))
-        from_dram = len(set(in_dram).intersection(found))
+        found = list(itertools.takewhile(lease.blocks.__contains__, keys))
+        from_dram = len(in_dram.intersection(found))
         self.counters.dram_hits += from_dram
         self.counters.ssd_hits += len(found) - from_dram
         self.counters.misses += len(keys) - len(found)
         self.counters.late += late
         if not found:
-            self.dram.release(lease.lease_id)
+            self.release(lease.lease_id)
             return Acquired([], 0, 0.0)
-        self.dram.touch(found)
+        blocks = [lease.blocks[key] for key in found]
+        self.table.touch_chain(_runs_of(blocks))
         lease.expires_s = self._clock.monotonic_s() + lease_s
-        return Acquired([lease.slots[key] for key in found], lease.lease_id, lease_s)
+        return Acquired(blocks, lease.lease_id, lease_s)
 
     def release(self, lease_id: int, *, corrupt_generations: Sequence[int] = ()) -> bool:
         """End a lease; blocks reported corrupt are forgotten. False where it had ended."""
-        held, dropped = self.dram.release(lease_id, corrupt_generations=corrupt_generations)
-        self.counters.dram_corrupt += dropped
-        return held
+        lease = self.dram.end_lease(lease_id)
+        if lease is None:
+            return False
+        corrupt = set(corrupt_generations)
+        blocks = list(lease.blocks.values())
+        for block in blocks if corrupt else ():
+            if block.generation in corrupt and block.run is not None:
+                self.moves.counters.dram_corrupt += 1
+                self.table.lose_dram_copy(block)
+        self.moves.unpin(blocks)
+        return True
 
-    async def prefetch(self, namespace: str, block_hashes: bytes) -> int:
-        """Read blocks that will be needed soon from SSD into DRAM; returns how many were read.
-
-        Takes at most a quarter of DRAM per call, so that one hint does not put out everything.
+    def note_session(
+        self, tenant: str, session_id: str, namespace: str, block_hashes: bytes, *, version: int
+    ) -> bool:
+        """A conversation's turn ended with this chain (see `Sessions.note`); its blocks were used now.
 
         Raises:
             InvalidRequest: `block_hashes` is no multiple of 16 bytes.
         """
-        promoted, budget_bytes = 0, self.dram.capacity_bytes // 4
-        for key in block_keys(namespace, block_hashes):
-            if key in self.dram:
-                continue
-            promotion = self._promote(key)
-            if promotion is None:
-                continue
-            await asyncio.shield(promotion.task)
-            header = self.ssd.header(key) if self.ssd else None
-            budget_bytes -= header.payload_bytes if header else 0
-            promoted += key in self.dram
-            if budget_bytes <= 0:
-                break
-        return promoted
+        keys = block_keys(namespace, block_hashes)
+        now_s = self._clock.monotonic_s()
+        applied = self.sessions.note(tenant, session_id, namespace, keys, version=version, now_s=now_s)
+        self.table.touch_chain(_runs_of(self.leading(keys)))
+        return applied
 
     def sweep(self) -> None:
-        """End what outlived its time."""
+        """End what outlived its time, and show life."""
         self.last_sweep_s = self._clock.monotonic_s()
-        self.dram.expire(self.last_sweep_s)
+        leases, generations = self.dram.outlived(self.last_sweep_s)
+        for lease_id in leases:
+            self.release(lease_id)
+        self.abort(generations)
+        self.dram.expired += len(leases) + len(generations)
+        self.sessions.expire(self.last_sweep_s)
+        self.arena.beat(time.monotonic_ns(), peers=self.peers)
 
     async def run(self) -> None:
-        """Sweep, and write behind, for ever."""
+        """Sweep, plan, and look after the disk, for ever."""
         async with asyncio.TaskGroup() as tasks:
             if self.ssd is not None:
                 tasks.create_task(self.ssd.run())
+            tasks.create_task(self.look_ahead.run())
             while True:
                 self.sweep()
-                await asyncio.sleep(_SWEEP_S)
+                await asyncio.sleep(SWEEP_S)
 
     async def flush(self, *, deadline_s: float) -> int:
         """Write DRAM's blocks to SSD, last used first, until the deadline; returns how many are there."""
         if self.ssd is None:
             return 0
-        end_s, written = self._clock.monotonic_s() + deadline_s, 0
-        for slot in reversed(self.dram.oldest_first()):
-            if self._clock.monotonic_s() >= end_s:
+        end_s = self._clock.monotonic_s() + deadline_s
+        runs = sorted((run for run in self.table.runs.values() if run.in_dram), key=lambda run: -run.use_s)
+        written = 0
+        for run in runs:
+            left_s = end_s - self._clock.monotonic_s()
+            if left_s <= 0:
                 break
-            if slot.header.key not in self.ssd and not await self.ssd.write_through(self.dram.image(slot)):
-                break
-            written += 1
+            if not run.on_ssd and run.state is State.RESIDENT:
+                task = self.moves.write(run)
+                if task is None:
+                    break
+                await asyncio.wait({task}, timeout=left_s)
+            written += len(run.blocks) if run.on_ssd else 0
         return written
 
-    def _is_here(self, key: BlockKey) -> bool:
-        return key in self.dram or (self.ssd is not None and key in self.ssd)
-
-    def _reserve_one(self, digest: bytes, tenant: str, block: NewBlock) -> Slot | Refusal:
-        key = block_key(digest, block.block_hash)
-        if key in self.dram or self.dram.is_being_written(key):
-            self.dram.touch([key])
-            return Refusal.PRESENT
-        now_s = self._clock.monotonic_s()
-        header = BlockHeader(
-            key=key,
-            payload_bytes=block.payload_bytes,
-            checksum=block.checksum,
-            tenant=tenant,
-            saved_unix_s=self._clock.unix_s(),
-        )
-        return self.dram.reserve(header, expires_s=now_s + RESERVATION_S) or Refusal.NO_SPACE
-
-    def _promote_for(self, lease: Lease, keys: Sequence[BlockKey]) -> list[_Promotion]:
-        promotions = []
-        pinned = {key: None for key in keys if key in lease.slots}
-        for key in keys:
-            if key in lease.slots:
-                pinned.pop(key, None)
+    def adopt(self, found: FoundRun, segment: int) -> Run | None:
+        """A run lay on the disk at start: it lives on if its time is not over and it is not here already."""
+        # The clock that counts uses starts anew with the machine, and the other one may have been set: what
+        # is said to be used in the future was used now.
+        idle_s = max(0.0, self._clock.unix_s() - found.used_unix_s)
+        if idle_s >= self._limits.ttl_s:
+            return None
+        blocks = []
+        for key, payload_bytes, checksum, offset in found.blocks:
+            older = self.table.blocks.get(key)
+            if older is not None and older.in_dram:
                 continue
-            promotion = self._promote(key)
-            # A chain's beginning is worth more than its end, which gives way where room is short.
-            while promotion is None and pinned:
-                self.dram.unpin(lease, pinned.popitem()[0])
-                promotion = self._promote(key)
-            if promotion is None:
+            block = Block(key, payload_bytes, checksum)
+            block.ssd_offset = offset
+            blocks.append(block)
+        if not blocks:
+            return None
+        run = self.table.make_run(found.tenant, blocks, saved_unix_s=found.saved_unix_s)
+        self.table.add(run, used_s=self._clock.monotonic_s() - idle_s)
+        return run
+
+    def ssd_adopted(self, run: Run) -> None:
+        """The tier has noted where an adopted run lies."""
+        self.table.enter_ssd(run)
+
+    def ssd_lost(self, run: Run) -> None:
+        """A run's copy is no longer on SSD."""
+        self.table.leave_ssd(run)
+
+    def block_is_corrupt(self, block: Block) -> None:
+        """A block's bytes in DRAM were not sound when they were to be written."""
+        self.moves.counters.dram_corrupt += 1
+        self.table.drop_block(block)
+
+    def ssd_turned(self, is_on: bool) -> None:
+        """Workers look at what is on SSD only while it can be read."""
+        self.arena.show_ssd(is_on)
+
+    def _fetch_for(self, lease: Lease, blocks: Sequence[Block]) -> list[Fetch]:
+        fetches: list[Fetch] = []
+        wanted: dict[int, list[Block]] = {}
+        for block in blocks:
+            if block.key not in lease.blocks and block.run is not None:
+                wanted.setdefault(block.run.number, []).append(block)
+        pinned = [block for block in blocks if block.key in lease.blocks]
+        for number, run_blocks in wanted.items():
+            run = self.table.runs.get(number)
+            if run is None:
                 break
-            promotion.leases.append(lease)
-            promotions.append(promotion)
-        return promotions
-
-    def _promote(self, key: BlockKey) -> _Promotion | None:
-        promotion = self._promotions.get(key)
-        if promotion is not None:
-            return promotion
-        header = self.ssd.header(key) if self.ssd else None
-        if header is None or self.dram.is_being_written(key):
-            return None
-        # The thread that reads must not outlive its room, so this reservation does not expire.
-        slot = self.dram.reserve(header, expires_s=float("inf"))
-        if slot is None:
-            return None
-        promotion = _Promotion(asyncio.create_task(self._read_from_ssd(slot)))
-        self._promotions[key] = promotion
-        return promotion
-
-    async def _read_from_ssd(self, slot: Slot) -> None:
-        assert self.ssd is not None
-        key, image = slot.header.key, self.dram.image(slot)
-        intact = False
-        try:
-            intact = await self.ssd.read_into(key, image)
-        finally:
-            promotion = self._promotions.pop(key)
-            if not intact:
-                self.dram.abort(slot.generation)
-        if not intact:
-            return
-        write_generation(image, slot.generation)
-        self.dram.commit(slot.generation)
-        self.counters.promoted += 1
-        for lease in promotion.leases:
-            self.dram.pin(lease, key)
-
-    def _on_evict(self, slot: Slot, image: memoryview) -> None:
-        if self.ssd is not None:
-            self.ssd.offer(slot.header.key, image)
+            fetch = self.moves.fetch(run, may_put_out=True)
+            # A chain's beginning is worth more than its end, which gives way where room is short.
+            while fetch is None and pinned and run.on_ssd:
+                last = pinned.pop()
+                del lease.blocks[last.key]
+                self.moves.unpin([last])
+                fetch = self.moves.fetch(run, may_put_out=True)
+            if fetch is None:
+                break
+            fetch.leases.append((lease, [block.key for block in run_blocks]))
+            fetches.append(fetch)
+        return fetches
 
 
-async def _wait_for(promotions: Sequence[_Promotion], deadline_s: float) -> int:
-    """Wait until all are there or it is time; returns how many are late."""
-    if not promotions:
+def _runs_of(blocks: Iterable[Block]) -> list[Run]:
+    runs: dict[int, Run] = {}
+    for block in blocks:
+        if block.run is not None:
+            runs.setdefault(block.run.number, block.run)
+    return list(runs.values())
+
+
+async def _wait_for(fetches: Sequence[Fetch], deadline_s: float) -> int:
+    """Wait until all are there or it is time; returns how many blocks are late."""
+    if not fetches:
         return 0
-    _, late = await asyncio.wait([promotion.task for promotion in promotions], timeout=deadline_s)
-    return len(late)
+    await asyncio.wait([fetch.done for fetch in fetches], timeout=deadline_s)
+    return sum(len(fetch.leases[-1][1]) for fetch in fetches if not fetch.done.done())

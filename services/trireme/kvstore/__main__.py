@@ -20,13 +20,12 @@ from trireme.bus.streams import Stream
 from trireme.errors import InvalidConfiguration
 from trireme.kvcache.arena import SHARED_MEMORY, Arena, own_arena
 from trireme.kvcache.segment_files import SegmentFiles
-from trireme.kvcache.ssd_tier import SsdTier
 from trireme.kvcache.tiered_store import TieredStore
 from trireme.kvstore.hints import follow_hints
 from trireme.kvstore.metrics import KvStoreCollector
 from trireme.kvstore.reports import health_of, publish_measurements
 from trireme.kvstore.servicer import KvStoreServicer
-from trireme.kvstore.settings import Settings, sizes_of
+from trireme.kvstore.settings import Settings, Sizes, sizes_of
 from trireme.runtime.clock import SystemClock
 from trireme.runtime.health import HealthReporter
 from trireme.runtime.metrics_server import metrics_server
@@ -41,8 +40,6 @@ log = logging.getLogger(__name__)
 
 SERVICE_NAME = "trireme.wire.kvstore.v1.KvStore"
 _MEASUREMENTS = 100_000
-_QUEUE_SHARE = 4
-_LARGEST_QUEUE_BYTES = 256 * 2**20
 
 
 async def serve(settings: Settings) -> None:
@@ -56,14 +53,10 @@ async def serve(settings: Settings) -> None:
     process_id = new_process_id("kvstore")
     started_unix_s = time.time()
     async with AsyncExitStack() as stack:
-        arena = _open_arena(settings, sizes.dram_bytes, stack)
-        ssd = None
-        if sizes.ssd_bytes:
-            files = SegmentFiles(settings.directory, quota_bytes=sizes.ssd_bytes)
-            queue_bytes = min(sizes.dram_bytes // _QUEUE_SHARE, _LARGEST_QUEUE_BYTES)
-            opened = SsdTier.opened(files, clock=clock, queue_bytes=queue_bytes)
-            ssd = await stack.enter_async_context(opened)
-        store = TieredStore(arena, ssd, clock=clock)
+        arena = _open_arena(settings, sizes, stack)
+        files = SegmentFiles(settings.directory) if sizes.ssd_bytes else None
+        opened = TieredStore.opened(arena, files, ssd_bytes=sizes.ssd_bytes, clock=clock, limits=sizes.limits)
+        store = await stack.enter_async_context(opened)
 
         redis = await stack.enter_async_context(open_redis(settings.redis_url))
         await persistently(redis.ping, what="start")
@@ -74,7 +67,7 @@ async def serve(settings: Settings) -> None:
         metrics = CollectorRegistry()
         metrics.register(KvStoreCollector(store, node=settings.node))
         health = HealthReporter({SERVICE_NAME: lambda: health_of(store, clock)})
-        servicer = KvStoreServicer(store, node=settings.node)
+        servicer = KvStoreServicer(store, node=settings.node, clock=clock)
         register = partial(rpc.add_KvStoreServicer_to_server, servicer)
         store.sweep()
 
@@ -84,9 +77,7 @@ async def serve(settings: Settings) -> None:
             running = [
                 tasks.create_task(asyncio.to_thread(arena.prefault, stop_prefault)),
                 tasks.create_task(store.run()),
-                tasks.create_task(
-                    publish_measurements(store, measurements, node=settings.node, clock=clock)
-                ),
+                tasks.create_task(publish_measurements(store, measurements, node=settings.node, clock=clock)),
                 tasks.create_task(follow_hints(store, hints, clock=clock)),
             ]
             async with AsyncExitStack() as serving:
@@ -122,18 +113,20 @@ async def serve(settings: Settings) -> None:
                 task.cancel()
 
 
-def _open_arena(settings: Settings, dram_bytes: int, stack: AsyncExitStack) -> Arena:
+def _open_arena(settings: Settings, sizes: Sizes, stack: AsyncExitStack) -> Arena:
     """The arena, in the first directory that has room for it."""
     faults = []
     for directory in _arena_directories(settings):
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            return stack.enter_context(own_arena(directory, dram_bytes=dram_bytes))
+            owned = own_arena(directory, dram_bytes=sizes.dram_bytes, ssd_bytes=sizes.ssd_bytes)
+            return stack.enter_context(owned)
         except OSError as error:
             faults.append(f"{directory}: {error.strerror or error}")
             log.warning("kv_arena_refused", extra={"directory": str(directory), "error": str(error)})
     raise InvalidConfiguration(
-        f"no room for an arena of {dram_bytes} bytes ({'; '.join(faults)}): lower dram_mib", param="dram_mib"
+        f"no room for an arena of {sizes.dram_bytes} bytes ({'; '.join(faults)}): lower dram_mib",
+        param="dram_mib",
     )
 
 

@@ -8,7 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from trireme.kvcache.tiered_store import TieredStore
-from trireme.kvstore.servicer import stats_of
+from trireme.kvstore.figures import stats_of
 from trireme.wire.kvstore.v1.kvstore_pb2 import GetStatsResponse, TierStats
 
 _TIER_GAUGES = {
@@ -26,6 +26,9 @@ _GAUGES = {
     "write_behind_bytes": "Bytes waiting to be written to SSD.",
     "write_behind_blocks": "Blocks waiting to be written to SSD.",
     "leases": "Leases held by readers.",
+    "queued_jobs": "Waiting requests that hints tell of and whose blocks are here.",
+    "sessions": "Conversations known.",
+    "peers": "Stores of other nodes that can be asked.",
 }
 _COUNTERS = {
     "lookups": "Blocks asked for before loading.",
@@ -34,6 +37,11 @@ _COUNTERS = {
     "committed": "Blocks saved.",
     "promoted": "Blocks read from SSD into DRAM.",
     "write_behind_dropped": "Evicted blocks that were not written to SSD.",
+    "outlived": "Blocks deleted because nobody used them for the time to live.",
+    "fetched_ahead": "Blocks read from SSD because a waiting request will need them.",
+    "from_peers": "Blocks fetched from other nodes.",
+    "to_peers": "Blocks sent to other nodes.",
+    "peer_corrupt": "Blocks from other nodes that did not have their checksum.",
     "expired": "Leases and reservations that their holder did not end.",
 }
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import grpc
 
 from trireme.errors import InvalidRequest
-from trireme.kvcache.dram_tier import Slot
+from trireme.kvcache.stored_blocks import Block
 from trireme.kvcache.tiered_store import RESERVATION_S, NewBlock, Refusal, TieredStore
+from trireme.kvstore.figures import stats_of
+from trireme.runtime.clock import Clock
 from trireme.wire.kvstore.v1 import kvstore_pb2 as pb
 from trireme.wire.kvstore.v1 import kvstore_pb2_grpc as rpc
 
@@ -16,7 +19,6 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 MAX_BLOCKS = 16384
 """Blocks that one call may name; a call holds the event loop for about a microsecond per block."""
-_MAX_TENANTS = 100
 _REFUSALS = {
     Refusal.PRESENT: pb.RESERVATION_PRESENT,
     Refusal.NO_SPACE: pb.RESERVATION_NO_SPACE,
@@ -26,8 +28,9 @@ _REFUSALS = {
 class KvStoreServicer(rpc.KvStoreServicer):
     """One store. An offset or a lease of another arena is one that has ended."""
 
-    def __init__(self, store: TieredStore, *, node: str) -> None:
+    def __init__(self, store: TieredStore, *, node: str, clock: Clock) -> None:
         self._store = store
+        self._clock = clock
         self._node = node
         ref = store.arena.ref
         self._arena = pb.Arena(id=ref.arena_id, path=ref.path, size_bytes=ref.size_bytes)
@@ -35,16 +38,15 @@ class KvStoreServicer(rpc.KvStoreServicer):
     async def Match(self, request: pb.MatchRequest, context: Context) -> pb.MatchResponse:
         _check_count(len(request.block_hashes) // 16)
         available, in_dram = self._store.match(request.namespace, request.block_hashes)
-        return pb.MatchResponse(available=available, in_dram=in_dram)
+        return pb.MatchResponse(available=available, in_dram=in_dram, reachable=available)
 
     async def Reserve(self, request: pb.ReserveRequest, context: Context) -> pb.ReserveResponse:
         _check_count(len(request.blocks))
         blocks = [
-            NewBlock(
-                block_hash=block.block_hash, payload_bytes=block.payload_bytes, checksum=block.checksum
-            )
+            NewBlock(block_hash=block.block_hash, payload_bytes=block.payload_bytes)
             for block in request.blocks
         ]
+        await self._store.prepare_room(blocks)
         outcomes = self._store.reserve(request.namespace, request.tenant, blocks)
         return pb.ReserveResponse(
             arena=self._arena,
@@ -55,7 +57,7 @@ class KvStoreServicer(rpc.KvStoreServicer):
     async def Commit(self, request: pb.CommitRequest, context: Context) -> pb.CommitResponse:
         if not self._is_ours(request.arena_id):
             return pb.CommitResponse()
-        return pb.CommitResponse(committed=self._store.commit(request.generations))
+        return pb.CommitResponse(committed=self._store.commit(request.generations, request.checksums))
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         if not self._is_ours(request.arena_id):
@@ -76,12 +78,12 @@ class KvStoreServicer(rpc.KvStoreServicer):
             arena=self._arena,
             blocks=[
                 pb.AcquiredBlock(
-                    offset=self._store.dram.payload_offset(slot),
-                    payload_bytes=slot.header.payload_bytes,
-                    checksum=slot.header.checksum,
-                    generation=slot.generation,
+                    offset=self._store.dram.payload_offset(block),
+                    payload_bytes=block.payload_bytes,
+                    checksum=block.checksum,
+                    generation=block.generation,
                 )
-                for slot in acquired.slots
+                for block in acquired.blocks
             ],
             lease_id=acquired.lease_id,
             lease_s=acquired.lease_s,
@@ -93,13 +95,42 @@ class KvStoreServicer(rpc.KvStoreServicer):
         held = self._store.release(request.lease_id, corrupt_generations=request.corrupt_generations)
         return pb.ReleaseResponse(held=held)
 
+    async def NoteSession(self, request: pb.NoteSessionRequest, context: Context) -> pb.NoteSessionResponse:
+        _check_count(len(request.block_hashes) // 16)
+        if not request.session_id:
+            raise InvalidRequest("session_id is empty: name a conversation", param="session_id")
+        applied = self._store.note_session(
+            request.tenant,
+            request.session_id,
+            request.namespace,
+            request.block_hashes,
+            version=request.version,
+        )
+        return pb.NoteSessionResponse(applied=applied)
+
+    async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> pb.GetSessionResponse:
+        session = self._store.sessions.get(request.tenant, request.session_id)
+        if session is None:
+            return pb.GetSessionResponse()
+        here = self._store.leading(session.keys)
+        return pb.GetSessionResponse(
+            known=True,
+            namespace=session.namespace,
+            block_hashes=b"".join(key[16:] for key in session.keys),
+            version=session.version,
+            available=len(here),
+            in_dram=len(list(itertools.takewhile(lambda block: block.in_dram, here))),
+            payload_bytes=sum(block.payload_bytes for block in here),
+            idle_s=self._clock.monotonic_s() - session.used_s,
+        )
+
     async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> pb.GetStatsResponse:
         return stats_of(self._store, node=self._node)
 
     def _is_ours(self, arena_id: bytes) -> bool:
         return arena_id == self._arena.id
 
-    def _reserved(self, outcome: Slot | Refusal) -> pb.ReservedBlock:
+    def _reserved(self, outcome: Block | Refusal) -> pb.ReservedBlock:
         if isinstance(outcome, Refusal):
             return pb.ReservedBlock(outcome=_REFUSALS[outcome])
         return pb.ReservedBlock(
@@ -107,51 +138,6 @@ class KvStoreServicer(rpc.KvStoreServicer):
             offset=self._store.dram.payload_offset(outcome),
             generation=outcome.generation,
         )
-
-
-def stats_of(store: TieredStore, *, node: str) -> pb.GetStatsResponse:
-    """What a store holds now and did since its start."""
-    dram, ssd, counters, ref = store.dram, store.ssd, store.counters, store.arena.ref
-    return pb.GetStatsResponse(
-        node=node,
-        arena=pb.Arena(id=ref.arena_id, path=ref.path, size_bytes=ref.size_bytes),
-        dram=pb.TierStats(
-            capacity_bytes=dram.capacity_bytes,
-            used_bytes=dram.used_bytes,
-            blocks=len(dram),
-            hits=counters.dram_hits,
-            evictions=dram.evictions,
-            corrupt=counters.dram_corrupt,
-            serving=True,
-        ),
-        ssd=pb.TierStats(
-            capacity_bytes=ssd.files.quota_bytes,
-            used_bytes=ssd.files.used_bytes,
-            blocks=len(ssd.files),
-            hits=counters.ssd_hits,
-            evictions=ssd.files.evictions,
-            corrupt=ssd.files.corrupt,
-            serving=ssd.serving,
-            status=ssd.status,
-        )
-        if ssd
-        else pb.TierStats(status="there is no ssd tier"),
-        lookups=counters.lookups,
-        hits=counters.matched,
-        misses=counters.misses,
-        late=counters.late,
-        committed=counters.committed,
-        promoted=counters.promoted,
-        write_behind_bytes=ssd.queue_bytes if ssd else 0,
-        write_behind_blocks=ssd.queue_blocks if ssd else 0,
-        write_behind_dropped=ssd.dropped if ssd else 0,
-        leases=dram.num_leases,
-        expired=dram.expired,
-        tenants=[
-            pb.TenantStats(tenant=tenant, dram_bytes=held_bytes)
-            for tenant, held_bytes in dram.tenant_bytes.most_common(_MAX_TENANTS)
-        ],
-    )
 
 
 def _check_count(blocks: int) -> None:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trireme.errors import InvalidConfiguration
+from trireme.kvcache.block_codec import tenant_label
+from trireme.kvcache.tenant_ledger import Shares
+from trireme.kvcache.tiered_store import Limits
 from trireme.runtime.fleet import KvStore, load_fleet
 
 
@@ -23,6 +26,10 @@ class Settings:
     """Shared memory for blocks, MiB; absent: the fleet's."""
     ssd_mib: int | None = None
     """Segment files, MiB; 0: no SSD tier; absent: the fleet's."""
+    ttl_s: float | None = None
+    """Seconds after which blocks that nobody used are deleted; absent: the fleet's."""
+    tenant_share: float | None = None
+    """Largest share of each tier that one tenant may fill, 0..1; absent: the fleet's."""
     directory: Path = Path(".run/kv")
     """Where the segment files lie."""
     arena_directory: Path | None = None
@@ -38,10 +45,11 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Bytes of the two tiers, and the fleet's name."""
+    """Bytes of the two tiers, what bounds their blocks, and the fleet's name."""
 
     dram_bytes: int
     ssd_bytes: int
+    limits: Limits
     fleet_name: str
 
 
@@ -62,5 +70,12 @@ def sizes_of(settings: Settings) -> Sizes:
     return Sizes(
         dram_bytes=dram_mib * 2**20,
         ssd_bytes=ssd_mib * 2**20,
+        limits=Limits(
+            ttl_s=section.ttl_s if settings.ttl_s is None else settings.ttl_s,
+            shares=Shares(
+                default=section.tenant_share if settings.tenant_share is None else settings.tenant_share,
+                by_tenant={tenant_label(tenant): share for tenant, share in section.tenant_shares.items()},
+            ),
+        ),
         fleet_name=fleet.name if fleet is not None else "",
     )

@@ -415,34 +415,86 @@ class Decision(_message.Message):
 Global___Decision: _TypeAlias = Decision  # noqa: Y015
 
 @_typing.final
+class WaitingRequest(_message.Message):
+    """A request that waits, for those who prepare what it needs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    BLOCK_HASHES_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The request."""
+    tenant: _builtins.str
+    """Its tenant."""
+    session_id: _builtins.str
+    """The conversation, or empty."""
+    namespace: _builtins.str
+    """Namespace of its blocks: model key and layout."""
+    block_hashes: _builtins.bytes
+    """Hashes of its prompt's blocks, 16 bytes each, concatenated, first of the chain first."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        session_id: _builtins.str = ...,
+        namespace: _builtins.str = ...,
+        block_hashes: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "namespace", b"namespace", "request_id", b"request_id", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WaitingRequest: _TypeAlias = WaitingRequest  # noqa: Y015
+
+@_typing.final
 class Hint(_message.Message):
-    """Stream `hints:{node}`: scheduler -> kvstore. Blocks needed soon, soonest first."""
+    """Stream `hints:{node}`: scheduler, worker -> kvstore. The order in which requests will run."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
-    NAMESPACE_FIELD_NUMBER: _builtins.int
-    BLOCK_HASHES_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
     MADE_UNIX_S_FIELD_NUMBER: _builtins.int
+    REQUEST_IDS_FIELD_NUMBER: _builtins.int
+    START_IN_S_FIELD_NUMBER: _builtins.int
+    DESCRIBED_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique."""
-    namespace: _builtins.str
-    """Namespace of the blocks: model key and layout."""
-    block_hashes: _builtins.bytes
-    """Block hashes, 16 bytes each, concatenated, soonest first."""
+    source: _builtins.str
+    """Whose queue this is: a scheduler replica or a worker. Each source speaks for its own queue."""
     made_unix_s: _builtins.float
     """When it was made."""
+    @_builtins.property
+    def request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The source's queue now, soonest first: request ids. What is not named no longer waits there."""
+
+    @_builtins.property
+    def start_in_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """When each is expected to start, in seconds from `made_unix_s`; in the order of `request_ids`."""
+
+    @_builtins.property
+    def described(self) -> _containers.RepeatedCompositeFieldContainer[Global___WaitingRequest]:
+        """Those of them that were not described in the source's hints of the last seconds."""
+
     def __init__(
         self,
         *,
         id: _builtins.str = ...,
-        namespace: _builtins.str = ...,
-        block_hashes: _builtins.bytes = ...,
+        source: _builtins.str = ...,
         made_unix_s: _builtins.float = ...,
+        request_ids: _abc.Iterable[_builtins.str] | None = ...,
+        start_in_s: _abc.Iterable[_builtins.float] | None = ...,
+        described: _abc.Iterable[Global___WaitingRequest] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "id", b"id", "made_unix_s", b"made_unix_s", "namespace", b"namespace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["described", b"described", "id", b"id", "made_unix_s", b"made_unix_s", "request_ids", b"request_ids", "source", b"source", "start_in_s", b"start_in_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

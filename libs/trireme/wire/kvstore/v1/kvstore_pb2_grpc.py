@@ -65,6 +65,26 @@ class KvStoreStub:
                 request_serializer=trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.ReleaseResponse.FromString,
                 _registered_method=True)
+        self.NoteSession = channel.unary_unary(
+                '/trireme.wire.kvstore.v1.KvStore/NoteSession',
+                request_serializer=trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.NoteSessionRequest.SerializeToString,
+                response_deserializer=trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.NoteSessionResponse.FromString,
+                _registered_method=True)
+        self.GetSession = channel.unary_unary(
+                '/trireme.wire.kvstore.v1.KvStore/GetSession',
+                request_serializer=trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.GetSessionRequest.SerializeToString,
+                response_deserializer=trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.GetSessionResponse.FromString,
+                _registered_method=True)
+        self.Fetch = channel.unary_stream(
+                '/trireme.wire.kvstore.v1.KvStore/Fetch',
+                request_serializer=trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.FetchRequest.SerializeToString,
+                response_deserializer=trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.BlockPart.FromString,
+                _registered_method=True)
+        self.Push = channel.stream_unary(
+                '/trireme.wire.kvstore.v1.KvStore/Push',
+                request_serializer=trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.BlockPart.SerializeToString,
+                response_deserializer=trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.PushResponse.FromString,
+                _registered_method=True)
         self.GetStats = channel.unary_unary(
                 '/trireme.wire.kvstore.v1.KvStore/GetStats',
                 request_serializer=trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.GetStatsRequest.SerializeToString,
@@ -119,6 +139,34 @@ class KvStoreServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def NoteSession(self, request, context):
+        """NoteSession says which chain a conversation ended its turn with.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetSession(self, request, context):
+        """GetSession says what is here of a conversation's last chain.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Fetch(self, request, context):
+        """Fetch sends the leading blocks of a chain to the store of another node.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Push(self, request_iterator, context):
+        """Push takes blocks from the store of another node.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStats(self, request, context):
         """GetStats says what is held and what was done since the start.
         """
@@ -158,6 +206,26 @@ def add_KvStoreServicer_to_server(servicer, server):
                     servicer.Release,
                     request_deserializer=trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.ReleaseRequest.FromString,
                     response_serializer=trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.ReleaseResponse.SerializeToString,
+            ),
+            'NoteSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.NoteSession,
+                    request_deserializer=trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.NoteSessionRequest.FromString,
+                    response_serializer=trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.NoteSessionResponse.SerializeToString,
+            ),
+            'GetSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSession,
+                    request_deserializer=trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.GetSessionRequest.FromString,
+                    response_serializer=trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.GetSessionResponse.SerializeToString,
+            ),
+            'Fetch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Fetch,
+                    request_deserializer=trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.FetchRequest.FromString,
+                    response_serializer=trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.BlockPart.SerializeToString,
+            ),
+            'Push': grpc.stream_unary_rpc_method_handler(
+                    servicer.Push,
+                    request_deserializer=trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.BlockPart.FromString,
+                    response_serializer=trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.PushResponse.SerializeToString,
             ),
             'GetStats': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStats,
@@ -328,6 +396,114 @@ class KvStore:
             '/trireme.wire.kvstore.v1.KvStore/Release',
             trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.ReleaseRequest.SerializeToString,
             trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.ReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def NoteSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trireme.wire.kvstore.v1.KvStore/NoteSession',
+            trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.NoteSessionRequest.SerializeToString,
+            trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.NoteSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trireme.wire.kvstore.v1.KvStore/GetSession',
+            trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.GetSessionRequest.SerializeToString,
+            trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.GetSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/trireme.wire.kvstore.v1.KvStore/Fetch',
+            trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.FetchRequest.SerializeToString,
+            trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.BlockPart.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Push(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/trireme.wire.kvstore.v1.KvStore/Push',
+            trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.BlockPart.SerializeToString,
+            trireme_dot_wire_dot_kvstore_dot_v1_dot_kvstore__pb2.PushResponse.FromString,
             options,
             channel_credentials,
             insecure,

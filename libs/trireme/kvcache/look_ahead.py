@@ -1,0 +1,91 @@
+"""The look-ahead loop: hears the queue, asks `policies/kv_tiering` what should be where, has it carried out.
+
+It plans when the queue changes, when room in DRAM runs low, when a move ends, and every 50 ms while
+jobs wait or something moves. A plan costs by what changes, not by what is stored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+
+from trireme.kvcache.block_codec import BlockKey
+from trireme.kvcache.block_table import BlockTable
+from trireme.kvcache.dram_tier import DramTier
+from trireme.kvcache.ssd_tier import SsdTier
+from trireme.kvcache.tier_moves import TierMoves
+from trireme.kvcache.waiting_jobs import WaitingJob, WaitingJobs
+from trireme.policies.kv_tiering import Capacity, plan
+from trireme.runtime.clock import Clock
+
+PENDING_S = 0.05
+IDLE_S = 0.5
+LEAST_S = 0.005
+"""Between two plans, however fast the queue changes."""
+
+
+class LookAhead:
+    """Plans for one store."""
+
+    def __init__(
+        self,
+        table: BlockTable,
+        dram: DramTier,
+        moves: TierMoves,
+        ssd: Callable[[], SsdTier | None],
+        *,
+        clock: Clock,
+    ) -> None:
+        self._table = table
+        self._dram = dram
+        self._moves = moves
+        self._ssd = ssd
+        self._clock = clock
+        self._wake = asyncio.Event()
+        self.jobs = WaitingJobs()
+        self.plans = 0
+
+    def hear(
+        self, source: str, order: Sequence[WaitingJob], chains: Mapping[str, Sequence[BlockKey]]
+    ) -> None:
+        """A source's queue now (see `WaitingJobs.hear`)."""
+        self.jobs.hear(source, order, chains, now_s=self._clock.monotonic_s())
+        self._wake.set()
+
+    def note_room(self) -> None:
+        """DRAM has less room now: plan at once where it is short."""
+        if self._dram.free_bytes < self._capacity().low_free_bytes:
+            self._wake.set()
+
+    def replan(self) -> int:
+        """Plan once and begin what it says; returns the number of commands."""
+        self.plans += 1
+        now_s = self._clock.monotonic_s()
+        queue = self.jobs.refresh(self._table.blocks, now_s=now_s)
+        if queue is not None:
+            self._table.index.follow(queue, now_s=now_s)
+        commands = plan(
+            self._table.index, self._capacity(), now_s=now_s, dram_free_bytes=self._dram.free_bytes
+        )
+        self._moves.carry_out(commands)
+        return len(commands)
+
+    async def run(self) -> None:
+        """Plan for ever."""
+        while True:
+            is_pending = bool(self.jobs) or self._moves.is_busy
+            try:
+                await asyncio.wait_for(self._wake.wait(), timeout=PENDING_S if is_pending else IDLE_S)
+            except TimeoutError:
+                pass
+            self._wake.clear()
+            self.replan()
+            await asyncio.sleep(LEAST_S)
+
+    def _capacity(self) -> Capacity:
+        ssd = self._ssd()
+        return Capacity(
+            dram_bytes=self._dram.used_bytes + self._dram.free_bytes,
+            ssd_bytes=ssd.segments.live_capacity_bytes if ssd else 0,
+            is_ssd_writable=ssd is not None and ssd.is_writable,
+        )

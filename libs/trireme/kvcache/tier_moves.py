@@ -1,0 +1,385 @@
+"""Runs on their way between the tiers: fetched, evicted, dropped, or put out at once for want of room.
+
+What goes where is decided by `policies/kv_tiering`; this carries it out. Nothing waits here but the
+task that writes one run, so a thousand moves cost a thousand callbacks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trireme.kvcache.block_codec import BlockKey, write_generation
+from trireme.kvcache.block_table import BlockTable
+from trireme.kvcache.disk_threads import DiskCall
+from trireme.kvcache.dram_tier import DramTier, Lease
+from trireme.kvcache.ssd_tier import SsdTier
+from trireme.kvcache.stored_blocks import NOWHERE, Block, Run
+from trireme.policies.kv_items import State
+from trireme.policies.kv_tiering import Action, Command
+
+_LEAST_WRITING_BYTES = 32 * 2**20
+
+
+@dataclass(slots=True)
+class MoveCounters:
+    """What moved since the start, in blocks."""
+
+    promoted: int = 0
+    fetched_ahead: int = 0
+    evicted: int = 0
+    unsaved: int = 0
+    """Put out of DRAM without having been written to the SSD tier that there is."""
+    outlived: int = 0
+    dram_corrupt: int = 0
+    ssd_corrupt: int = 0
+    ssd_evicted: int = 0
+
+
+class Fetch:
+    """One run on its way from SSD to DRAM, and the leases that wait for it."""
+
+    __slots__ = ("blocks", "done", "is_ahead", "leases", "run")
+
+    def __init__(self, run: Run, done: asyncio.Future[None], *, is_ahead: bool) -> None:
+        self.run = run
+        self.blocks = list(run.blocks)
+        self.done = done
+        """Resolved when the run is there, or will not come."""
+        self.is_ahead = is_ahead
+        self.leases: list[tuple[Lease, Sequence[BlockKey]]] = []
+
+
+class TierMoves:
+    """Carries runs between one arena and one SSD tier."""
+
+    def __init__(self, table: BlockTable, dram: DramTier, ssd: Callable[[], SsdTier | None]) -> None:
+        self._table = table
+        self._dram = dram
+        self._ssd = ssd
+        self._fetches: dict[int, Fetch] = {}
+        self._writes: dict[int, asyncio.Task[bool]] = {}
+        self._writing_bytes = 0
+        self._most_writing_bytes = max(_LEAST_WRITING_BYTES, dram.capacity_bytes // 8)
+        self.counters = MoveCounters()
+
+    @property
+    def writing_bytes(self) -> int:
+        """Bytes that are being written to SSD, or wait for it."""
+        return self._writing_bytes
+
+    @property
+    def writing_blocks(self) -> int:
+        """Blocks that are being written to SSD, or wait for it."""
+        runs = (self._table.runs.get(number) for number in self._writes)
+        return sum(len(run.blocks) for run in runs if run is not None)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything is on its way."""
+        return bool(self._fetches or self._writes)
+
+    def carry_out(self, commands: Iterable[Command[int]]) -> None:
+        """Begin what a plan says; what does not go now is planned again."""
+        for command in commands:
+            run = self._table.runs.get(command.item_id)
+            if run is None or run.state is not State.RESIDENT or run.pins:
+                continue
+            if command.action is Action.FETCH:
+                self.fetch(run, is_ahead=True)
+            elif command.action is Action.EVICT:
+                self.evict(run)
+            else:
+                if run.expires_s <= self._table.now_s():
+                    self.counters.outlived += len(run.blocks)
+                self.drop(run, from_dram=command.from_dram, from_ssd=command.from_ssd)
+
+    def fetch(self, run: Run, *, is_ahead: bool = False, may_put_out: bool = False) -> Fetch | None:
+        """Bring a run into DRAM, or join those who do; None where there is no room, or no SSD to read.
+
+        `may_put_out`: other runs may be put out at once for it.
+        """
+        if (fetch := self._fetches.get(run.number)) is not None:
+            return fetch
+        ssd = self._ssd()
+        if ssd is None or not ssd.serving or not run.on_ssd or run.state is not State.RESIDENT:
+            return None
+        if not self._place_all(run.blocks, may_put_out=may_put_out):
+            return None
+        for block in run.blocks:
+            block.pins += 1
+        run.state = State.FETCHING
+        self._table.tell(run)
+        fetch = Fetch(run, asyncio.get_running_loop().create_future(), is_ahead=is_ahead)
+        self._fetches[run.number] = fetch
+        call = ssd.begin_read(fetch.blocks, self._dram.images(fetch.blocks))
+        call.when_returned(lambda: self._fetched(fetch, call))
+        call.outcome.add_done_callback(lambda _: self._wake(fetch))
+        return fetch
+
+    def evict(self, run: Run) -> None:
+        """Take a run out of DRAM, after writing it where SSD does not have it."""
+        if run.on_ssd:
+            self.counters.evicted += len(run.blocks)
+            self._table.leave_dram(run)
+        elif self._writing_bytes < self._most_writing_bytes:
+            self.write(run, then_leave=True)
+
+    def write(self, run: Run, *, then_leave: bool = False) -> asyncio.Task[bool] | None:
+        """Write a run to SSD while it stays readable; None where that cannot be now."""
+        ssd = self._ssd()
+        if ssd is None or not ssd.is_writable or run.on_ssd or run.state is not State.RESIDENT:
+            return None
+        run.state = State.EVICTING
+        for block in run.blocks:
+            block.pins += 1
+        self._table.tell(run)
+        self._writing_bytes += run.size_bytes
+        task = asyncio.create_task(self._write(ssd, run, then_leave))
+        self._writes[run.number] = task
+        return task
+
+    def drop(self, run: Run, *, from_dram: bool, from_ssd: bool) -> None:
+        """Delete copies of a run that nobody uses."""
+        ssd = self._ssd()
+        if from_ssd and run.on_ssd and ssd is not None:
+            self.counters.ssd_evicted += len(run.blocks)
+            ssd.drop(run)
+            self._table.leave_ssd(run)
+        if from_dram and run.in_dram:
+            self.counters.evicted += len(run.blocks)
+            self._table.leave_dram(run)
+
+    async def prepare(self, size_bytes: int, *, deadline_s: float) -> None:
+        """Wait until so much is free in DRAM, where writing runs to SSD can bring that about; at most so long.
+
+        Without it what comes in faster than the disk takes it would cost the oldest runs, unwritten.
+        """
+        ssd, loop = self._ssd(), asyncio.get_running_loop()
+        end_s = loop.time() + deadline_s
+        if ssd is None or size_bytes > self._dram.capacity_bytes // 2:
+            return
+        while ssd.is_writable:
+            missing_bytes = size_bytes - self._dram.free_bytes
+            left_s = end_s - loop.time()
+            if missing_bytes <= 0 or left_s <= 0:
+                return
+            self._evict_farthest(missing_bytes - self._writing_bytes)
+            if not self._writes:
+                return
+            await asyncio.wait(self._writes.values(), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+
+    def place(self, block: Block) -> bool:
+        """A slot for a block, where needed by putting others out at once; False where none can be had."""
+        while not self._dram.place(block):
+            if not self._put_out(block.image_bytes, is_urgent=False):
+                return False
+        return True
+
+    def give_up_oldest(self, runs: Iterable[Run], excess_bytes: int) -> int:
+        """Take so many bytes of these runs, first ones first, out of DRAM; returns what is gone or going.
+
+        What SSD does not have is written there while that keeps up, and else is lost.
+        """
+        freed_bytes = 0
+        for run in list(itertools.islice(runs, 256)):
+            if freed_bytes >= excess_bytes:
+                break
+            if run.pins or run.state is not State.RESIDENT:
+                freed_bytes += run.size_bytes if run.state is State.EVICTING else 0
+                continue
+            freed_bytes += run.size_bytes
+            before = self._writing_bytes
+            self.evict(run)
+            if run.in_dram and self._writing_bytes == before:
+                self._lose(run)
+        return freed_bytes
+
+    async def settle(self) -> None:
+        """Wait until nothing is on its way."""
+        while self.is_busy:
+            waiting: list[asyncio.Future[Any]] = [*self._writes.values()]
+            waiting += [fetch.done for fetch in self._fetches.values()]
+            await asyncio.wait(waiting)
+            await asyncio.sleep(0)
+
+    def cancel(self) -> None:
+        """Stop waiting for writes that may never end."""
+        for task in self._writes.values():
+            task.cancel()
+
+    def _evict_farthest(self, size_bytes: int) -> None:
+        index, chosen = self._table.index, list[Run]()
+        for key in reversed(index.dram_victims):
+            if size_bytes <= 0:
+                break
+            chosen.append(self._table.runs[index.record(key[3]).item.item_id])
+            size_bytes -= chosen[-1].size_bytes
+        for run in chosen:
+            self.evict(run)
+
+    def _place_all(self, blocks: Sequence[Block], *, may_put_out: bool) -> bool:
+        for number, block in enumerate(blocks):
+            while not self._dram.place(block):
+                if may_put_out and self._put_out(block.image_bytes, is_urgent=True):
+                    continue
+                for placed in blocks[:number]:
+                    self._dram.displace(placed)
+                return False
+        return True
+
+    def _fetched(self, fetch: Fetch, call: DiskCall[list[bool]]) -> None:
+        # No thread writes to the slots any more: before that they could not be given to others.
+        run = fetch.run
+        del self._fetches[run.number]
+        failed = call.is_given_up or call.outcome.exception() is not None
+        sound = [False] * len(fetch.blocks) if failed else call.outcome.result()
+        here = []
+        for block, is_sound in zip(fetch.blocks, sound, strict=True):
+            if block.run is not run:
+                self._dram.unpin(block)
+                continue
+            block.pins -= 1
+            if is_sound:
+                write_generation(self._dram.image(block), block.generation)
+                here.append(block)
+            else:
+                self._dram.displace(block)
+        run.state = State.RESIDENT
+        for block in [] if failed else [b for b in fetch.blocks if b.run is run and b.offset == NOWHERE]:
+            self.counters.ssd_corrupt += 1
+            self._table.drop_block(block)
+        if here:
+            self._table.enter_dram(run)
+            self.counters.promoted += len(here)
+            self.counters.fetched_ahead += len(here) if fetch.is_ahead else 0
+            for lease, keys in fetch.leases:
+                self.pin(lease, [self._table.blocks.get(key) for key in keys])
+        elif run.blocks:
+            self._table.settle(run)
+        if failed and not call.is_given_up:
+            self._blame(call)
+        self._wake(fetch)
+
+    def pin(self, lease: Lease, blocks: Iterable[Block | None]) -> None:
+        """Put blocks that are in DRAM under a lease that has not ended."""
+        if not self._dram.holds(lease):
+            return
+        runs: list[Run] = []
+        for block in blocks:
+            if block is None or not block.in_dram or block.key in lease.blocks:
+                continue
+            assert block.run is not None
+            lease.blocks[block.key] = block
+            block.pins += 1
+            block.run.pins += 1
+            if not runs or runs[-1] is not block.run:
+                runs.append(block.run)
+        for run in runs:
+            self._table.tell(run)
+
+    def unpin(self, blocks: Iterable[Block]) -> None:
+        """Take blocks out of a lease."""
+        runs: list[Run] = []
+        for block in blocks:
+            run = block.run
+            self._dram.unpin(block)
+            if run is not None:
+                run.pins -= 1
+                if not run.pins and (not runs or runs[-1] is not run):
+                    runs.append(run)
+        for run in runs:
+            self._table.tell(run)
+
+    async def _write(self, ssd: SsdTier, run: Run, then_leave: bool) -> bool:
+        loop = asyncio.get_running_loop()
+        returned: asyncio.Future[None] = loop.create_future()
+        blocks, size_bytes, use_s = list(run.blocks), run.size_bytes, run.use_s
+        try:
+            written = await ssd.write(
+                run, self._dram.images(blocks), when_returned=lambda: returned.set_result(None)
+            )
+            # After a hang a thread may read the memory still: until it is back the slots stay pinned.
+            await returned
+        finally:
+            del self._writes[run.number]
+            self._writing_bytes -= size_bytes
+        for block in blocks:
+            if block.run is run:
+                block.pins -= 1
+            else:
+                self._dram.unpin(block)
+        run.state = State.RESIDENT
+        if not run.blocks:
+            return False
+        if written:
+            self._table.enter_ssd(run)
+        else:
+            self._table.tell(run)
+        if written and then_leave and not run.pins and run.use_s == use_s:
+            self.counters.evicted += len(run.blocks)
+            self._table.leave_dram(run)
+        return written
+
+    def _put_out(self, slot_bytes: int, *, is_urgent: bool) -> bool:
+        """Free at least one slot, or a slab that then can serve this size; False where nothing may go."""
+        if slot_bytes > self._dram.largest_slot_bytes:
+            return False
+        index, tried = self._table.index, set[int]()
+        # What SSD has costs nothing to put out; of the rest the farthest use goes first.
+        for key in itertools.chain(reversed(index.duplicates), reversed(index.dram_victims)):
+            run = self._table.runs[index.record(key[3]).item.item_id]
+            if key[0] < math.inf and not (is_urgent or run.on_ssd):
+                continue
+            if any(block.image_bytes == slot_bytes for block in run.blocks):
+                self._make_way(run, slot_bytes)
+                return True
+            slab = self._dram.slab_of(run.blocks[-1])
+            if slab not in tried and (mates := self._whole_slab(run.blocks[-1])):
+                for mate in mates:
+                    if mate.run is not None and mate.run.in_dram:
+                        self._make_way(mate.run, mate.image_bytes, mate)
+                return True
+            tried.add(slab)
+        return False
+
+    def _whole_slab(self, block: Block) -> list[Block]:
+        mates = self._dram.slab_mates(block)
+        free = all(
+            mate.run is not None and not mate.pins and not mate.run.pins and mate.run.state is State.RESIDENT
+            for mate in mates
+        )
+        return mates if free else []
+
+    def _make_way(self, run: Run, slot_bytes: int, block: Block | None = None) -> None:
+        """Free the slots of a run that SSD has too; of another its last slot of this size, or this one."""
+        if run.on_ssd:
+            self.counters.evicted += len(run.blocks)
+            self._table.leave_dram(run)
+            return
+        self._lose_block(block or next(b for b in reversed(run.blocks) if b.image_bytes == slot_bytes))
+
+    def _lose(self, run: Run) -> None:
+        for block in list(run.blocks):
+            self._lose_block(block)
+
+    def _lose_block(self, block: Block) -> None:
+        self.counters.evicted += 1
+        self.counters.unsaved += self._ssd() is not None
+        self._table.drop_block(block)
+
+    def _blame(self, call: DiskCall[list[bool]]) -> None:
+        error, ssd = call.outcome.exception(), self._ssd()
+        if not isinstance(error, OSError):
+            assert error is not None
+            raise error
+        if ssd is not None:
+            ssd.fail(error)
+
+    def _wake(self, fetch: Fetch) -> None:
+        if not fetch.done.done():
+            fetch.done.set_result(None)
