@@ -60,6 +60,7 @@ class FakeGateway:
     finished: dict[tuple[str, int], pb.Finished] = field(default_factory=dict)
     last: dict[str, pb.SequenceUpdate] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
+    lanes: dict[int, tuple[str, int]] = field(default_factory=dict)
     batches: int = 0
 
     async def __aenter__(self) -> FakeGateway:
@@ -89,6 +90,11 @@ class FakeGateway:
                 if update.HasField("finished"):
                     self.finished[key] = update.finished
                 self.last[update.request_id] = update
+                self.lanes[update.lane] = key
+            for lane, index, token_id in zip(batch.lanes, batch.indices, batch.token_ids, strict=True):
+                have = self.tokens[self.lanes[lane]]
+                assert index <= len(have), "a gap"
+                have[index:] = [token_id]
 
     async def until(self, condition: object, *, within_s: float = 30.0) -> None:
         deadline_s = time.monotonic() + within_s

@@ -120,14 +120,14 @@ class Answer:
         return True
 
     def _heard(self, urgent: bool) -> None:
-        if self._wake.is_set():
+        if self._wake.is_set() or (self._timer is not None and not urgent):
             return
         if urgent or not self._last_token_s or self._loop.time() >= self._flush_s:
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
             self._wake.set()
-        elif self._timer is None and self._flush_s < math.inf:
+        elif self._flush_s < math.inf:
             self._timer = self._loop.call_at(self._flush_s, self._flush)
 
     def _flush(self) -> None:

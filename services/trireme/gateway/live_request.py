@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from trireme.errors import (
     ContextLengthExceeded,
@@ -118,6 +118,14 @@ class Choice:
         self.logprobs.extend(logprobs)
         return False
 
+    def append(self, token_id: int) -> bool:
+        """Take the next token, which has no log-probability; True where a stop string ended the choice."""
+        if self._matcher is not None or self._stop_token_ids:
+            return self.extend((token_id,))
+        self.token_ids.append(token_id)
+        self.texts.append(self._detokenizer.push(token_id))
+        return False
+
     def finish(self, reason: FinishReason.ValueType) -> None:
         """End the choice; what was held back is shown."""
         tail = self._detokenizer.finish()
@@ -126,6 +134,16 @@ class Choice:
             tail = shown if stop is not None else shown + self._matcher.finish()
         self.tail = tail
         self.reason = reason
+
+
+class Lane(NamedTuple):
+    """A choice as one worker's columns name it."""
+
+    live: LiveRequest
+    number: int
+    choice: Choice
+    attempt: int
+    worker_id: str
 
 
 class LiveRequest:
@@ -157,6 +175,8 @@ class LiveRequest:
         """When the last choice ended."""
         self.unknown_since_s: float | None = None
         """Since when the worker that should have it says that it does not."""
+        self.lanes: list[tuple[str, int]] = []
+        """(worker id, lane): how workers' columns name its choices."""
         self.listeners: list[Callable[[bool], None]] = []
         """Called after news; True where it should not wait to be merged with more."""
         self._open_choices = len(self.choices)
@@ -222,6 +242,31 @@ class LiveRequest:
             self.scores = tuple(update.scores)
             self.embedding = tuple(update.embedding)
         self.notify(urgent=self.ended)
+        return outcome
+
+    def take(self, lane: Lane, index: int, token_id: int, now_s: float) -> Applied:
+        """Take one plain token: what `apply` does with an update that has nothing else."""
+        if lane.attempt != self.attempt:
+            return Applied.STALE
+        self.last_news_s = now_s
+        self.unknown_since_s = None
+        self.worker_id = lane.worker_id
+        choice = lane.choice
+        outcome = Applied.TAKEN
+        if not choice.ended:
+            have = len(choice.token_ids)
+            if index > have:
+                return Applied.GAP
+            if index < have:
+                return Applied.TAKEN
+            if self.paused_since_s is not None:
+                self.paused_s += now_s - self.paused_since_s
+                self.paused_since_s = None
+            if choice.append(token_id):
+                self._choice_ended(now_s)
+                outcome = Applied.STOP_CHOICE
+        for listener in self.listeners:
+            listener(self.ended)
         return outcome
 
     def _finish(self, choice: Choice, update: SequenceUpdate, now_s: float) -> None:

@@ -16,22 +16,33 @@ UPDATE_LOGPROBS = 16384
 
 
 @dataclass(slots=True)
+class Columns:
+    """Plain tokens on their way to one gateway, a row each."""
+
+    lanes: list[int] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class Choice:
     """One answer in the making."""
 
     first_index: int
     """Index in the answer of `token_ids[0]`: earlier ones were delivered in an earlier attempt."""
-    handle: int = -1
-    """The engine process's name for it; the request table gives it."""
+    handle: int = 0
+    """The engine process's name for it, and its lane to gateways; the request table gives it."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[PositionLogprobs] = field(default_factory=list)
     finished: Finished | None = None
     sent: int = 0
     """Tokens given to the present gateway's stream."""
     finish_sent: bool = False
+    lane_sent: bool = False
+    """The present gateway knows its lane."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class LiveRequest:
     """One attempt of one request, from its admission until its end is confirmed."""
 
@@ -53,14 +64,15 @@ class LiveRequest:
     announced: bool = False
     last_wanted_s: float = field(default_factory=time.monotonic)
     """When its gateway was last connected."""
+    request_id: str = field(init=False)
+    variant: str = field(init=False)
+    wants_logprobs: bool = field(init=False)
 
-    @property
-    def request_id(self) -> str:
-        return self.assignment.request.request_id
-
-    @property
-    def variant(self) -> str:
-        return self.assignment.variant
+    def __post_init__(self) -> None:
+        # Read for each token: not to be asked of a message each time.
+        self.request_id = self.assignment.request.request_id
+        self.variant = self.assignment.variant
+        self.wants_logprobs = self.assignment.request.sampling.HasField("logprobs")
 
     @property
     def handles(self) -> tuple[int, ...]:
@@ -70,12 +82,6 @@ class LiveRequest:
     @property
     def is_complete(self) -> bool:
         return all(choice.finished is not None for choice in self.choices)
-
-    def charge(self, engine_s: float, joules: float, grams_co2e: float) -> None:
-        """Add what a step cost."""
-        self.engine_s += engine_s
-        self.joules += joules
-        self.grams_co2e += grams_co2e
 
     def usage(self) -> Usage:
         """What it used so far, in this attempt; delivered tokens of earlier ones count as answer."""
@@ -94,6 +100,7 @@ class LiveRequest:
         for choice in self.choices:
             choice.sent = 0
             choice.finish_sent = False
+            choice.lane_sent = False
 
     @property
     def has_news(self) -> bool:
@@ -102,6 +109,27 @@ class LiveRequest:
             len(choice.token_ids) > choice.sent or (choice.finished is not None and not choice.finish_sent)
             for choice in self.choices
         )
+
+    def put_plain(self, columns: Columns) -> bool:
+        """Add what was not sent yet to the columns, marked as sent.
+
+        False, and nothing is done, where some of it is more than plain tokens of known lanes.
+        """
+        if not self.announced or self.wants_logprobs:
+            return False
+        for choice in self.choices:
+            ends = choice.finished is not None and not choice.finish_sent
+            fresh = len(choice.token_ids) - choice.sent
+            if ends or (fresh and not choice.lane_sent) or fresh > UPDATE_TOKENS:
+                return False
+        for choice in self.choices:
+            upto = len(choice.token_ids)
+            for place in range(choice.sent, upto):
+                columns.lanes.append(choice.handle)
+                columns.indices.append(choice.first_index + place)
+                columns.token_ids.append(choice.token_ids[place])
+            choice.sent = upto
+        return True
 
     def news(self) -> list[SequenceUpdate]:
         """What was not sent yet, marked as sent; of a long backlog the next part, as `has_news` then says."""
@@ -120,8 +148,10 @@ class LiveRequest:
                 first_index=choice.first_index + choice.sent,
                 token_ids=choice.token_ids[choice.sent : upto],
                 logprobs=choice.logprobs[choice.sent : upto],
+                lane=choice.handle,
             )
             choice.sent = upto
+            choice.lane_sent = True
             if not self.announced:
                 update.admitted.CopyFrom(
                     Admitted(
@@ -142,7 +172,6 @@ class LiveRequest:
         return updates
 
     def _update_tokens(self) -> int:
-        sampling = self.assignment.request.sampling
-        if not sampling.HasField("logprobs"):
+        if not self.wants_logprobs:
             return UPDATE_TOKENS
-        return max(1, UPDATE_LOGPROBS // (1 + sampling.logprobs))
+        return max(1, UPDATE_LOGPROBS // (1 + self.assignment.request.sampling.logprobs))

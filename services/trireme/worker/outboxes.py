@@ -7,13 +7,15 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator
 
 from trireme.wire.worker.v1.worker_pb2 import SequenceUpdate, TokenBatch
-from trireme.worker.live_requests import LiveRequest
+from trireme.worker.live_requests import Columns, LiveRequest
 
 MAX_UPDATES = 4096
 """Updates, and unknown ids, in one message."""
 MAX_BATCH_BYTES = 4 * 2**20
 """A message ends after the request that brings it to so much: far below the server's limit of
 `MAX_MESSAGE_BYTES`, since one request's part of it is bounded too."""
+ROW_BYTES = 20
+"""A plain token at most: three numbers of variable length."""
 
 
 class Outbox:
@@ -21,7 +23,7 @@ class Outbox:
 
     def __init__(self, worker_id: str) -> None:
         self._worker_id = worker_id
-        self._dirty: OrderedDict[str, LiveRequest] = OrderedDict()
+        self._dirty: dict[LiveRequest, None] = {}
         self._unknown: OrderedDict[str, None] = OrderedDict()
         self._event = asyncio.Event()
         self.stream: object | None = None
@@ -31,9 +33,9 @@ class Outbox:
     def is_connected(self) -> bool:
         return self.stream is not None
 
-    def mark(self, request: LiveRequest) -> None:
-        """The request has news."""
-        self._dirty[request.request_id] = request
+    def mark(self, *requests: LiveRequest) -> None:
+        """The requests have news."""
+        self._dirty.update(dict.fromkeys(requests))
         self._event.set()
 
     def mark_unknown(self, request_id: str) -> None:
@@ -41,8 +43,8 @@ class Outbox:
         self._unknown[request_id] = None
         self._event.set()
 
-    def forget(self, request_id: str) -> None:
-        self._dirty.pop(request_id, None)
+    def forget(self, request: LiveRequest) -> None:
+        self._dirty.pop(request, None)
 
     def displace(self) -> None:
         """Wake the present stream so that it sees its successor."""
@@ -56,20 +58,34 @@ class Outbox:
                 await self._event.wait()
                 continue
             batch = self._batch()
-            if batch.updates or batch.unknown:
+            if batch.lanes or batch.updates or batch.unknown:
                 yield batch
 
     def _batch(self) -> TokenBatch:
         """The next message; who has more to say than fits goes on behind the others."""
         updates: list[SequenceUpdate] = []
+        columns = Columns()
         size_bytes = 0
-        while self._dirty and len(updates) < MAX_UPDATES and size_bytes < MAX_BATCH_BYTES:
-            request_id, request = self._dirty.popitem(last=False)
-            news = request.news()
-            updates.extend(news)
-            size_bytes += sum(update.ByteSize() for update in news)
-            if request.has_news:
-                self._dirty[request_id] = request
+        dirty, self._dirty = self._dirty, {}
+        left: dict[LiveRequest, None] = {}
+        for request in dirty:
+            rows_bytes = ROW_BYTES * len(columns.lanes)
+            if len(updates) >= MAX_UPDATES or size_bytes + rows_bytes >= MAX_BATCH_BYTES:
+                self._dirty[request] = None
+            elif not request.put_plain(columns):
+                news = request.news()
+                updates.extend(news)
+                size_bytes += sum(update.ByteSize() for update in news)
+                if request.has_news:
+                    left[request] = None
+        self._dirty.update(left)
         count = min(len(self._unknown), MAX_UPDATES)
         unknown = [self._unknown.popitem(last=False)[0] for _ in range(count)]
-        return TokenBatch(updates=updates, worker_id=self._worker_id, unknown=unknown)
+        return TokenBatch(
+            updates=updates,
+            worker_id=self._worker_id,
+            unknown=unknown,
+            lanes=columns.lanes,
+            indices=columns.indices,
+            token_ids=columns.token_ids,
+        )

@@ -58,7 +58,7 @@ class RequestTable:
         self._cancel = cancel
         self._live: dict[str, LiveRequest] = {}
         self._sequences: dict[int, tuple[LiveRequest, Choice]] = {}
-        self._handles = itertools.count()
+        self._handles = itertools.count(1)  # they are lanes too, where 0 is none
         self._outboxes: dict[str, Outbox] = {}
         self._tombstones: dict[str, float] = {}
         self._endings: set[asyncio.Task[None]] = set()
@@ -133,14 +133,17 @@ class RequestTable:
     def on_step(self, news: StepNews) -> tuple[float, float]:
         """Take one step's output; returns (joules, engine seconds) billed for it."""
         now_s = time.time()
-        touched: dict[str, LiveRequest] = {}
-        billed_joules, billed_s = self._take_plain(news, touched)
+        plain: dict[LiveRequest, None] = {}
+        billed_joules, billed_s = self._take_plain(news, plain)
+        rare: dict[LiveRequest, None] = {}
         for handle, seconds in news.work:
             request = self.request_of(handle)
             if request is None:
                 continue
             joules, grams = self._biller.price(seconds)
-            request.charge(seconds, joules, grams)
+            request.engine_s += seconds
+            request.joules += joules
+            request.grams_co2e += grams
             billed_joules += joules
             billed_s += seconds
             if not request.started_unix_s:
@@ -149,19 +152,20 @@ class RequestTable:
             found = self._sequences.get(output.handle)
             if found is not None:
                 self._take(*found, output, now_s)
-                touched[found[0].request_id] = found[0]
+                rare[found[0]] = None
         for ending in news.endings:
             found = self._sequences.get(ending.handle)
             if found is not None:
                 _take_ending(*found, ending)
-                touched[found[0].request_id] = found[0]
-        for request in touched.values():
+                rare[found[0]] = None
+        for request in rare:
             if request.ended_s is None and request.is_complete:
                 self._ended(request, now_s)
-            self.outbox(request.gateway_id).mark(request)
+        self._mark([*plain, *rare])
         return billed_joules, billed_s
 
-    def _take_plain(self, news: StepNews, touched: dict[str, LiveRequest]) -> tuple[float, float]:
+    def _take_plain(self, news: StepNews, touched: dict[LiveRequest, None]) -> tuple[float, float]:
+        """The rows that make up nearly all of an answer: this loop is the cost of a token here."""
         seconds = news.token_s
         joules, grams = self._biller.price(seconds)
         sequences, count = self._sequences, 0
@@ -170,12 +174,22 @@ class RequestTable:
             if found is None:
                 continue
             request, choice = found
-            request.charge(seconds, joules, grams)
+            request.engine_s += seconds
+            request.joules += joules
+            request.grams_co2e += grams
             count += 1
-            if choice.finished is None and index == choice.first_index + len(choice.token_ids):
-                choice.token_ids.append(token_id)
-                touched[request.request_id] = request
+            token_ids = choice.token_ids
+            if choice.finished is None and index == choice.first_index + len(token_ids):
+                token_ids.append(token_id)
+                touched[request] = None
         return count * joules, count * seconds
+
+    def _mark(self, touched: Iterable[LiveRequest]) -> None:
+        by_gateway: dict[str, list[LiveRequest]] = {}
+        for request in touched:
+            by_gateway.setdefault(request.gateway_id, []).append(request)
+        for gateway_id, requests in by_gateway.items():
+            self.outbox(gateway_id).mark(*requests)
 
     def fail(self, request: LiveRequest, *, code: str, message: str) -> None:
         """End a request that the engine does not take; no effect where it ended or was overtaken."""
@@ -214,7 +228,7 @@ class RequestTable:
         if request is None:
             return False
         if request.gateway_id != gateway_id:
-            self.outbox(request.gateway_id).forget(request_id)
+            self.outbox(request.gateway_id).forget(request)
             request.gateway_id = gateway_id
         request.last_wanted_s = time.monotonic()
         request.rewind()
@@ -330,7 +344,7 @@ class RequestTable:
         self._live.pop(request.request_id, None)
         for handle in request.handles:
             self._sequences.pop(handle, None)
-        self.outbox(request.gateway_id).forget(request.request_id)
+        self.outbox(request.gateway_id).forget(request)
 
 
 def new_choices(delivered: Iterable[inference.TokenIds], count: int) -> list[Choice]:

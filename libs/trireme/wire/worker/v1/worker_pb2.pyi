@@ -248,6 +248,7 @@ class SequenceUpdate(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     SCORES_FIELD_NUMBER: _builtins.int
     EMBEDDING_FIELD_NUMBER: _builtins.int
+    LANE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request."""
     attempt: _builtins.int
@@ -256,6 +257,10 @@ class SequenceUpdate(_message.Message):
     """The choice."""
     first_index: _builtins.int
     """Index in the answer of the first token here."""
+    lane: _builtins.int
+    """With the first update of an attempt: how the columns of this worker's batches
+    name this choice of this attempt from now on. Never 0, never used again.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """New tokens."""
@@ -298,10 +303,11 @@ class SequenceUpdate(_message.Message):
         usage: _inference_pb2.Usage | None = ...,
         scores: _abc.Iterable[_builtins.float] | None = ...,
         embedding: _abc.Iterable[_builtins.float] | None = ...,
+        lane: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "finished", b"finished", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "attempt", b"attempt", "choice", b"choice", "embedding", b"embedding", "finished", b"finished", "first_index", b"first_index", "logprobs", b"logprobs", "request_id", b"request_id", "scores", b"scores", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "attempt", b"attempt", "choice", b"choice", "embedding", b"embedding", "finished", b"finished", "first_index", b"first_index", "lane", b"lane", "logprobs", b"logprobs", "request_id", b"request_id", "scores", b"scores", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -316,15 +322,33 @@ class TokenBatch(_message.Message):
     UPDATES_FIELD_NUMBER: _builtins.int
     WORKER_ID_FIELD_NUMBER: _builtins.int
     UNKNOWN_FIELD_NUMBER: _builtins.int
+    LANES_FIELD_NUMBER: _builtins.int
+    INDICES_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """The worker."""
     @_builtins.property
     def updates(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceUpdate]:
-        """One per choice that has news."""
+        """One per choice that has news other than plain tokens."""
 
     @_builtins.property
     def unknown(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Requests asked for by Attach or Stop that this worker does not know."""
+
+    @_builtins.property
+    def lanes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Plain tokens come in three columns of one length, a row for each token. This
+        column: the choice's lane. A gateway that does not know a lane drops the row:
+        nobody there waits for it. Rows are to be taken after the updates.
+        """
+
+    @_builtins.property
+    def indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Column: the token's index in the answer."""
+
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Column: the token."""
 
     def __init__(
         self,
@@ -332,10 +356,13 @@ class TokenBatch(_message.Message):
         updates: _abc.Iterable[Global___SequenceUpdate] | None = ...,
         worker_id: _builtins.str = ...,
         unknown: _abc.Iterable[_builtins.str] | None = ...,
+        lanes: _abc.Iterable[_builtins.int] | None = ...,
+        indices: _abc.Iterable[_builtins.int] | None = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["unknown", b"unknown", "updates", b"updates", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["indices", b"indices", "lanes", b"lanes", "token_ids", b"token_ids", "unknown", b"unknown", "updates", b"updates", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
