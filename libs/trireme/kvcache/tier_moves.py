@@ -155,7 +155,7 @@ class TierMoves:
             self._table.leave_dram(run)
 
     async def prepare(self, size_bytes: int, *, deadline_s: float) -> None:
-        """Wait until so much is free in DRAM, where writing runs to SSD can bring that about; at most so long.
+        """Wait until so much is free in DRAM, where writing runs to SSD brings that about; at most so long.
 
         Without it what comes in faster than the disk takes it would cost the oldest runs, unwritten.
         """

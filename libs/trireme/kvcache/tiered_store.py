@@ -161,6 +161,10 @@ class TieredStore:
         self.counters.matched += len(here)
         return len(here), len(list(itertools.takewhile(lambda block: block.in_dram, here)))
 
+    def now_s(self) -> float:
+        """The time, as leases and reservations count it."""
+        return self._clock.monotonic_s()
+
     def leading(self, keys: Iterable[BlockKey]) -> list[Block]:
         """The blocks of a chain up to the first that cannot be read here."""
         here, get = [], self.table.blocks.get
@@ -366,9 +370,8 @@ class TieredStore:
         if self.ssd is None:
             return 0
         end_s = self._clock.monotonic_s() + deadline_s
-        runs = sorted((run for run in self.table.runs.values() if run.in_dram), key=lambda run: -run.use_s)
         written = 0
-        for run in runs:
+        for run in self.newest_runs():
             left_s = end_s - self._clock.monotonic_s()
             if left_s <= 0:
                 break
@@ -379,6 +382,11 @@ class TieredStore:
                 await asyncio.wait({task}, timeout=left_s)
             written += len(run.blocks) if run.on_ssd else 0
         return written
+
+    def newest_runs(self) -> list[Run]:
+        """What is in DRAM, last used first."""
+        runs = [run for run in self.table.runs.values() if run.in_dram]
+        return sorted(runs, key=lambda run: -run.use_s)
 
     def adopt(self, found: FoundRun, segment: int) -> Run | None:
         """A run lay on the disk at start: it lives on if its time is not over and it is not here already."""

@@ -21,8 +21,9 @@ from trireme.errors import InvalidConfiguration
 from trireme.kvcache.arena import SHARED_MEMORY, Arena, own_arena
 from trireme.kvcache.segment_files import SegmentFiles
 from trireme.kvcache.tiered_store import TieredStore
-from trireme.kvstore.hints import follow_hints
+from trireme.kvstore.hints import HintFollower
 from trireme.kvstore.metrics import KvStoreCollector
+from trireme.kvstore.peers import Peers
 from trireme.kvstore.reports import health_of, publish_measurements
 from trireme.kvstore.servicer import KvStoreServicer
 from trireme.kvstore.settings import Settings, Sizes, sizes_of
@@ -64,10 +65,12 @@ async def serve(settings: Settings) -> None:
         measurements = Stream(redis, keys.measurements, Measurement, max_entries=_MEASUREMENTS)
         hints = Stream(redis, keys.hints(settings.node), Hint)
 
+        registry = Registry(redis, keys)
+        peers = Peers(store, process_id=process_id, fleet=sizes.fleet_name)
         metrics = CollectorRegistry()
-        metrics.register(KvStoreCollector(store, node=settings.node))
+        metrics.register(KvStoreCollector(store, peers.counters, node=settings.node))
         health = HealthReporter({SERVICE_NAME: lambda: health_of(store, clock)})
-        servicer = KvStoreServicer(store, node=settings.node, clock=clock)
+        servicer = KvStoreServicer(store, peers, node=settings.node)
         register = partial(rpc.add_KvStoreServicer_to_server, servicer)
         store.sweep()
 
@@ -78,7 +81,8 @@ async def serve(settings: Settings) -> None:
                 tasks.create_task(asyncio.to_thread(arena.prefault, stop_prefault)),
                 tasks.create_task(store.run()),
                 tasks.create_task(publish_measurements(store, measurements, node=settings.node, clock=clock)),
-                tasks.create_task(follow_hints(store, hints, clock=clock)),
+                tasks.create_task(HintFollower(store, peers, clock=clock).follow(hints)),
+                tasks.create_task(peers.follow(registry)),
             ]
             async with AsyncExitStack() as serving:
                 address = await serving.enter_async_context(
@@ -105,10 +109,14 @@ async def serve(settings: Settings) -> None:
                         fleet=sizes.fleet_name,
                     )
 
-                await serving.enter_async_context(Registry(redis, keys).membership(describe))
+                await serving.enter_async_context(registry.membership(describe))
                 await stop_requested()
-            flushed = await store.flush(deadline_s=settings.flush_s)
-            log.info("kv_flushed", extra={"blocks": flushed})
+            if store.ssd is not None:
+                kept = await store.flush(deadline_s=settings.flush_s)
+            else:
+                # Without an SSD what is here would be lost: another node may have use for it.
+                kept = await peers.push(store.newest_runs(), deadline_s=settings.flush_s)
+            log.info("kv_flushed", extra={"blocks": kept})
             for task in running:
                 task.cancel()
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from trireme.kvcache.tiered_store import TieredStore
+from trireme.kvstore.block_streams import TransferCounters
 from trireme.wire.kvstore.v1 import kvstore_pb2 as pb
 
 _MAX_TENANTS = 100
 
 
-def stats_of(store: TieredStore, *, node: str) -> pb.GetStatsResponse:
+def stats_of(store: TieredStore, transfers: TransferCounters, *, node: str) -> pb.GetStatsResponse:
     """The figures of a store, for the RPC and for Prometheus alike."""
     counters, moved, ref = store.counters, store.moves.counters, store.arena.ref
     return pb.GetStatsResponse(
@@ -40,6 +41,9 @@ def stats_of(store: TieredStore, *, node: str) -> pb.GetStatsResponse:
         fetched_ahead=moved.fetched_ahead,
         queued_jobs=len(store.look_ahead.jobs),
         sessions=len(store.sessions),
+        from_peers=transfers.from_peers,
+        to_peers=transfers.to_peers,
+        peer_corrupt=transfers.corrupt,
         peers=store.peers,
     )
 

@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from trireme.kvcache.tiered_store import TieredStore
+from trireme.kvstore.block_streams import TransferCounters
 from trireme.kvstore.figures import stats_of
 from trireme.wire.kvstore.v1.kvstore_pb2 import GetStatsResponse, TierStats
 
@@ -49,12 +50,13 @@ _COUNTERS = {
 class KvStoreCollector(Collector):
     """Reads the store at scrape time."""
 
-    def __init__(self, store: TieredStore, *, node: str) -> None:
+    def __init__(self, store: TieredStore, transfers: TransferCounters, *, node: str) -> None:
         self._store = store
+        self._transfers = transfers
         self._node = node
 
     def collect(self) -> Iterator[Metric]:
-        stats = stats_of(self._store, node=self._node)
+        stats = stats_of(self._store, self._transfers, node=self._node)
         yield from _tier_metrics(stats)
         for name, text in _GAUGES.items():
             yield GaugeMetricFamily(f"trireme_kv_{name}", text, value=getattr(stats, name))

@@ -425,6 +425,7 @@ class WaitingRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     NAMESPACE_FIELD_NUMBER: _builtins.int
     BLOCK_HASHES_FIELD_NUMBER: _builtins.int
+    RUNS_HERE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request."""
     tenant: _builtins.str
@@ -435,6 +436,8 @@ class WaitingRequest(_message.Message):
     """Namespace of its blocks: model key and layout."""
     block_hashes: _builtins.bytes
     """Hashes of its prompt's blocks, 16 bytes each, concatenated, first of the chain first."""
+    runs_here: _builtins.bool
+    """True: it will run on the hint's node, so blocks that only other nodes have are worth bringing."""
     def __init__(
         self,
         *,
@@ -443,10 +446,11 @@ class WaitingRequest(_message.Message):
         session_id: _builtins.str = ...,
         namespace: _builtins.str = ...,
         block_hashes: _builtins.bytes = ...,
+        runs_here: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "namespace", b"namespace", "request_id", b"request_id", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "namespace", b"namespace", "request_id", b"request_id", "runs_here", b"runs_here", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
