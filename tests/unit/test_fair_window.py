@@ -101,3 +101,38 @@ def test_the_window_agrees_with_sorting_everything(
     assert sorted(order) == sorted(held)
     assert [keys[k] for k in order] == sorted(keys.values())
     assert len(window) == 0 and not window.waiting_by_tenant
+
+
+REQUESTS = st.lists(
+    st.tuples(
+        st.sampled_from("abc"), st.integers(0, 2), st.integers(0, 2), st.integers(0, 200), st.booleans()
+    ),
+    max_size=25,
+)
+
+
+@given(requests=REQUESTS, now_s=st.integers(0, 400))
+def test_what_is_upcoming_is_what_next_names_one_after_another(
+    requests: list[tuple[str, int, int, int, bool]], now_s: int
+) -> None:
+    window: FairWindow[int] = FairWindow()
+    for number, (tenant, urgency, priority, admitted_s, _) in enumerate(requests):
+        entry = waiting(
+            f"{number:02d}", tenant=tenant, urgency=urgency, priority=priority, admitted_s=admitted_s
+        )
+        window.add(number, entry, model="m" if number % 2 else "n")
+    for number, request in enumerate(requests):
+        if request[4]:
+            window.discard(number)
+    counters = {"a": 5.0, "b": 0.0, "c": 9.0}
+
+    def cost_of(number: int) -> float:
+        return float(number % 7)
+
+    told = list(window.upcoming(counters=counters, now_s=now_s, cost_of=cost_of))
+    assert len(told) == len(window)
+    for number in told:
+        found = window.next(counters=counters, now_s=now_s)
+        assert found is not None and found[0] == number
+        window.discard(number)
+        counters[found[1].tenant] += cost_of(number)

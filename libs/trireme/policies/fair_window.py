@@ -8,7 +8,7 @@ one costs the number of lanes, not of requests.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Container, Hashable, Mapping
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from trireme.policies.fair_sharing import Waiting, order_key
@@ -77,9 +77,54 @@ class FairWindow(Generic[K]):
                 best = (rank, key, waiting)
         return None if best is None else (best[1], best[2])
 
+    def upcoming(
+        self, *, counters: Mapping[str, float], now_s: float, cost_of: Callable[[K], float]
+    ) -> Iterator[K]:
+        """Who will go, in order, if nobody else comes: as `next` would name them one after another.
+
+        Each is charged `cost_of` to its tenant before the next one is named. Lazy: k of them cost
+        O(k log n), and nothing is changed. Not to be used further after the window was.
+        """
+        charged = dict(counters)
+        seen: set[K] = set()
+        heads: list[tuple[tuple[int, float, int, float, str], int, K, Iterator[K]]] = []
+
+        def enter(number: int, lane: Iterator[K]) -> None:
+            key = next((key for key in lane if key in self._held and key not in seen), None)
+            if key is not None:
+                rank = order_key(self._held[key][1], counters=charged, now_s=now_s)
+                heapq.heappush(heads, (rank, number, key, lane))
+
+        for number, heap in enumerate(self._lanes.values()):
+            enter(number, _ascending(heap))
+        while heads:
+            rank, number, key, lane = heads[0]
+            waiting = self._held[key][1]
+            present = order_key(waiting, counters=charged, now_s=now_s)
+            if present != rank:
+                # The tenant was charged since: counters only grow, so no other rank is too large.
+                heapq.heapreplace(heads, (present, number, key, lane))
+                continue
+            heapq.heappop(heads)
+            seen.add(key)
+            yield key
+            charged[waiting.tenant] = charged.get(waiting.tenant, 0.0) + cost_of(key)
+            enter(number, lane)
+
     def _drop_gone(self, lane: Lane) -> None:
         heap = self._lanes[lane]
         while heap and heap[0][3] not in self._held:
             heapq.heappop(heap)
         if not heap:
             del self._lanes[lane]
+
+
+def _ascending(heap: Sequence[tuple[int, float, str, K]]) -> Iterator[K]:
+    """The keys of a binary heap in order, without changing it; k of them cost O(k log k)."""
+    frontier = [(heap[0], 0)] if heap else []
+    while frontier:
+        entry, index = heapq.heappop(frontier)
+        yield entry[3]
+        for child in (2 * index + 1, 2 * index + 2):
+            if child < len(heap):
+                heapq.heappush(frontier, (heap[child], child))

@@ -23,6 +23,7 @@ from trireme.runtime.shutdown import stop_requested
 from trireme.runtime.telemetry import configure_logging, configure_tracing
 from trireme.scheduler.dispatcher import Dispatcher
 from trireme.scheduler.fleet_view import FleetView
+from trireme.scheduler.hints import HintPublisher
 from trireme.scheduler.metrics import Metrics
 from trireme.scheduler.reaper import Reaper
 from trireme.scheduler.servicer import SchedulerServicer
@@ -69,6 +70,8 @@ async def serve(settings: Settings) -> None:
             dispatcher=dispatcher,
             metrics=metrics,
         )
+        hints = HintPublisher(redis, keys, scheduler_id=scheduler_id, dispatcher=dispatcher, view=view)
+        dispatcher.on_assigned = hints.note_assigned
         await persistently(partial(requests.create_group, SCHEDULERS), what="create group")
 
         def progress() -> Health:
@@ -122,7 +125,8 @@ async def serve(settings: Settings) -> None:
                     dispatcher.read(),
                     dispatcher.dispatch(),
                     reaper.run(),
-                    _learn_answer_lengths(events, dispatcher),
+                    hints.run(),
+                    _learn_from_answers(events, dispatcher, hints),
                 )
             ]
             log.info("serving", extra={"scheduler_id": scheduler_id, "grpc": address})
@@ -131,10 +135,11 @@ async def serve(settings: Settings) -> None:
                 task.cancel()
 
 
-async def _learn_answer_lengths(events: Stream[Event], dispatcher: Dispatcher) -> None:
+async def _learn_from_answers(events: Stream[Event], dispatcher: Dispatcher, hints: HintPublisher) -> None:
     async for entry in events.tail():
         if entry.fact.HasField("finished"):
             finished = entry.fact.finished
+            hints.assigned.note_end(finished.worker_id, finished.request_id)
             # An answer that was cut off, or that is no text, says nothing of the next one's length.
             if finished.usage.completion_tokens and finished.reason in (
                 FinishReason.FINISH_REASON_STOP,

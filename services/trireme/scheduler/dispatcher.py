@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from trireme.bus.connection import AWAY
 from trireme.bus.request_records import SCHEDULERS, Handover, RequestRecords, State, work_tokens
@@ -63,6 +64,8 @@ class Dispatcher:
         self._entries: dict[bytes, Entry[AdmittedRequest]] = {}
         self._answer_tokens: dict[str, float] = {}
         self._arrived = asyncio.Event()
+        self.on_assigned: Callable[[AdmittedRequest, Choice], None] | None = None
+        """Hears of each request that a worker has now."""
         self._looked_back_s = time.monotonic()
         self.last_progress_s = time.monotonic()
         """When the loop last turned; health follows from it."""
@@ -75,6 +78,11 @@ class Dispatcher:
         """Age of the oldest request held here."""
         oldest = self._held.oldest_admitted_s()
         return 0.0 if oldest is None else max(0.0, time.time() - oldest)
+
+    def upcoming(self, count: int, *, now_s: float) -> list[AdmittedRequest]:
+        """The next requests to be handed out, in order, if nobody else comes."""
+        order = self._held.upcoming(counters=self._shares.counters, now_s=now_s, cost_of=self._cost_of)
+        return [self._entries[key].fact for key in itertools.islice(order, count)]
 
     def note_answer(self, model: str, tokens: int) -> None:
         """A request ended with so many tokens per choice: the estimate for the next ones learns."""
@@ -212,6 +220,13 @@ class Dispatcher:
         self._view.note_withdrawn(choice.worker_id, tokens=work_tokens(request))
         self._shares.charge(request.tenant, -self._cost(request, choice))
 
+    def _cost_of(self, key: bytes) -> float:
+        request = self._entries[key].fact
+        return cost(
+            prompt_tokens=len(request.prompt_token_ids),
+            answer_tokens=int(self._expected_answer(request) * max(1, request.sampling.n)),
+        )
+
     def _cost(self, request: AdmittedRequest, choice: Choice) -> float:
         return cost(
             prompt_tokens=len(request.prompt_token_ids) - choice.cached_tokens,
@@ -232,6 +247,8 @@ class Dispatcher:
             self._release(entry)
             if not done:
                 self._take_back(entry.fact, choice)
+            elif self.on_assigned is not None:
+                self.on_assigned(entry.fact, choice)
             self._metrics.decided(assigned=done, waited_s=now_s - entry.fact.admitted_unix_s)
 
     def _handover(self, entry: Entry[AdmittedRequest], choice: Choice) -> Handover:

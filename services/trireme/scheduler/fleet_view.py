@@ -42,6 +42,18 @@ class FleetView:
         """Living workers, draining ones too."""
         return frozenset(self._workers)
 
+    def workers_on(self, node: str) -> list[str]:
+        """Living workers of a node."""
+        return [record.id for record in self._workers.values() if record.node == node]
+
+    def kv_namespace(self, model: str) -> str:
+        """Namespace of the KV blocks of a model or variant; empty where no worker serves it now."""
+        for record in self._workers.values():
+            for status in record.worker.variants:
+                if status.ready and status.kv_namespace and model in (status.variant, status.model):
+                    return status.kv_namespace
+        return ""
+
     async def refresh(self) -> None:
         """Read the registry and the workers' loads once."""
         records = await self._registry.living("worker")
