@@ -23,6 +23,8 @@ from trireme.policies.kv_items import State
 from trireme.policies.kv_tiering import Action, Command
 
 _LEAST_WRITING_BYTES = 32 * 2**20
+_LOOKED_AT = 256
+"""Runs of a tenant that are looked at to bring it into its share."""
 
 
 @dataclass(slots=True)
@@ -43,11 +45,12 @@ class MoveCounters:
 class Fetch:
     """One run on its way from SSD to DRAM, and the leases that wait for it."""
 
-    __slots__ = ("blocks", "done", "is_ahead", "leases", "run")
+    __slots__ = ("blocks", "done", "is_ahead", "leases", "run", "size_bytes")
 
     def __init__(self, run: Run, done: asyncio.Future[None], *, is_ahead: bool) -> None:
         self.run = run
         self.blocks = list(run.blocks)
+        self.size_bytes = run.size_bytes
         self.done = done
         """Resolved when the run is there, or will not come."""
         self.is_ahead = is_ahead
@@ -79,6 +82,12 @@ class TierMoves:
         return sum(len(run.blocks) for run in runs if run is not None)
 
     @property
+    def can_write(self) -> bool:
+        """Whether there is an SSD tier that takes blocks."""
+        ssd = self._ssd()
+        return ssd is not None and ssd.is_writable
+
+    @property
     def is_busy(self) -> bool:
         """Whether anything is on its way."""
         return bool(self._fetches or self._writes)
@@ -108,11 +117,17 @@ class TierMoves:
         ssd = self._ssd()
         if ssd is None or not ssd.serving or not run.on_ssd or run.state is not State.RESIDENT:
             return None
-        if not self._place_all(run.blocks, may_put_out=may_put_out):
+        # From here on nobody drops it to make room, not even for itself.
+        run.state = State.FETCHING
+        if not (
+            self.make_share(run.tenant, run.size_bytes)
+            and self._place_all(run.blocks, may_put_out=may_put_out)
+        ):
+            run.state = State.RESIDENT
             return None
+        self._table.dram_ledger.grow(run.tenant, run.size_bytes)
         for block in run.blocks:
             block.pins += 1
-        run.state = State.FETCHING
         self._table.tell(run)
         fetch = Fetch(run, asyncio.get_running_loop().create_future(), is_ahead=is_ahead)
         self._fetches[run.number] = fetch
@@ -126,13 +141,18 @@ class TierMoves:
         if run.on_ssd:
             self.counters.evicted += len(run.blocks)
             self._table.leave_dram(run)
-        elif self._writing_bytes < self._most_writing_bytes:
-            self.write(run, then_leave=True)
+        elif self._writing_bytes >= self._most_writing_bytes:
+            return
+        elif self.write(run, then_leave=True) is None and self.can_write:
+            # The tenant's share of the SSD is full of what it uses now.
+            self._lose(run)
 
     def write(self, run: Run, *, then_leave: bool = False) -> asyncio.Task[bool] | None:
         """Write a run to SSD while it stays readable; None where that cannot be now."""
         ssd = self._ssd()
         if ssd is None or not ssd.is_writable or run.on_ssd or run.state is not State.RESIDENT:
+            return None
+        if not self._make_ssd_share(run):
             return None
         run.state = State.EVICTING
         for block in run.blocks:
@@ -180,24 +200,29 @@ class TierMoves:
                 return False
         return True
 
-    def give_up_oldest(self, runs: Iterable[Run], excess_bytes: int) -> int:
-        """Take so many bytes of these runs, first ones first, out of DRAM; returns what is gone or going.
+    def make_share(self, tenant: str, more_bytes: int) -> bool:
+        """Keep a tenant within its share of DRAM: its own oldest runs leave, nobody else's.
 
-        What SSD does not have is written there while that keeps up, and else is lost.
+        What SSD does not have is written there while that keeps up, and else is lost. False where what it
+        uses now fills its share.
         """
-        freed_bytes = 0
-        for run in list(itertools.islice(runs, 256)):
-            if freed_bytes >= excess_bytes:
+        ledger = self._table.dram_ledger
+        excess_bytes = ledger.excess_bytes(tenant, more_bytes)
+        for run in (
+            list(itertools.islice(ledger.oldest_first(tenant), _LOOKED_AT)) if excess_bytes > 0 else ()
+        ):
+            if excess_bytes <= 0:
                 break
+            if run.state is State.EVICTING:
+                excess_bytes -= run.size_bytes
             if run.pins or run.state is not State.RESIDENT:
-                freed_bytes += run.size_bytes if run.state is State.EVICTING else 0
                 continue
-            freed_bytes += run.size_bytes
-            before = self._writing_bytes
+            excess_bytes -= run.size_bytes
+            ledger.over_quota[tenant] += len(run.blocks)
             self.evict(run)
-            if run.in_dram and self._writing_bytes == before:
+            if run.in_dram and run.state is State.RESIDENT:
                 self._lose(run)
-        return freed_bytes
+        return excess_bytes <= 0
 
     async def settle(self) -> None:
         """Wait until nothing is on its way."""
@@ -211,6 +236,21 @@ class TierMoves:
         """Stop waiting for writes that may never end."""
         for task in self._writes.values():
             task.cancel()
+
+    def _make_ssd_share(self, run: Run) -> bool:
+        ledger = self._table.ssd_ledger
+        excess_bytes = ledger.excess_bytes(run.tenant, run.size_bytes)
+        if excess_bytes <= 0:
+            return True
+        for older in list(itertools.islice(ledger.oldest_first(run.tenant), _LOOKED_AT)):
+            if excess_bytes <= 0:
+                break
+            if older.pins or older.state is not State.RESIDENT:
+                continue
+            excess_bytes -= older.size_bytes
+            ledger.over_quota[run.tenant] += len(older.blocks)
+            self.drop(older, from_dram=False, from_ssd=True)
+        return excess_bytes <= 0
 
     def _evict_farthest(self, size_bytes: int) -> None:
         index, chosen = self._table.index, list[Run]()
@@ -236,6 +276,7 @@ class TierMoves:
         # No thread writes to the slots any more: before that they could not be given to others.
         run = fetch.run
         del self._fetches[run.number]
+        self._table.dram_ledger.shrink(run.tenant, fetch.size_bytes)
         failed = call.is_given_up or call.outcome.exception() is not None
         sound = [False] * len(fetch.blocks) if failed else call.outcome.result()
         here = []

@@ -219,18 +219,10 @@ class TieredStore:
     def reserve_key(self, key: BlockKey, tenant: str, payload_bytes: int, expires_s: float) -> Block | None:
         """Room for one block that is neither here nor being written; None where there is none."""
         size_bytes = image_bytes(payload_bytes)
-        ledger = self.table.dram_ledger
-        excess_bytes = ledger.excess_bytes(tenant, size_bytes)
-        if excess_bytes > 0:
-            before = self.moves.counters.evicted
-            freed_bytes = self.moves.give_up_oldest(ledger.oldest_first(tenant), excess_bytes)
-            ledger.over_quota[tenant] += self.moves.counters.evicted - before
-            if freed_bytes < excess_bytes:
-                return None
         block = Block(key, payload_bytes, 0)
-        if not self.moves.place(block):
+        if not self.moves.make_share(tenant, size_bytes) or not self.moves.place(block):
             return None
-        ledger.grow(tenant, size_bytes)
+        self.table.dram_ledger.grow(tenant, size_bytes)
         self.dram.reserve(block, tenant=tenant, expires_s=expires_s)
         return block
 
@@ -377,9 +369,10 @@ class TieredStore:
                 break
             if not run.on_ssd and run.state is State.RESIDENT:
                 task = self.moves.write(run)
-                if task is None:
+                if task is not None:
+                    await asyncio.wait({task}, timeout=left_s)
+                elif not self.moves.can_write:
                     break
-                await asyncio.wait({task}, timeout=left_s)
             written += len(run.blocks) if run.on_ssd else 0
         return written
 
