@@ -7,6 +7,7 @@ one of the slots. So a better hit rate shortens the queue, and a stall lengthens
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -89,6 +90,28 @@ class Replayed:
     """(time, jobs in the queue, DRAM bytes, SSD bytes), sampled."""
 
 
+class Foresight:
+    """When items are used again, from the trace itself: what Belady's rule needs.
+
+    Exact for turns that come at a recorded time, and for the next turn of a session once the answer before
+    it is there; a session's later turns are taken to come when they were recorded.
+    """
+
+    def __init__(self, trace: TurnTrace) -> None:
+        self._users = trace.users
+        self._next = [0] * len(trace.users)
+        self.arrival_s = [turn.request.arrival_s for turn in trace.turns]
+        self.has_arrived = [False] * len(trace.turns)
+
+    def return_s(self, item: int, now_s: float) -> float:
+        """The expected arrival of the next turn with the item; inf where there is none."""
+        users, place = self._users[item], self._next[item]
+        while place < len(users) and self.has_arrived[users[place]]:
+            place += 1
+        self._next[item] = place
+        return max(now_s, self.arrival_s[users[place]]) if place < len(users) else math.inf
+
+
 @dataclass(slots=True)
 class _Running:
     place: int
@@ -100,11 +123,19 @@ class Replay:
     """One run. `run` may be called once."""
 
     def __init__(
-        self, trace: TurnTrace, machine: Machine, tiers: KvTiers | None, *, sample_s: float = 5.0
+        self,
+        trace: TurnTrace,
+        machine: Machine,
+        tiers: KvTiers | None,
+        *,
+        foresight: Foresight | None = None,
+        sample_s: float = 5.0,
     ) -> None:
+        """`foresight` is kept up to date here; whoever gave `tiers` its `return_s` decides if it counts."""
         self._trace = trace
         self._machine = machine
         self._tiers = tiers
+        self._foresight = foresight
         self._sample_s = sample_s
         self._events: list[tuple[float, int, str, int]] = []
         self._sequence = 0
@@ -113,7 +144,7 @@ class Replay:
         self._free_slots = machine.servers * machine.slots
         self._running: dict[str, _Running] = {}
         self._seen: set[int] = set()
-        self._tier_event_s = float("inf")
+        self._tier_event_s = math.inf
         self._followers: dict[str, list[int]] = {}
         self.result = Replayed([Served(turn.request.arrival_s) for turn in trace.turns], tiers)
 
@@ -154,7 +185,7 @@ class Replay:
         next_s = self._tiers.next_event_s()
         if next_s != self._tier_event_s:
             self._tier_event_s = next_s
-            if next_s < float("inf"):
+            if next_s < math.inf:
                 self._at(next_s, "copy", -1)
 
     def _sample(self, now_s: float) -> None:
@@ -171,6 +202,8 @@ class Replay:
         served = self.result.turns[place]
         served.arrival_s, served.depth = now_s, len(self._queue)
         self._queue.append(place)
+        if self._foresight is not None:
+            self._foresight.has_arrived[place] = True
         turn = self._trace.turns[place]
         if self._tiers is not None and (served.depth or not self._has_room()):
             self._tiers.enqueue(turn.request.request_id, self._parts(turn.chain), use_s=now_s, now_s=now_s)
@@ -238,8 +271,10 @@ class Replay:
         self._seen.update(turn.saves)
         job_id = turn.request.request_id
         del self._running[job_id]
+        for follower in self._followers.pop(job_id, ()):
+            arrival_s = now_s + self._trace.turns[follower].request.think_s
+            self._at(arrival_s, "arrive", follower)
+            if self._foresight is not None:
+                self._foresight.arrival_s[follower] = arrival_s
         if self._tiers is not None:
             self._tiers.finish(job_id, self._parts(turn.saves), now_s=now_s)
-        for follower in self._followers.pop(job_id, ()):
-            think_s = self._trace.turns[follower].request.think_s
-            self._at(now_s + think_s, "arrive", follower)

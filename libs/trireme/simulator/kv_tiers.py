@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -44,6 +45,8 @@ class TierSpec:
     capacity: Capacity
     disk_read_bytes_s: float
     disk_write_bytes_s: float
+    write_buffer_bytes: int = 0
+    """Device memory for KV of ended jobs that DRAM has no room for yet; what does not fit is not stored."""
     ttl_s: float = math.inf
 
 
@@ -70,7 +73,7 @@ class TierCounters:
     dropped_bytes: int = 0
     """Left the store: no tier holds it any more."""
     unsaved_bytes: int = 0
-    """Not stored, since DRAM had no room at that moment."""
+    """Not stored, since neither DRAM nor the write buffer had room."""
     plans: int = 0
     commands: int = 0
     most_dram_bytes: int = 0
@@ -112,6 +115,9 @@ class KvTiers:
         self._waiters: dict[int, list[str]] = {}
         self._streamed: set[int] = set()
         self._ready: list[str] = []
+        self._unwritten: deque[Item[int]] = deque()
+        self._unwritten_ids: set[int] = set()
+        self._unwritten_bytes = 0
 
     def next_event_s(self) -> float:
         """When the next copy ends; inf where none is in flight."""
@@ -178,23 +184,39 @@ class KvTiers:
         self._replan(now_s)
 
     def finish(self, job_id: str, saves: Sequence[Part], *, now_s: float) -> None:
-        """A job ended; what it computed is stored, as far as DRAM has room for it now."""
+        """A job ended; what it computed is stored, or waits in the write buffer for room in DRAM."""
         self.index.finish(job_id)
         for depth, (item_id, size_bytes) in enumerate(saves):
-            item = self.index.get(item_id)
-            if item is not None:
-                self._put(self._used(item, now_s))
+            held = self.index.get(item_id)
+            if held is not None:
+                self._put(self._used(held, now_s))
                 continue
-            if self.index.dram_bytes + size_bytes > self.spec.capacity.dram_bytes:
-                self._replan(now_s)
-            if self.index.dram_bytes + size_bytes > self.spec.capacity.dram_bytes:
-                self.counters.unsaved_bytes += sum(
-                    size for other, size in saves[depth:] if other not in self.index
-                )
-                break
+            if item_id in self._unwritten_ids:
+                continue
             item = Item(item_id=item_id, size_bytes=size_bytes, in_dram=True, last_use_s=now_s, depth=depth)
-            self._put(self._used(item, now_s))
+            if not self._unwritten and self._fits(size_bytes):
+                self._put(self._used(item, now_s))
+            elif self._unwritten_bytes + size_bytes <= self.spec.write_buffer_bytes:
+                self._unwritten.append(item)
+                self._unwritten_ids.add(item_id)
+                self._unwritten_bytes += size_bytes
+            else:
+                self.counters.unsaved_bytes += size_bytes
         self._replan(now_s)
+
+    def _fits(self, size_bytes: int) -> bool:
+        return self.index.dram_bytes + size_bytes <= self.spec.capacity.dram_bytes
+
+    def _write_buffered(self, now_s: float) -> bool:
+        """Move what fits from the write buffer to DRAM; whether anything did."""
+        is_changed = False
+        while self._unwritten and self._fits(self._unwritten[0].size_bytes):
+            item = self._unwritten.popleft()
+            self._unwritten_ids.discard(item.item_id)
+            self._unwritten_bytes -= item.size_bytes
+            self._put(self._used(item, now_s))
+            is_changed = True
+        return is_changed
 
     def _used(self, item: Item[int], now_s: float) -> Item[int]:
         return replace(
@@ -223,7 +245,7 @@ class KvTiers:
         if item_id in self._streamed:
             return
         self.counters.demand_read_bytes += item.size_bytes
-        if self.index.dram_bytes + item.size_bytes <= self.spec.capacity.dram_bytes:
+        if self._fits(item.size_bytes):
             self._put(replace(item, state=State.FETCHING))
         else:
             self._streamed.add(item_id)  # straight to the device, since DRAM is full
@@ -275,7 +297,19 @@ class KvTiers:
         self._next_transfer(self._writes, at_s)
 
     def _replan(self, now_s: float) -> None:
-        commands = plan(self.index, self.spec.capacity, now_s=now_s, is_guarded=self.policy.is_guarded)
+        self._carry_out_plan(now_s)
+        while self._write_buffered(now_s):
+            self._carry_out_plan(now_s)
+
+    def _carry_out_plan(self, now_s: float) -> None:
+        free_bytes = self.spec.capacity.dram_bytes - self.index.dram_bytes - self._unwritten_bytes
+        commands = plan(
+            self.index,
+            self.spec.capacity,
+            now_s=now_s,
+            dram_free_bytes=free_bytes,
+            is_guarded=self.policy.is_guarded,
+        )
         self.counters.plans += 1
         self.counters.commands += len(commands)
         for command in commands:

@@ -88,6 +88,27 @@ def as_turns(requests: Sequence[Request], *, answers: Sequence[int] | None = Non
     return TurnTrace(turns, tuple(sizes), tuple(map(tuple, users)))
 
 
+def linked(requests: Sequence[Request]) -> list[Request]:
+    """The same requests as conversations: a turn waits for the answer of the turn that it continues.
+
+    It continues the last request before it that has the longest prefix in common, unless that is no more
+    than one block (the system prompt, which all share). The user thinks as long as between the arrivals.
+    """
+    last_with: dict[int, Request] = {}
+    found = []
+    for request in requests:
+        before: Request | None = None
+        for depth, block in enumerate(request.block_ids()):
+            if block not in last_with:
+                break
+            before = last_with[block] if depth else None
+        if before is not None:
+            request = request._replace(after=before.request_id, think_s=request.arrival_s - before.arrival_s)
+        found.append(request)
+        last_with.update(dict.fromkeys(request.block_ids(), request))
+    return found
+
+
 def sharegpt_like(
     *, sessions: int, sessions_per_s: float, think_s: float, seed: int, longest_tokens: int = 4096
 ) -> TurnTrace:
