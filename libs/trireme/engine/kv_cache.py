@@ -117,7 +117,7 @@ class KvCache:
         self.attach(sequence, matched + fresh)
         sequence.begin(len(matched) * self.block_size)
         sequence.num_committed = len(matched)
-        sequence.preloaded_blocks = 0
+        self._let_go(sequence)
         self.expect(sequence)
         return True
 
@@ -184,11 +184,7 @@ class KvCache:
         if self.host is not None:
             self.host.pool.release(sequence.host_blocks)
             sequence.host_blocks = []
-        stored, sequence.stored = sequence.stored, ()
-        let_go_of(stored)
-        for block_hash in sequence.hashes[: sequence.preloaded_blocks]:
-            self.pool.set_next_use(block_hash, math.inf)
-        sequence.preloaded_blocks = 0
+        self._let_go(sequence)
         sequence.num_computed = 0
         sequence.num_committed = 0
 
@@ -277,6 +273,14 @@ class KvCache:
         load.is_joined = True
         self.expect(sequence)
         return True
+
+    def _let_go(self, sequence: Sequence) -> None:
+        """No load is begun for the sequence any more, and what was loaded does not wait for it."""
+        stored, sequence.stored = sequence.stored, ()
+        let_go_of(stored)
+        for block_hash in sequence.hashes[: sequence.preloaded_blocks]:
+            self.pool.set_next_use(block_hash, math.inf)
+        sequence.preloaded_blocks = 0
 
     def _settle(self, block_hash: bytes, sequence: Sequence) -> None:
         if self._pending.get(block_hash) is sequence:
