@@ -365,3 +365,17 @@ def test_every_policy_has_a_name() -> None:
         make_scheduler("srpt")
     with pytest.raises(InvalidConfiguration):
         make_scheduler("lottery")
+
+
+def test_a_crowd_that_waits_moves_out_no_more_than_one_batch_needs() -> None:
+    worlds: list[World] = []
+    scheduler = make_scheduler("srpt", remaining=lambda name: worlds[0].remaining(name))
+    world = World(scheduler, max_sequences=2, device=108, token_budget=64)
+    worlds.append(world)
+    for number in range(50):
+        world.add(f"holder{number:02}", 12, 300 - 4 * number)
+        world.step()
+    for number in range(12):
+        world.add(f"short{number:02}", 56, 1)
+    out = [len(world.step().swap_out) for _ in range(3)]
+    assert 0 < max(out) <= 12, out

@@ -52,8 +52,10 @@ class SwapRules(NamedTuple):
     burst: BurstReserve
     execute_s: Callable[[Key], float]
     """T_execute of one that waits."""
-    soon_promoted: Sequence[tuple[float, Key]] = ()
+    soon_promoted: Callable[[], Sequence[tuple[float, Key]]] = tuple
     """(ENST, key) of those whose promotion comes before their turn."""
+    jobs_above: Callable[[Key], int] = lambda key: 0
+    """At least so many jobs, running or waiting, stand before one that waits."""
     is_proactive: bool = True
     """Keep a reserve idle and bring back ahead of need; else move only what the batch needs now."""
     link_blocks: float = float("inf")
@@ -77,15 +79,20 @@ class BatchFormation:
         self._rules = rules
         members = queue.member_keys()
         self._walk = Walk(iter(members), iter(queue.device), iter(queue.host), iter(queue.fresh))
-        self._placed: set[str] = set()
-        self._room = Room(budget, view, self._victims(members), self._placed, spared)
-        self._tokens = budget.token_budget
+        self._keys = iter(self._walk)
         self._runs: dict[str, int] = {}
+        self._placed: set[str] = set()
+        """Those that do not run now and are promised blocks."""
+        victims = self._victims(members)
+        self._room = Room(budget, view, victims, (self._runs, self._placed), spared)
+        self._tokens = budget.token_budget
         self._prefills: list[str] = []
         self._admitted: set[str] = set()
         self._swap_in: list[str] = []
         self._num_moving = 0
         self._claims: list[_Claim] = []
+        self._claimed_tokens = 0
+        """Of prompts that wait for copies: no more of them claim blocks than one iteration computes."""
         self._pause_reasons: dict[str, str] = {}
         self._found: dict[str, Location] = {}
         """Where sequences are that are not where they were believed to be."""
@@ -106,7 +113,7 @@ class BatchFormation:
             self._run_anyway()
         if self._rules.is_proactive:
             self._room.top_up(self._rules.burst.blocks(len(self._runs)))
-            if not self._room.swap_out and not self._room.evicted and not self._claims:
+            if not self._room.gone and not self._claims:
                 self._bring_back()
         self._rules.burst.observe(self._admitted_blocks)
         for entry in self._passed:
@@ -115,33 +122,38 @@ class BatchFormation:
 
     def _fill(self) -> None:
         most = self._budget.max_sequences
-        for key in self._walk:
+        room, view, runs = self._room, self._view, self._runs
+        entries, gone, device = self._queue.entries, self._room.gone, Location.DEVICE
+        for key in self._keys:
             sequence_id = key[2]
-            if self._room.is_gone(sequence_id):
+            if sequence_id in gone:
                 continue
-            seen = self._look(sequence_id)
-            location = seen.location
-            if location is Location.DEVICE:
-                self._continue(key, seen)
-            elif location is Location.NONE:
-                self._admit(key, seen)
-            elif location is Location.HOST:
-                self._bring(key, seen)
-            else:
+            seen = view(sequence_id)
+            num_tokens, num_blocks, _, location, _, _ = seen
+            if (
+                location is device
+                and num_tokens == 1
+                and num_blocks <= room.now
+                and (self._tokens or self._give_token())
+            ):
+                # What nearly all do nearly always: decode, in place.
+                if num_blocks:
+                    room.now -= num_blocks
+                self._tokens -= 1
+                runs[sequence_id] = 1
+            elif location is Location.MOVING:
                 self._num_moving += 1
-            if len(self._runs) >= most:
+            else:
+                if location is not entries[sequence_id].location:
+                    self._found[sequence_id] = location
+                if location is device:
+                    self._continue(key, seen)
+                elif location is Location.NONE:
+                    self._admit(key, seen)
+                else:
+                    self._bring(key, seen)
+            if len(runs) == most:
                 return
-            if len(self._runs) + len(self._swap_in) + self._num_moving >= most:
-                self._walk.drop(_HOST)
-
-    def _look(self, sequence_id: str) -> SequenceView:
-        seen = self._view(sequence_id)
-        if (
-            seen.location is not self._queue.entries[sequence_id].location
-            and seen.location is not Location.MOVING
-        ):
-            self._found[sequence_id] = seen.location
-        return seen
 
     def _continue(self, key: Key, seen: SequenceView) -> None:
         """It is on the device."""
@@ -161,6 +173,9 @@ class BatchFormation:
         """It is on the host."""
         if self._is_closed:
             return
+        if self._num_placed() >= self._budget.max_sequences:
+            self._walk.drop(_HOST)
+            return
         fit = self._room.make(key, seen.num_blocks)
         if fit is Fit.NOW:
             self._swap_in.append(key[2])
@@ -175,7 +190,7 @@ class BatchFormation:
         """It has no KV."""
         if self._is_closed:
             return
-        if not self._tokens:
+        if self._tokens <= self._claimed_tokens or self._num_placed() >= self._budget.max_sequences:
             self._walk.drop(_FRESH)
             return
         budget = self._budget
@@ -198,8 +213,13 @@ class BatchFormation:
             self._start(key[2], seen)
         elif fit is Fit.SOON:
             self._claim(key, seen)
+            self._claimed_tokens += seen.num_tokens
         else:
             self._skip(key)
+
+    def _num_placed(self) -> int:
+        """Those that run now, and those that will as soon as copies have ended."""
+        return len(self._runs) + len(self._swap_in) + len(self._claims) + self._num_moving
 
     def _is_free(self, num_blocks: int) -> bool:
         """Nobody need leave for it, not even when those that run grow a little."""
@@ -218,7 +238,6 @@ class BatchFormation:
         count = min(seen.num_tokens, self._tokens)
         self._tokens -= count
         self._runs[sequence_id] = count
-        self._placed.add(sequence_id)
         if seen.num_tokens > 1:
             self._prefills.append(sequence_id)
 
@@ -270,14 +289,21 @@ class BatchFormation:
         """Of those next in the queue, copy in who is on the host, as long as the reserve stays."""
         reserve = self._rules.burst.blocks(len(self._runs))
         link_blocks = self._rules.link_blocks
-        next_promoted = [key for _, key in sorted(self._rules.soon_promoted)]
-        for key in (*next_promoted, *islice(self._walk, self._budget.max_sequences)):
+        first_host = next(iter(self._queue.host), None)
+        if self._room.now <= reserve or first_host is None:
+            return
+        entries, walk, most = self._queue.entries, self._walk, self._budget.max_sequences
+        next_promoted = [key for _, key in sorted(self._rules.soon_promoted())]
+        wanted = [key for key in next_promoted if entries[key[2]].location is Location.HOST]
+        if self._rules.jobs_above(first_host) < 2 * most:
+            following = islice(self._keys, most)
+            wanted += [key for key in following if walk.stream == _HOST and key not in wanted]
+        for key in wanted:
             if self._room.now <= reserve or link_blocks <= 0:
                 return
-            entry = self._queue.entries[key[2]]
-            if entry.location is not Location.HOST or key[2] in self._placed:
+            if key[2] in self._placed:
                 continue
-            seen = self._look(key[2])
+            seen = self._view(key[2])
             if seen.location is Location.HOST and seen.num_blocks + reserve <= self._room.now:
                 self._room.make(key, seen.num_blocks)
                 self._swap_in.append(key[2])
@@ -297,13 +323,13 @@ class BatchFormation:
 
     def _victims(self, members: list[Key]) -> Iterator[Key]:
         keys = merge(reversed(members), reversed(self._queue.device), reverse=True)
-        return by_enst_descending(keys, self._rules.soon_promoted, self._rules.execute_s)
+        # A generator, so that nothing is computed where nobody needs a victim.
+        yield from by_enst_descending(keys, self._rules.soon_promoted(), self._rules.execute_s)
 
     def _settled(self) -> IterationDecision:
         """Tell the queue who stands where from now on."""
         queue, room, runs = self._queue, self._room, self._runs
         before = queue.members
-        queue.members = {}
         paused: list[Preemption] = []
         moved = dict.fromkeys(self._swap_in, Location.DEVICE)
         moved |= dict.fromkeys(room.swap_out, Location.HOST) | dict.fromkeys(room.evicted, Location.NONE)
@@ -312,9 +338,8 @@ class BatchFormation:
                 entry = queue.entries[sequence_id]
                 queue.leave(entry)
                 queue.wait(entry, moved.get(sequence_id) or self._found[sequence_id])
-        for sequence_id, entry in before.items():
-            if sequence_id in runs:
-                continue
+        for sequence_id in [name for name in before if name not in runs]:
+            entry = before[sequence_id]
             location = moved.get(sequence_id) or self._found.get(sequence_id, Location.DEVICE)
             queue.wait(entry, location)
             if location is Location.DEVICE and sequence_id not in moved:
@@ -323,19 +348,23 @@ class BatchFormation:
         for sequence_id in room.evicted:
             entry = queue.entries[sequence_id]
             entry.computed_tokens = 0
-        prefills = set(self._prefills)
-        for sequence_id in runs:
-            entry = queue.entries[sequence_id]
-            if sequence_id not in before:
-                queue.leave(entry)
-                entry.location = Location.DEVICE
-                entry.passes = 0
-            entry.is_prefilling = sequence_id in prefills or sequence_id in self._admitted
-            queue.members[sequence_id] = entry
+        entries = queue.entries
+        for sequence_id in runs.keys() - before.keys():
+            entry = entries[sequence_id]
+            queue.leave(entry)
+            entry.location = Location.DEVICE
+            entry.passes = 0
+        queue.members = members = {sequence_id: entries[sequence_id] for sequence_id in runs}
+        queue.prefilling = self._admitted.union(self._prefills)
         queue.steady_blocks = -1 if moved else self._steady_blocks()
         num_tokens = self._budget.token_budget - self._tokens
         return IterationDecision(
-            runs=tuple([Run(sequence_id, count) for sequence_id, count in runs.items()]),
+            runs=tuple(
+                [
+                    entry.single if count == 1 else Run(entry.key[2], count)
+                    for entry, count in zip(members.values(), runs.values(), strict=True)
+                ]
+            ),
             admitted=frozenset(self._admitted),
             paused=tuple(paused),
             swap_out=tuple([Preemption(*pair) for pair in room.swap_out.items()]),

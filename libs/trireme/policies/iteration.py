@@ -44,6 +44,8 @@ class Job:
     """Of the client's request, on the clock of `now_s`; earlier than now if it waited elsewhere."""
     priority: int = 0
     """Larger is more urgent; only the priority policy looks at it."""
+    urgency: int = 0
+    """Levels that it joins above (below, if negative) the one its length tells; only mlfq looks at it."""
     new_tokens: int
     """Prompt tokens to compute: the uncached suffix. At least 1."""
     cached_tokens: int = 0

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 
 from trireme.policies.iteration import Budget, Location, ViewOf
 from trireme.policies.run_queue import Key
@@ -63,6 +63,10 @@ class LevelLoad:
         """One job was charged."""
         self._used_s[level] += seconds
         self._sums = None
+
+    def jobs_above(self, level: int) -> int:
+        """Jobs of higher levels."""
+        return self._level_sums()[level][0]
 
     def execute_s(self, level: int, batch: int) -> float:
         """T_execute of this level: all higher jobs burn their quanta down to it, `batch` at a time."""
@@ -137,7 +141,7 @@ class Room:
     Args:
         view: of the engine.
         victims: those that may go, first the one that is needed last.
-        placed: those that run or arrive in this decision: never victims. The caller keeps it up to date.
+        placed: those that run or arrive in this decision, never victims. The caller adds to them.
         spared: was evicted last; somebody else is evicted instead, if there is anybody else.
     """
 
@@ -146,7 +150,7 @@ class Room:
         budget: Budget,
         view: ViewOf,
         victims: Iterator[Key],
-        placed: set[str],
+        placed: tuple[Container[str], Container[str]],
         spared: str | None = None,
     ) -> None:
         self.now = budget.free_blocks
@@ -157,16 +161,14 @@ class Room:
         self.swap_out: dict[str, str] = {}
         """Reasons by sequence."""
         self.evicted: dict[str, str] = {}
+        self.gone: set[str] = set()
+        """All victims."""
         self._view = view
         self._victims = victims
         self._unused: list[tuple[Key, int]] = []
         """Possible victims that were looked at and not needed: (key, blocks)."""
-        self._placed = placed
+        self._runs, self._placed = placed
         self._spared = spared
-
-    def is_gone(self, sequence_id: str) -> bool:
-        """It was chosen as a victim."""
-        return sequence_id in self.swap_out or sequence_id in self.evicted
 
     def make(self, key: Key, blocks: int, *, may_evict: bool = False) -> Fit:
         """Give a sequence its blocks, at the cost of those that stand behind it; else change nothing."""
@@ -226,11 +228,13 @@ class Room:
                 self._swap_out(victim[2], blocks, reason)
             else:
                 self.evicted[victim[2]] = f"{reason}; the host has room for {host}"
+                self.gone.add(victim[2])
                 self.now += blocks
         return True
 
     def _swap_out(self, sequence_id: str, blocks: int, reason: str) -> None:
         self.swap_out[sequence_id] = reason
+        self.gone.add(sequence_id)
         self.host -= blocks
         self.soon += blocks
 
@@ -238,13 +242,13 @@ class Room:
         """Possible victims with their blocks; taken from the lists as they come."""
         while self._unused:
             key, blocks = self._unused.pop(0)
-            if key[2] not in self._placed:
+            if key[2] not in self._runs and key[2] not in self._placed:
                 yield key, blocks
         for _ in range(_MOST_LOOKS):
             found = next(self._victims, None)
             if found is None:
                 return
-            if found[2] not in self._placed:
+            if found[2] not in self._runs and found[2] not in self._placed:
                 seen = self._view(found[2])
                 if seen.location is Location.DEVICE and seen.held_blocks > 0:
                     yield found, seen.held_blocks

@@ -160,17 +160,17 @@ class MlfqScheduler:
         rules = SwapRules(
             burst=self._burst,
             execute_s=self._execute_of_key_s,
-            soon_promoted=self._soon_promoted(now_s),
+            soon_promoted=lambda: self._soon_promoted(now_s),
+            jobs_above=lambda key: self._load.jobs_above(int(key[0])),
             is_proactive=self.settings.proactive,
             link_blocks=2.0 * budget.link_blocks_per_s * self._iteration_s
             if budget.link_blocks_per_s < math.inf
             else math.inf,
         )
-        before = list(queue.members.values())
+        before = queue.members
         decision = BatchFormation(queue, budget, view, rules, self._spared).decide()
-        for entry in before:
-            if entry.job.sequence_id not in queue.members:
-                self._line.add(entry)
+        for sequence_id in before.keys() - queue.members.keys():
+            self._line.add(before[sequence_id])
         if decision.evicted:
             self._spared = decision.evicted[-1].sequence_id
         return _with_promotions(decision, promoted)
@@ -192,15 +192,18 @@ class MlfqScheduler:
         self._iteration_s = keep * self._iteration_s + (1.0 - keep) * seconds / iterations
         changes: list[LevelChange] = []
         quanta_s = self.quanta_s
+        prefilling = self._queue.prefilling
+        is_refined = self.settings.enst_v2
         for entry, count in billed:
             entry.last_s = now_s
             entry.computed_tokens += count
-            level = entry.level
+            level = int(entry.key[0])
             charged_s = seconds
-            if entry.is_prefilling and self.settings.skip_join and level >= entry.join_level:
+            if prefilling and entry.key[2] in prefilling and self._is_protected(entry):
                 charged_s = max(0.0, min(seconds, quanta_s[level] - entry.used_s))
             entry.used_s += charged_s
-            self._load.charge(level, charged_s)
+            if is_refined:
+                self._load.charge(level, charged_s)
             if entry.used_s > quanta_s[level]:
                 changes.append(self._demote(entry, level, len(billed)))
         return tuple(changes)
@@ -258,7 +261,15 @@ class MlfqScheduler:
             return 1, f"everybody joins here; its first iteration takes {_ms(first_s)}"
         quanta_s = self.quanta_s
         level = next(level for level in range(1, len(quanta_s)) if quanta_s[level] >= first_s)
-        return level, f"its first iteration takes {_ms(first_s)}, the quantum is {_ms(quanta_s[level])}"
+        reason = f"its first iteration takes {_ms(first_s)}, the quantum is {_ms(quanta_s[level])}"
+        if job.urgency:
+            level = min(max(1, level - job.urgency), len(quanta_s) - 1)
+            reason += f", its urgency {job.urgency:+d}"
+        return level, reason
+
+    def _is_protected(self, entry: Entry) -> bool:
+        """Its prefill does not demote it."""
+        return self.settings.skip_join and entry.level >= entry.join_level
 
     def _demote(self, entry: Entry, level: int, batch: int) -> LevelChange:
         quanta_s = self.quanta_s
@@ -284,16 +295,19 @@ class MlfqScheduler:
         self._num_seated[level] += 1
 
     def _leave(self, entry: Entry) -> None:
-        self._load.leave(entry.level, entry.used_s)
+        self._load.leave(entry.level, entry.used_s if self.settings.enst_v2 else 0.0)
         self._num_left[entry.level] += 1
 
     def _capped_s(self, billed: Sequence[tuple[Entry, int]], seconds: float, iterations: int) -> float:
         if self._profile is None or not billed:
             return seconds
+        if seconds <= self.settings.spike * (self._profile.quantum_s or 0.0) * iterations:
+            return seconds
         batch = context = 0
         parts: list[Part] = []
+        prefilling = self._queue.prefilling
         for entry, count in billed:
-            if entry.is_prefilling:
+            if entry.key[2] in prefilling:
                 parts.append(Part(1, count, entry.computed_tokens))
             else:
                 batch += 1

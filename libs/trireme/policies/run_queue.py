@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trireme.policies.iteration import Job, Location
+from trireme.policies.iteration import Job, Location, Run
 from trireme.policies.sorted_keys import SortedKeys
 
 Key = tuple[float, int, str]
@@ -21,7 +21,6 @@ class Entry:
 
     __slots__ = (
         "computed_tokens",
-        "is_prefilling",
         "job",
         "join_level",
         "key",
@@ -29,6 +28,7 @@ class Entry:
         "location",
         "passes",
         "seat",
+        "single",
         "used_s",
     )
 
@@ -39,13 +39,14 @@ class Entry:
         """When its last iteration ended; its arrival before the first."""
         self.used_s = 0.0
         """Charged since it entered its level."""
+        self.single = Run(job.sequence_id, 1)
+        """Decoding: made once."""
         self.join_level = 1
         self.seat = 0
         """Its place in the line of its level; see `mlfq`."""
         self.location = Location.NONE
         """Believed: NONE, DEVICE or HOST. One that is being copied is where the copy ends."""
         self.computed_tokens = job.cached_tokens
-        self.is_prefilling = True
         self.passes = 0
         """Iterations in which it did not fit and a later one was admitted."""
 
@@ -61,7 +62,9 @@ class RunQueue:
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
         self.members: dict[str, Entry] = {}
-        """The last batch, without those that have ended. They stand in no set."""
+        """The last batch, without those that have ended. They stand in no set, and on the device."""
+        self.prefilling: set[str] = set()
+        """Those of the last batch that were not decoding."""
         self.steady_blocks = -1
         """Blocks that the members may take until the next decision can differ; negative: it can at once."""
         self.fresh: SortedKeys[Key] = SortedKeys()
@@ -102,36 +105,37 @@ class RunQueue:
         return (key[2] for key in Walk(iter(self.device), iter(self.host), iter(self.fresh)))
 
 
-class Walk(Iterator[Key]):
+class Walk:
     """One ascending walk over several ascending streams, any of which may be dropped on the way."""
 
     def __init__(self, *streams: Iterator[Key]) -> None:
+        self.stream = 0
+        """Which stream the last key came from."""
         self._streams = streams
-        self._heads = [next(stream, None) for stream in streams]
-        self._current = 0
-        self._limit: Key | None = _BEFORE_ALL
-        """The least head of the other streams; None: there are none."""
-
-    def __next__(self) -> Key:
-        head = self._heads[self._current]
-        if head is None or (self._limit is not None and head > self._limit):
-            self._choose()
-            head = self._heads[self._current]
-            if head is None:
-                raise StopIteration
-        self._heads[self._current] = next(self._streams[self._current], None)
-        return head
+        self._dropped: set[int] = set()
 
     def drop(self, index: int) -> None:
         """Leave out what is left of a stream."""
-        self._heads[index] = None
-        self._limit = _BEFORE_ALL
+        self._dropped.add(index)
 
-    def _choose(self) -> None:
-        heads = sorted([(head, index) for index, head in enumerate(self._heads) if head is not None])
-        if heads:
-            self._current = heads[0][1]
-        self._limit = heads[1][0] if len(heads) > 1 else None
-
-
-_BEFORE_ALL: Key = (float("-inf"), 0, "")
+    def __iter__(self) -> Iterator[Key]:
+        streams = self._streams
+        dropped = self._dropped
+        heads = [next(stream, None) for stream in streams]
+        while True:
+            left = sorted(
+                [(head, at) for at, head in enumerate(heads) if head is not None and at not in dropped]
+            )
+            if not left:
+                return
+            head: Key | None
+            head, index = left[0]
+            limit = left[1][0] if len(left) > 1 else None
+            stream = streams[index]
+            num_dropped = len(dropped)
+            self.stream = index
+            while head is not None and (limit is None or head < limit) and len(dropped) == num_dropped:
+                following = next(stream, None)
+                yield head
+                head = following
+            heads[index] = head
