@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trireme.kvcache.arena import Arena
+from trireme.kvcache.arena import Arena, ArenaRef
 from trireme.kvcache.arena_copies import CopyFault, is_unchanged, room_for, view_of
 from trireme.kvcache.block_codec import payload_checksum
 from trireme.wire.kvstore.v1.kvstore_pb2 import RESERVATION_RESERVED, AcquiredBlock, ReservedBlock
@@ -35,12 +35,25 @@ class Room:
         self._blocks = blocks
         self._sums: dict[int, int] = {}
 
-    def seal(self, index: int) -> bool:
-        """Say that a payload is complete; False where its room was taken back. Any thread."""
+    @property
+    def arena(self) -> ArenaRef:
+        """Where the room is, for another process to map."""
+        return self._arena.ref
+
+    def place(self, index: int) -> ReservedBlock | None:
+        """Where in the arena a payload goes; None where nothing is to be written."""
+        return None if self.views[index] is None else self._blocks[index]
+
+    def seal(self, index: int, checksum: int | None = None) -> bool:
+        """Say that a payload is complete; False where its room was taken back. Any thread.
+
+        Args:
+            checksum: the payload's, where the writer has it.
+        """
         view, block = self.views[index], self._blocks[index]
         if view is None or room_for(self._arena, block, len(view)) is None:
             return False
-        self._sums[block.generation] = payload_checksum(view)
+        self._sums[block.generation] = payload_checksum(view) if checksum is None else checksum
         return True
 
     @property
@@ -74,15 +87,25 @@ class HeldChain:
         self.views: list[memoryview] = [view for view in views[:count] if view is not None]
         """Payloads, read only; maybe fewer than were asked for."""
         self.corrupt_generations: list[int] = []
+        """Blocks that the store is told of when the chain is let go."""
         self._arena = arena
         self._blocks = blocks[:count]
 
     def __len__(self) -> int:
         return len(self.views)
 
+    @property
+    def arena(self) -> ArenaRef:
+        """Where the blocks are, for another process to map."""
+        return self._arena.ref
+
+    def place(self, index: int) -> AcquiredBlock:
+        """Where in the arena a payload is."""
+        return self._blocks[index]
+
     def fault(self, index: int) -> CopyFault | None:
         """Whether a block's bytes were right all the while; None where they were. Any thread."""
         found = is_unchanged(self._arena, self._blocks[index])
-        if found is CopyFault.CORRUPT:
+        if found is CopyFault.CORRUPT or found is CopyFault.REUSED:
             self.corrupt_generations.append(self._blocks[index].generation)
         return found

@@ -75,11 +75,13 @@ class SegmentFiles:
         Raises:
             OSError: it cannot be made, read or written, or another store has it.
         """
+        self.close([])
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            self.close([])
             message = "another store uses the directory"
             raise OSError(errno.EBUSY, message, str(self.directory)) from error
         self.is_direct = _takes_direct_io(self.directory / "lock")

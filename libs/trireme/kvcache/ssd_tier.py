@@ -383,12 +383,12 @@ class SsdTier:
     async def _close(self) -> None:
         if self._opening is not None:
             self._opening.cancel()
-        if self._is_indexed and self.serving:
-            calls = [self._seal(each) for each in self._segments.by_number.values() if each.is_changed]
-            descriptors = [
-                each.descriptor for each in self._segments.by_number.values() if each.descriptor >= 0
-            ]
-            calls.append(self._writer.submit(lambda: self._files.close(descriptors)))
-            await asyncio.wait({call.outcome for call in calls}, timeout=_CLOSE_S)
+        segments = self._segments.by_number.values()
+        calls: list[DiskCall[None]] = []
+        if self.is_writable:
+            calls += [self._seal(segment) for segment in segments if segment.is_changed]
+        descriptors = [segment.descriptor for segment in segments if segment.descriptor >= 0]
+        calls.append(self._writer.submit(lambda: self._files.close(descriptors)))
+        await asyncio.wait({call.outcome for call in calls}, timeout=_CLOSE_S)
         for threads in (self._readers, self._writer):
             threads.close()

@@ -262,6 +262,16 @@ class StoreClient:
             return False
         return response.applied
 
+    async def session(
+        self, tenant: str, session_id: str, *, deadline_s: float = CALL_S
+    ) -> pb.GetSessionResponse | None:
+        """What is known of a conversation, and what of it is here; None where the store does not answer."""
+        request = pb.GetSessionRequest(tenant=tenant, session_id=session_id)
+        try:
+            return await self._connection.call(lambda stub: stub.GetSession(request, timeout=deadline_s))
+        except CallFailed:
+            return None
+
     async def stats(self, *, deadline_s: float = 1.0) -> pb.GetStatsResponse | None:
         """The store's figures; None where it does not answer."""
         request = pb.GetStatsRequest()
@@ -306,7 +316,8 @@ class StoreClient:
             if fault is not None:
                 block, reason = fault
                 self.counters.failures[reason.value] += 1
-                if reason is CopyFault.CORRUPT:
+                # While the lease holds, a slot with another generation is as wrong as one with other bytes.
+                if reason is not CopyFault.OUTSIDE:
                     corrupt.append(block.generation)
             return payloads
         finally:
