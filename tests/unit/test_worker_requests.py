@@ -447,3 +447,66 @@ async def test_many_unknown_ids_come_in_messages_that_fit(bench: Bench) -> None:
         assert len(batch) * 130 < MAX_BATCH_BYTES
         found.extend(batch)
     assert len(found) == 10_000
+
+
+class Stream:
+    """A gateway's connection that takes one message at a time."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.box = bench.table.outbox("g")
+        self.box.stream = self
+        self.until = asyncio.create_task(asyncio.sleep(60))
+        self.messages = self.box.batches(self, until=self.until)
+
+    async def next(self) -> TokenBatch | None:
+        """The next message, None where none is due; it may be awaited no more then."""
+        try:
+            async with asyncio.timeout(0.05):
+                return await anext(self.messages)
+        except TimeoutError:
+            return None
+
+
+async def test_tokens_that_follow_others_wait_for_the_pace_and_an_end_does_not(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trireme.worker.outboxes.PACE_S", 1000.0)
+    entry = assigned("1-0")
+    await bench.take(entry)
+    stream = Stream(bench)
+    bench.table.on_step(bench.step(entry, 7))
+    first = await stream.next()
+    assert first is not None and [list(update.token_ids) for update in first.updates] == [[7]]
+    handle = bench.engines.handles[sequence_name(entry.fact.request, 0)]
+    for index in (1, 2):
+        bench.table.on_step(StepNews(variant="v", tokens=array("q", [handle, index, 70 + index])))
+    waiting = asyncio.create_task(anext(stream.messages))
+    await asyncio.sleep(0.05)
+    assert not waiting.done(), "what only goes on with an answer keeps the pace"
+    bench.table.on_step(bench.step(entry, first=3, ends=True))
+    last = await waiting
+    assert [list(update.token_ids) for update in last.updates] == [[71, 72]]
+    assert last.updates[0].HasField("finished")
+    stream.until.cancel()
+
+
+async def test_what_follows_is_sent_when_the_pace_allows_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trireme.worker.outboxes.PACE_S", 0.01)
+    entry = assigned("1-0")
+    await bench.take(entry)
+    stream = Stream(bench)
+    bench.table.on_step(bench.step(entry, 7))
+    assert await stream.next() is not None
+    handle = bench.engines.handles[sequence_name(entry.fact.request, 0)]
+    got: list[int] = []
+    for index in range(1, 20):
+        bench.table.on_step(StepNews(variant="v", tokens=array("q", [handle, index, 70 + index])))
+        if index % 5 == 0:
+            message = await anext(stream.messages)
+            assert set(message.lanes) == {handle}
+            assert list(message.indices) == list(range(len(got) + 1, index + 1))
+            got += message.token_ids
+    assert got == list(range(71, 86))
+    stream.until.cancel()

@@ -37,7 +37,7 @@ class Settings:
     flush_interval_s: float = 0.02
     """Least time between two deliveries to one client, except its first token and its end.
     An engine slower than this is not delayed; a faster one has its tokens merged."""
-    max_deliveries_per_s: int = 4000
+    max_deliveries_per_s: int = 2000
     """Above so many deliveries a second over all clients, more tokens are merged into one."""
     ping_s: float = 15.0
     """An HTTP stream that has nothing to say for so long sends a comment."""

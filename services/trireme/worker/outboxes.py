@@ -1,10 +1,11 @@
-"""News on its way to gateways: one outbox each, coalescing while a gateway is slow."""
+"""News on its way to gateways: one outbox each, coalescing where the engine is fast or a gateway slow."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 
 from trireme.wire.worker.v1.worker_pb2 import SequenceUpdate, TokenBatch
 from trireme.worker.live_requests import Columns, LiveRequest
@@ -16,6 +17,9 @@ MAX_BATCH_BYTES = 4 * 2**20
 `MAX_MESSAGE_BYTES`, since one request's part of it is bounded too."""
 ROW_BYTES = 20
 """A plain token at most: three numbers of variable length."""
+PACE_S = 0.005
+"""Least time between two messages of which the second only goes on with answers. A first token, an
+end and whatever else is news goes at once, and an engine slower than this is never waited for."""
 
 
 class Outbox:
@@ -26,6 +30,9 @@ class Outbox:
         self._dirty: dict[LiveRequest, None] = {}
         self._unknown: OrderedDict[str, None] = OrderedDict()
         self._event = asyncio.Event()
+        """Something is due."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._paced_until_s = 0.0
         self.stream: object | None = None
         """The connection that is served now; a newer one replaces it."""
 
@@ -36,6 +43,21 @@ class Outbox:
     def mark(self, *requests: LiveRequest) -> None:
         """The requests have news."""
         self._dirty.update(dict.fromkeys(requests))
+        self._event.set()
+
+    def mark_soon(self, requests: Iterable[LiveRequest]) -> None:
+        """The requests have plain tokens that follow others."""
+        self._dirty.update(dict.fromkeys(requests))
+        if self._event.is_set() or self._timer is not None:
+            return
+        left_s = self._paced_until_s - time.monotonic()
+        if left_s <= 0:
+            self._event.set()
+        else:
+            self._timer = asyncio.get_running_loop().call_later(left_s, self._is_due)
+
+    def _is_due(self) -> None:
+        self._timer = None
         self._event.set()
 
     def mark_unknown(self, request_id: str) -> None:
@@ -53,11 +75,14 @@ class Outbox:
     async def batches(self, stream: object, *, until: asyncio.Task[None]) -> AsyncIterator[TokenBatch]:
         """Messages for one connection, until another takes its place or `until` is done."""
         while self.stream is stream and not until.done():
-            if not self._dirty and not self._unknown:
-                self._event.clear()
-                await self._event.wait()
-                continue
+            await self._event.wait()
+            if self.stream is not stream or until.done():
+                return
+            self._event.clear()
+            self._paced_until_s = time.monotonic() + PACE_S
             batch = self._batch()
+            if self._dirty or self._unknown:
+                self._event.set()  # more than one message holds
             if batch.lanes or batch.updates or batch.unknown:
                 yield batch
 

@@ -161,7 +161,10 @@ class RequestTable:
         for request in rare:
             if request.ended_s is None and request.is_complete:
                 self._ended(request, now_s)
-        self._mark([*plain, *rare])
+        for gateway_id, requests in _by_gateway(plain).items():
+            self.outbox(gateway_id).mark_soon(requests)
+        for gateway_id, requests in _by_gateway(rare).items():
+            self.outbox(gateway_id).mark(*requests)
         return billed_joules, billed_s
 
     def _take_plain(self, news: StepNews, touched: dict[LiveRequest, None]) -> tuple[float, float]:
@@ -183,13 +186,6 @@ class RequestTable:
                 token_ids.append(token_id)
                 touched[request] = None
         return count * joules, count * seconds
-
-    def _mark(self, touched: Iterable[LiveRequest]) -> None:
-        by_gateway: dict[str, list[LiveRequest]] = {}
-        for request in touched:
-            by_gateway.setdefault(request.gateway_id, []).append(request)
-        for gateway_id, requests in by_gateway.items():
-            self.outbox(gateway_id).mark(*requests)
 
     def fail(self, request: LiveRequest, *, code: str, message: str) -> None:
         """End a request that the engine does not take; no effect where it ended or was overtaken."""
@@ -352,6 +348,13 @@ def new_choices(delivered: Iterable[inference.TokenIds], count: int) -> list[Cho
     lengths = [len(tokens.ids) for tokens in delivered]
     lengths += [0] * (count - len(lengths))
     return [Choice(first_index=length) for length in lengths[:count]]
+
+
+def _by_gateway(requests: Iterable[LiveRequest]) -> dict[str, list[LiveRequest]]:
+    found: dict[str, list[LiveRequest]] = {}
+    for request in requests:
+        found.setdefault(request.gateway_id, []).append(request)
+    return found
 
 
 def _take_ending(request: LiveRequest, choice: Choice, ending: Ending) -> None:

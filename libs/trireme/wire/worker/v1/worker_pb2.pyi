@@ -315,7 +315,7 @@ Global___SequenceUpdate: _TypeAlias = SequenceUpdate  # noqa: Y015
 
 @_typing.final
 class TokenBatch(_message.Message):
-    """The news of one iteration for one gateway."""
+    """The news of one iteration, or a few, for one gateway."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -63,9 +63,10 @@ class WorkerServicer:
 
     def Connect(self, request_iterator, context):
         """Connect is one long-lived stream per (gateway, worker). The worker sends one
-        batch per engine iteration with the new tokens of all sequences of that
-        gateway; the gateway confirms what it has and asks for what it needs. The
-        worker keeps a request's output until its end is confirmed.
+        batch per engine iteration, or one for a few where they are fast, with the
+        new tokens of all sequences of that gateway; the gateway confirms what it has
+        and asks for what it needs. The worker keeps a request's output until its end
+        is confirmed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,9 +35,10 @@ class WorkerStub:
     def __new__(cls, channel: _aio.Channel) -> WorkerAsyncStub: ...
     Connect: _grpc.StreamStreamMultiCallable[_worker_pb2.GatewayMessage, _worker_pb2.TokenBatch]
     """Connect is one long-lived stream per (gateway, worker). The worker sends one
-    batch per engine iteration with the new tokens of all sequences of that
-    gateway; the gateway confirms what it has and asks for what it needs. The
-    worker keeps a request's output until its end is confirmed.
+    batch per engine iteration, or one for a few where they are fast, with the
+    new tokens of all sequences of that gateway; the gateway confirms what it has
+    and asks for what it needs. The worker keeps a request's output until its end
+    is confirmed.
     """
     LoadVariant: _grpc.UnaryUnaryMultiCallable[_worker_pb2.LoadVariantRequest, _worker_pb2.LoadVariantResponse]
     """LoadVariant makes a variant available; it returns when it can be asked for."""
@@ -53,9 +54,10 @@ class WorkerAsyncStub(WorkerStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Connect: _aio.StreamStreamMultiCallable[_worker_pb2.GatewayMessage, _worker_pb2.TokenBatch]  # type: ignore[assignment]
     """Connect is one long-lived stream per (gateway, worker). The worker sends one
-    batch per engine iteration with the new tokens of all sequences of that
-    gateway; the gateway confirms what it has and asks for what it needs. The
-    worker keeps a request's output until its end is confirmed.
+    batch per engine iteration, or one for a few where they are fast, with the
+    new tokens of all sequences of that gateway; the gateway confirms what it has
+    and asks for what it needs. The worker keeps a request's output until its end
+    is confirmed.
     """
     LoadVariant: _aio.UnaryUnaryMultiCallable[_worker_pb2.LoadVariantRequest, _worker_pb2.LoadVariantResponse]  # type: ignore[assignment]
     """LoadVariant makes a variant available; it returns when it can be asked for."""
@@ -74,9 +76,10 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.TokenBatch], _abc.AsyncIterator[_worker_pb2.TokenBatch]]:
         """Connect is one long-lived stream per (gateway, worker). The worker sends one
-        batch per engine iteration with the new tokens of all sequences of that
-        gateway; the gateway confirms what it has and asks for what it needs. The
-        worker keeps a request's output until its end is confirmed.
+        batch per engine iteration, or one for a few where they are fast, with the
+        new tokens of all sequences of that gateway; the gateway confirms what it has
+        and asks for what it needs. The worker keeps a request's output until its end
+        is confirmed.
         """
 
     @_abc_1.abstractmethod
