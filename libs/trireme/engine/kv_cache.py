@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,9 @@ from trireme.engine.tier import KvTier
 from trireme.kvcache.block_identity import extend_hashes
 from trireme.kvcache.block_pool import BlockPool
 from trireme.models.model import LayerKv, Model
+
+_SAVED_SHARE = 4
+"""One in so many blocks may be on its way to a lower tier."""
 
 
 class KvCache:
@@ -59,6 +63,7 @@ class KvCache:
         self.copies = KvCopies(model.device, link)
         self.counters = KvCounters()
         self._tables = BlockTables(-(-max_model_len // block_size))
+        self._num_saving = 0
         self._pending: dict[bytes, Sequence] = {}
         """Prompt blocks that a sequence is about to complete or that are being loaded for it."""
 
@@ -219,11 +224,16 @@ class KvCache:
             self.copies.poll()
 
     def save(self, block_hashes: Seq[bytes], room_for: Room | None, on_saved: OnSaved) -> int:
-        """Copy those of the blocks that are resident out, beside the compute; how many these are.
+        """Copy resident ones of the blocks out, beside the compute; how many are taken, first ones first.
 
-        Until a block is out it drains, so nobody overwrites it. `on_saved` is called in any case.
+        Until a block is out it drains, so nobody overwrites it: at most a part of the pool is taken at
+        a time, else saving could keep all blocks from those who run. `on_saved` is called in any case.
         """
-        found = [(name, block_id) for name in block_hashes if (block_id := self.pool.find(name)) is not None]
+        room = max(1, self.pool.num_blocks // _SAVED_SHARE) - self._num_saving
+        resident = (
+            (name, block_id) for name in block_hashes if (block_id := self.pool.find(name)) is not None
+        )
+        found = list(islice(resident, max(0, room)))
         if not found:
             on_saved(())
             return 0
@@ -231,9 +241,11 @@ class KvCache:
         report = block_moves.OnceSaved(on_saved)
 
         def then(copy: Copy) -> None:
+            self._num_saving -= len(blocks)
             self.pool.end_copy(blocks)
             report(())  # a copy that was cancelled before it began has not told
 
+        self._num_saving += len(blocks)
         self.pool.begin_copy(blocks)
         self.copies.copy_out(block_moves.save(self.memory, blocks, names, room_for, report), then)
         return len(blocks)
