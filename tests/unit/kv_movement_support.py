@@ -28,10 +28,11 @@ class ChanceRoster:
         self.evictions = 0
         self.swap_outs = 0
         self.pauses = 0
+        self.num_paused = self.num_swapped = 0
 
     @property
-    def waiting(self) -> list[Sequence]:
-        return [s for s in self.everybody.values() if s.location is Location.NONE]
+    def num_waiting(self) -> int:
+        return len(self.everybody) - len(self.running)
 
     @property
     def running(self) -> list[Sequence]:
@@ -48,7 +49,10 @@ class ChanceRoster:
         self._cache.release(sequence)
         self.evictions += 1
 
-    def schedule(self, report: StepReport) -> list[Part]:
+    def charge(self, seconds: float, report: StepReport, *, now_s: float) -> None:
+        """Time changes nothing here."""
+
+    def schedule(self, report: StepReport, *, now_s: float) -> list[Part]:
         chance, cache = self._chance, self._cache
         order = list(self.everybody.values())
         chance.shuffle(order)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 
 import torch
@@ -112,12 +112,16 @@ class Engine:
         """A step would do something."""
         return bool(self._requests or self._ready)
 
-    def add(self, request: SequenceRequest, *, stored: Seq[StoredBlock] = ()) -> None:
+    def add(
+        self, request: SequenceRequest, *, stored: Seq[StoredBlock] = (), awaited_tokens: int = 0
+    ) -> None:
         """Let a sequence wait for its turn.
 
         Args:
             stored: blocks of its prefix that a lower tier holds: see `preload`. They are let go if
                 this raises.
+            awaited_tokens: leading tokens whose blocks are about to be offered: if there are any, the
+                sequence keeps its place but does not run before `preload` is called for it.
 
         Raises:
             InvalidRequest: a token id or a parameter cannot be served; nothing was added.
@@ -146,6 +150,7 @@ class Engine:
         self._requests[request.sequence_id] = sequences
         self._preloads.offer(first, stored)
         for sequence in sequences:
+            sequence.awaited_tokens = min(awaited_tokens, sequence.reusable_tokens)
             self._roster.add(sequence)
 
     def preload(self, sequence_id: str, stored: Seq[StoredBlock]) -> bool:
@@ -162,7 +167,19 @@ class Engine:
         if sequences is None:
             let_go_of(stored)
             return False
+        for sequence in sequences:
+            sequence.awaited_tokens = 0
         return self._preloads.offer(sequences[0], stored)
+
+    def upcoming(self) -> Iterator[tuple[str, float]]:
+        """Sequences that wait, next first, and the seconds until each is expected to run; lazily.
+
+        To be walked between two calls of other methods. Of those that were added since the last step
+        nothing is said yet.
+        """
+        now_s = self._clock()
+        for sequence in self._roster.upcoming():
+            yield sequence.request.sequence_id, self._roster.next_use_s(sequence, now_s=now_s)
 
     def cancel(self, sequence_id: str) -> bool:
         """Drop a sequence before the next step; it gets no further output. False if it is not here."""
@@ -222,7 +239,7 @@ class Engine:
         moved = self._cache.counters
         tally = self._tally
         return EngineStats(
-            waiting=len(self._roster.waiting),
+            waiting=self._roster.num_waiting,
             running=len(self._roster.running),
             kv_blocks_used=pool.num_held,
             kv_blocks_total=pool.num_blocks,
@@ -238,6 +255,11 @@ class Engine:
             recomputed_tokens=tally.recomputed_tokens,
             steps=tally.steps,
             busy_s=tally.busy_s,
+            paused=self._roster.num_paused,
+            swapped=self._roster.num_swapped,
+            evictions=tally.evictions,
+            demotions=tally.demotions,
+            promotions=tally.promotions,
             kv_blocks_draining=pool.num_draining,
             host_blocks_used=host.pool.num_held + host.pool.num_draining if host is not None else 0,
             host_blocks_total=host.pool.num_blocks if host is not None else 0,
@@ -262,7 +284,7 @@ class Engine:
         report = StepReport(self._ready)
         self._ready = []
         self._cache.copies.poll()
-        parts = self._roster.schedule(report)
+        parts = self._roster.schedule(report, now_s=started_s)
         if parts:
             report.computing(parts)
             computed, faults = compute(self.model, self._cache, parts)
@@ -275,7 +297,9 @@ class Engine:
                 self._absorb(batch, report)
         elif not report.outputs:
             self._cache.copies.wait(_COPY_WAIT_S)
-        return report.result(self._tally, self._clock() - started_s)
+        ended_s = self._clock()
+        self._roster.charge(ended_s - started_s, report, now_s=ended_s)
+        return report.result(self._tally, ended_s - started_s)
 
     def _absorb(self, batch: Computed, report: StepReport) -> None:
         """Take over what was computed: more KV, tokens, scores, vectors."""

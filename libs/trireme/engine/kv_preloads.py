@@ -36,19 +36,32 @@ class KvPreloads:
     def __init__(self, cache: KvCache, layers_needed: int | LayersNeeded) -> None:
         self._cache = cache
         self._layers_needed = layers_needed
+        self._offered: set[Sequence] = set()
+
+    @property
+    def has_offers(self) -> bool:
+        """Somebody's load is still to begin."""
+        return bool(self._offered)
 
     def offer(self, sequence: Sequence, stored: Seq[StoredBlock]) -> bool:
         """Stored blocks for a sequence that waits, in place of those offered before.
 
         False, and they are let go, if the sequence has KV or gets some already.
         """
-        previous, sequence.stored = sequence.stored, ()
-        let_go_of(previous)
+        self.withdraw(sequence)
         if sequence.row >= 0 or sequence.host_blocks or not self._cache.shares:
             let_go_of(stored)
             return False
-        sequence.stored = tuple(stored)
+        if stored:
+            sequence.stored = tuple(stored)
+            self._offered.add(sequence)
         return True
+
+    def withdraw(self, sequence: Sequence) -> None:
+        """What was offered for it is not needed any more."""
+        self._offered.discard(sequence)
+        stored, sequence.stored = sequence.stored, ()
+        let_go_of(stored)
 
     def start(self, waiting: Iterable[Sequence], *, reserve: int) -> None:
         """Begin the loads of waiting sequences, next ones first, while there is room for them.
@@ -78,6 +91,7 @@ class KvPreloads:
         if run and needed > room:
             return None
         stored, sequence.stored = sequence.stored, ()
+        self._offered.discard(sequence)
         blocks = tuple(offered[name] for name in run)
         wanted = set(map(id, blocks))
         let_go_of(block for block in stored if id(block) not in wanted)

@@ -71,6 +71,35 @@ class SequenceWork(NamedTuple):
     """Share of the step's time, in proportion to tokens computed."""
 
 
+class EventKind(enum.StrEnum):
+    """What happened to a sequence between two iterations."""
+
+    PAUSED = "paused"
+    """Others ran instead; its KV stayed on the device."""
+    SWAPPED_OUT = "swapped_out"
+    """Its KV goes to host memory."""
+    EVICTED = "evicted"
+    """Its KV was given up; it is computed again."""
+    SWAPPED_IN = "swapped_in"
+    """Its KV comes back."""
+    DEMOTED = "demoted"
+    """To a lower level of the queue."""
+    PROMOTED = "promoted"
+    """To the highest."""
+
+
+class SequenceEvent(NamedTuple):
+    """One of these, and why."""
+
+    sequence_id: str
+    kind: EventKind
+    reason: str
+    """One line."""
+
+
+_STOPPED = (EventKind.PAUSED, EventKind.SWAPPED_OUT, EventKind.EVICTED)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """One step. The seconds of `work` sum to `seconds`."""
@@ -81,13 +110,18 @@ class StepResult:
     work: tuple[SequenceWork, ...] = ()
     admitted: tuple[str, ...] = ()
     """Sequences that began or began again in this step."""
-    preempted: tuple[tuple[str, str], ...] = ()
-    """(sequence id, reason)."""
+    events: tuple[SequenceEvent, ...] = ()
+    """The first `tally.MAX_EVENTS` of the step."""
     recomputed_tokens: int = 0
     """Tokens computed again after a preemption."""
     seconds: float = 0.0
     reason: str = ""
     """The iteration policy's line."""
+
+    @property
+    def preempted(self) -> tuple[tuple[str, str], ...]:
+        """(sequence id, reason) of those that stopped."""
+        return tuple([(event.sequence_id, event.reason) for event in self.events if event.kind in _STOPPED])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +129,7 @@ class EngineStats:
     """Gauges now, and counters since the engine was built."""
 
     waiting: int
+    """Not in the last batch, with KV or without."""
     running: int
     kv_blocks_used: int
     """Held by sequences."""
@@ -110,9 +145,18 @@ class EngineStats:
     finished: int
     errors: int
     preemptions: int
+    """Times that a sequence had to stop before its end."""
     recomputed_tokens: int
     steps: int
     busy_s: float
+    paused: int = 0
+    """Of those that wait, those with KV on the device."""
+    swapped: int = 0
+    """Of those that wait, those with KV in host memory or on its way there."""
+    evictions: int = 0
+    """Preemptions that gave the KV up, because the host had no room for it."""
+    demotions: int = 0
+    promotions: int = 0
     kv_blocks_draining: int = 0
     """Given up, but a copy still touches them."""
     host_blocks_used: int = 0

@@ -35,8 +35,10 @@ class SequenceRequest:
     """Root of the block hashes: sequences with different ones share nothing."""
     priority: int = 0
     """Larger goes first, under the priority policy."""
-    arrival_s: float = 0.0
-    """When the request came, on any clock that all requests share."""
+    urgency: int = 0
+    """Under the mlfq policy, levels that it joins above (below, if negative) the one its length tells."""
+    arrival_s: float | None = None
+    """When the request came, on the engine's clock; None: when the engine first sees it."""
     mode: Mode = Mode.GENERATE
     score_continuations: Sequence[Sequence[int]] = ()
     """For SCORE: token ids that might follow the prompt."""

@@ -36,7 +36,7 @@ class Sequence:
     """Prompt and answer; for SCORE prompt and continuation."""
     num_prompt: int
     salt: bytes
-    arrival_s: float
+    arrival_s: float | None
     priority: int
     state: SamplingState | None = None
     """For GENERATE."""
@@ -61,6 +61,9 @@ class Sequence:
     """Stored blocks on their way into the last of `blocks`; it waits, or runs beside the load."""
     stored: tuple[StoredBlock, ...] = ()
     """Blocks that a lower tier offers, not yet on their way."""
+    awaited_tokens: int = 0
+    """Leading tokens that a lower tier is about to offer the blocks of; it does not run before they are
+    offered, or said not to come."""
     preloaded_blocks: int = 0
     """Leading blocks of its prefix that wait for it after a load."""
     hashes: list[bytes] = field(default_factory=list)
@@ -71,7 +74,6 @@ class Sequence:
     """Blocks that others may find."""
     most_computed: int = 0
     """Tokens that were ever computed or found: computing them again is the price of preemption."""
-    times_passed: int = 0
     cached_tokens: int | None = None
     """Tokens found at first admission, until they are reported."""
     has_answered: bool = False
@@ -86,8 +88,9 @@ class Sequence:
 
     @property
     def location(self) -> Location:
-        """Where its KV is; a load that it may join counts as nowhere: it is to be admitted."""
-        if self.move is not None:
+        """Where its KV is; a load that it may join counts as nowhere: it is to be admitted. What a lower
+        tier has said that it will offer is as good as moving."""
+        if self.move is not None or self.awaited_tokens:
             return Location.MOVING
         if self.load is not None and not self.load.is_joined:
             return Location.NONE if self.load.is_admissible else Location.MOVING

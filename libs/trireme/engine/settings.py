@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from trireme.errors import InvalidConfiguration
+from trireme.policies.mlfq import MlfqSettings
+from trireme.policies.schedulers import LIVE_POLICIES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,14 +26,16 @@ class EngineSettings:
     """Tokens computed in one step: larger prefills faster, smaller lets others wait less."""
     max_model_len: int | None = None
     """Longest sequence, prompt and answer; None: what the model and the blocks allow."""
-    policy: Literal["fcfs", "priority"] = "fcfs"
-    """Who runs first: see `policies.iteration`."""
+    policy: Literal["fcfs", "priority", "mlfq"] = "fcfs"
+    """Who runs first: see `policies.schedulers`."""
+    mlfq: MlfqSettings = field(default_factory=MlfqSettings)
+    """Knobs of that policy."""
     watermark: float = 0.01
     """Share of the blocks that admission leaves free for running sequences to grow."""
     max_passes: int = 64
     """Steps in which smaller sequences may overtake a waiting one that does not fit."""
     admission_window: int = 32
-    """Waiting sequences considered per step."""
+    """Waiting sequences whose stored prefixes are loaded ahead of their turn."""
     prefix_cache: bool = True
     """Keep complete blocks of ended sequences and reuse them."""
 
@@ -46,8 +50,10 @@ class EngineSettings:
             )
         if self.max_model_len is not None and self.max_model_len < 2:
             raise InvalidConfiguration(f"max_model_len is {self.max_model_len}; it must be at least 2")
-        if self.policy not in ("fcfs", "priority"):
-            raise InvalidConfiguration(f"policy is {self.policy!r}; it must be fcfs or priority")
+        if self.policy not in LIVE_POLICIES:
+            raise InvalidConfiguration(
+                f"policy is {self.policy!r}; it must be one of {', '.join(LIVE_POLICIES)}"
+            )
         if not 0.0 <= self.watermark < 1.0:
             raise InvalidConfiguration(f"watermark is {self.watermark}; it must be in [0, 1)")
         for name in ("max_passes", "host_blocks"):

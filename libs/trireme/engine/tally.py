@@ -6,8 +6,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from trireme.engine.batch import Part
-from trireme.engine.outputs import EmbeddingOutput, ScoreOutput, SequenceWork, StepResult, TokenOutput
-from trireme.policies.iteration_snapshot import IterationDecision
+from trireme.engine.outputs import (
+    EmbeddingOutput,
+    EventKind,
+    ScoreOutput,
+    SequenceEvent,
+    SequenceWork,
+    StepResult,
+    TokenOutput,
+)
+from trireme.policies.iteration import IterationDecision, LevelChange
+
+MAX_EVENTS = 64
+"""Events told of one step."""
 
 
 @dataclass(slots=True)
@@ -22,6 +33,9 @@ class Tally:
     finished: int = 0
     errors: int = 0
     preemptions: int = 0
+    evictions: int = 0
+    demotions: int = 0
+    promotions: int = 0
     recomputed_tokens: int = 0
     steps: int = 0
     busy_s: float = 0.0
@@ -35,7 +49,7 @@ class StepReport:
     scores: list[ScoreOutput] = field(default_factory=list)
     embeddings: list[EmbeddingOutput] = field(default_factory=list)
     admitted: list[str] = field(default_factory=list)
-    preempted: tuple[tuple[str, str], ...] = ()
+    events: list[SequenceEvent] = field(default_factory=list)
     work: list[tuple[str, int, int]] = field(default_factory=list)
     """(request's id, prefill tokens, decode tokens) of each part."""
     recomputed_tokens: int = 0
@@ -43,10 +57,27 @@ class StepReport:
 
     def decided(self, decision: IterationDecision) -> None:
         """Keep what the policy said."""
-        self.preempted = tuple(
-            (sequence_id.partition("\0")[0], why) for sequence_id, why in decision.preempted
-        )
         self.reason = decision.reason
+        for kind, stopped in (
+            (EventKind.PAUSED, decision.paused),
+            (EventKind.SWAPPED_OUT, decision.swap_out),
+            (EventKind.EVICTED, decision.evicted),
+        ):
+            for sequence_id, why in stopped:
+                self._note(sequence_id, kind, why)
+        for sequence_id in decision.swap_in:
+            self._note(sequence_id, EventKind.SWAPPED_IN, "it runs soon")
+        for change in decision.promoted:
+            self._note(change.sequence_id, EventKind.PROMOTED, change.reason)
+
+    def demoted(self, changes: Iterable[LevelChange]) -> None:
+        """Keep who went down a level."""
+        for change in changes:
+            self._note(change.sequence_id, EventKind.DEMOTED, change.reason)
+
+    def _note(self, sequence_id: str, kind: EventKind, reason: str) -> None:
+        if len(self.events) < MAX_EVENTS:
+            self.events.append(SequenceEvent(sequence_id.partition("\0")[0], kind, reason))
 
     def computing(self, parts: Iterable[Part]) -> None:
         """Count the tokens of the step's parts, before they are computed."""
@@ -84,7 +115,7 @@ class StepReport:
                 ]
             ),
             admitted=tuple(self.admitted),
-            preempted=self.preempted,
+            events=tuple(self.events),
             recomputed_tokens=self.recomputed_tokens,
             seconds=seconds,
             reason=self.reason,
