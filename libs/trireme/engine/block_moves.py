@@ -105,7 +105,11 @@ def _stage(block: StoredBlock, private: NDArray[np.uint8]) -> bool:
     if view.nbytes != private.nbytes:
         return False
     private[:] = np.frombuffer(view, dtype=np.uint8)
-    return is_intact(private.data, block.checksum)
+    if is_intact(private.data, block.checksum):
+        return True
+    if block.on_corrupt is not None:
+        block.on_corrupt()
+    return False
 
 
 class OnceSaved:

@@ -23,6 +23,8 @@ class StoredBlock:
     """`payload_checksum` of the payload; None: it was checked before."""
     release: Callable[[], None] | None = None
     """Called once, from any thread, when the engine will not read the payload any more."""
+    on_corrupt: Callable[[], None] | None = None
+    """Called before that, from any thread, if the payload did not have its checksum."""
 
     def let_go(self) -> None:
         """The payload is not needed any more."""
