@@ -33,7 +33,7 @@ def test_the_index_says_what_a_dict_says(moves: list[tuple[int, int]], chain: li
     writer, reader = ResidencyWriter(memory), ResidencyReader(memory)
     tiers: dict[int, int] = {}
     for number, after in moves:
-        writer.move(block_keys(NAMESPACE, block_hash(number))[0], tiers.get(number, 0), after)
+        writer.move(block_keys(NAMESPACE, block_hash(number)), tiers.get(number, 0), after)
         tiers[number] = after
     assert writer.left_out == 0
 
@@ -51,13 +51,13 @@ def test_a_full_index_leaves_blocks_out_and_never_mixes_them_up() -> None:
     writer, reader = ResidencyWriter(memory), ResidencyReader(memory)
     keys = [block_keys(NAMESPACE, block_hash(n))[0] for n in range(2 * words)]
     for key in keys:
-        writer.move(key, 0, DRAM)
+        writer.move((key,), 0, DRAM)
     shown = [reader.match(NAMESPACE, key[16:])[0] for key in keys]
     assert sum(shown) == 2 * words - writer.left_out > 0.8 * words
     for key in keys:  # a block that was left out is moved and removed without harm
-        writer.move(key, DRAM, DRAM | SSD)
+        writer.move((key,), DRAM, DRAM | SSD)
     for key in keys:
-        writer.move(key, DRAM | SSD, 0)
+        writer.move((key,), DRAM | SSD, 0)
     assert bytes(memory) == bytes(len(memory))
 
 
@@ -65,7 +65,7 @@ def test_most_blocks_find_their_place_at_half_load() -> None:
     memory = memoryview(bytearray(8 * 4096))
     writer = ResidencyWriter(memory)
     for number in range(2048):
-        writer.move(block_keys(NAMESPACE, block_hash(number))[0], 0, SSD)
+        writer.move(block_keys(NAMESPACE, block_hash(number)), 0, SSD)
     assert writer.left_out < 5
 
 
@@ -168,3 +168,37 @@ async def test_a_reader_sees_right_bytes_or_that_they_were_not(tmp_path: Path) -
         store.moves.drop(acquired.blocks[0].run, from_dram=True, from_ssd=False)  # type: ignore[arg-type]
         assert held.fault(0) is CopyFault.REUSED
         assert len(HeldChain(attached(store), blocks, 1, ends_s=0.0)) == 0
+
+
+@settings(max_examples=60)
+@given(moves=MOVES, filled=st.sets(st.integers(100, 400), max_size=200))
+def test_filling_in_bulk_says_what_moving_one_by_one_says(
+    moves: list[tuple[int, int]], filled: set[int]
+) -> None:
+    memory = memoryview(bytearray(8 * index_words_for(2**20, 0)))
+    writer, reader = ResidencyWriter(memory), ResidencyReader(memory)
+    tiers: dict[int, int] = {}
+    for number, after in moves:
+        writer.move(block_keys(NAMESPACE, block_hash(number)), tiers.get(number, 0), after)
+        tiers[number] = after
+    if filled:
+        writer.fill(b"".join(block_keys(NAMESPACE, hashes(sorted(filled)))), SSD)
+    tiers |= dict.fromkeys(filled, SSD)
+    assert writer.left_out == 0
+    for number in [*range(61), *range(100, 401)]:
+        expected = tiers.get(number, 0)
+        assert reader.match(NAMESPACE, block_hash(number)) == (int(expected > 0), expected & DRAM)
+    for number, before in tiers.items():
+        writer.move(block_keys(NAMESPACE, block_hash(number)), before, 0)
+    assert bytes(memory) == bytes(len(memory))
+
+
+def test_a_bulk_that_does_not_fit_is_left_out_and_nothing_is_overwritten() -> None:
+    memory = memoryview(bytearray(8 * index_words_for(0, 0)))
+    words = len(memory) // 8
+    writer, reader = ResidencyWriter(memory), ResidencyReader(memory)
+    writer.move(block_keys(NAMESPACE, hashes(list(range(50)))), 0, DRAM)
+    writer.fill(b"".join(block_keys(NAMESPACE, hashes(list(range(100, 100 + 2 * words))))), SSD)
+    assert all(reader.match(NAMESPACE, block_hash(n)) == (1, 1) for n in range(50))
+    shown = sum(reader.match(NAMESPACE, block_hash(n))[0] for n in range(100, 100 + 2 * words))
+    assert shown == 2 * words - writer.left_out > 0.9 * words - 50

@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NewType
+from functools import lru_cache
+from typing import NamedTuple, NewType
 
 import xxhash
 
@@ -28,6 +28,7 @@ PAGE_BYTES = 4096
 HEADER_BYTES = 192
 MAX_PAYLOAD_BYTES = 2**32 - PAGE_BYTES
 _MAGIC = b"TRIKVBLK"
+_NO_MAGIC = bytes(len(_MAGIC))
 _FORMAT_VERSION = 2
 _TENANT_BYTES = 64
 _FIELDS = struct.Struct("<8sHHI32sQQd64s")
@@ -36,8 +37,7 @@ _GENERATION = struct.Struct("<Q")
 _GENERATION_AT = HEADER_BYTES - _GENERATION.size
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockHeader:
+class BlockHeader(NamedTuple):
     """What a block's image says of its payload."""
 
     key: BlockKey
@@ -105,20 +105,21 @@ def payload_checksum(payload: Buffer) -> int:
     return xxhash.xxh3_64_intdigest(payload)
 
 
+@lru_cache(maxsize=1024)
 def image_bytes(payload_bytes: int) -> int:
     """Bytes of a block's image: header and payload, rounded up to whole pages."""
     return -(-(HEADER_BYTES + payload_bytes) // PAGE_BYTES) * PAGE_BYTES
 
 
-def write_header(image: memoryview | bytearray, header: BlockHeader, *, generation: int) -> None:
-    """Write a header to the beginning of an image."""
-    tenant = header.tenant.encode()
-    _FIELDS.pack_into(
-        image, 0, _MAGIC, _FORMAT_VERSION, HEADER_BYTES, header.position, header.key,
-        header.payload_bytes, header.checksum, header.saved_unix_s, tenant,
+def write_header(image: memoryview | bytearray, header: BlockHeader, *, generation: int, at: int = 0) -> None:
+    """Write a header to the beginning of an image, which lies at `at`."""
+    fields = _FIELDS.pack(
+        _MAGIC, _FORMAT_VERSION, HEADER_BYTES, header.position, header.key,
+        header.payload_bytes, header.checksum, header.saved_unix_s, header.tenant.encode(),
     )  # fmt: skip
-    _CHECKSUM.pack_into(image, _FIELDS.size, payload_checksum(memoryview(image)[: _FIELDS.size]))
-    write_generation(image, generation)
+    image[at : at + _FIELDS.size] = fields
+    _CHECKSUM.pack_into(image, at + _FIELDS.size, payload_checksum(fields))
+    write_generation(image, generation, at=at)
 
 
 def read_header(image: Buffer) -> BlockHeader | None:
@@ -154,14 +155,14 @@ def is_intact(image: Buffer, header: BlockHeader) -> bool:
     return len(payload) == header.payload_bytes and payload_checksum(payload) == header.checksum
 
 
-def wipe_header(image: memoryview | bytearray) -> None:
-    """Leave no readable header at the beginning of an image."""
-    image[: len(_MAGIC)] = bytes(len(_MAGIC))
+def wipe_header(image: memoryview | bytearray, *, at: int = 0) -> None:
+    """Leave no readable header at the beginning of an image, which lies at `at`."""
+    image[at : at + len(_MAGIC)] = _NO_MAGIC
 
 
-def write_generation(image: memoryview | bytearray, generation: int) -> None:
-    """Stamp an image with the generation of its slot; 0: nothing readable is here."""
-    _GENERATION.pack_into(image, _GENERATION_AT, generation)
+def write_generation(image: memoryview | bytearray, generation: int, *, at: int = 0) -> None:
+    """Stamp an image, which lies at `at`, with the generation of its slot; 0: nothing readable is here."""
+    _GENERATION.pack_into(image, at + _GENERATION_AT, generation)
 
 
 def read_generation(image: Buffer) -> int:

@@ -93,6 +93,13 @@ class BlockTable:
         self.ssd_ledger.add(run)
         self._moved(run, _DRAM if run.in_dram else 0)
 
+    def enter_ssd_at_start(self, runs: Sequence[Run]) -> None:
+        """Many runs that were in no tier are on SSD, as `enter_ssd` says it of one."""
+        for run in runs:
+            self.ssd_ledger.add(run)
+            self.tell(run)
+        self._residency.fill(b"".join(block.key for run in runs for block in run.blocks), _SSD)
+
     def leave_ssd(self, run: Run) -> None:
         """A run's copy on SSD cannot be read any more; `run.segment` is 0 already."""
         self.ssd_ledger.remove(run)
@@ -103,7 +110,7 @@ class BlockTable:
         """Forget one block in both tiers; a slot that is pinned stays until the last pin."""
         run = block.run
         assert run is not None
-        self._residency.move(block.key, _tiers(run), 0)
+        self._residency.move((block.key,), _tiers(run), 0)
         if self.blocks.get(block.key) is block:
             del self.blocks[block.key]
         if run.in_dram:
@@ -185,8 +192,7 @@ class BlockTable:
 
     def _moved(self, run: Run, before: int) -> None:
         after = _tiers(run)
-        for block in run.blocks:
-            self._residency.move(block.key, before, after)
+        self._residency.move([block.key for block in run.blocks], before, after)
         self.tell(run)
 
     def _forget_if_gone(self, run: Run) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from trireme.kvcache.arena import Arena
 from trireme.kvcache.block_codec import (
@@ -32,8 +33,7 @@ class Lease:
     blocks: dict[BlockKey, Block] = field(default_factory=dict)
 
 
-@dataclass(slots=True, eq=False)
-class Reservation:
+class Reservation(NamedTuple):
     """Room for a block that someone writes."""
 
     block: Block
@@ -91,15 +91,15 @@ class DramTier:
         self._last_generation += 1
         block.offset, block.generation = offset, self._last_generation
         self._owners.setdefault(self._allocator.slab_of(offset), {})[offset] = block
-        image = self.image(block)
-        wipe_header(image)
-        write_generation(image, block.generation)
+        at = self._arena.file_offset(offset)
+        wipe_header(self._arena.memory, at=at)
+        write_generation(self._arena.memory, block.generation, at=at)
         return True
 
     def displace(self, block: Block) -> None:
         """Take a block's slot away; a reader that outlived its lease sees that at once."""
         assert not block.pins
-        write_generation(self.image(block), 0)
+        write_generation(self._arena.memory, 0, at=self._arena.file_offset(block.offset))
         slab = self._allocator.slab_of(block.offset)
         owners = self._owners[slab]
         del owners[block.offset]
@@ -130,7 +130,12 @@ class DramTier:
 
     def seal(self, block: Block, *, position: int) -> None:
         """Write the header of a block whose payload is in place."""
-        write_header(self.image(block), block.header(position=position), generation=block.generation)
+        write_header(
+            self._arena.memory,
+            block.header(position=position),
+            generation=block.generation,
+            at=self._arena.file_offset(block.offset),
+        )
 
     def open_lease(self, *, expires_s: float) -> Lease:
         """A lease on nothing yet."""

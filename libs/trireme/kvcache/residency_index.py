@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import enum
 import struct
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trireme.kvcache.block_codec import HASH_BYTES, BlockKey, block_key, namespace_digest
+from trireme.kvcache.block_codec import HASH_BYTES, PAGE_BYTES, BlockKey, block_key, namespace_digest
 
 BUCKET_WORDS = 8
 WORD_BYTES = 8
@@ -25,6 +26,8 @@ _FILL = 4
 _SPREAD = 0x9E3779B97F4A7C15
 _WORD = 2**64 - 1
 _KEY = struct.Struct("<4Q")
+_BUCKET = struct.Struct(f"<{BUCKET_WORDS}Q")
+_WORD_AT = struct.Struct("<Q")
 _MARK_BITS, _FILL_BIT, _SPREAD_BITS = np.uint64(_WORD - _TIER_BITS), np.uint64(_FILL), np.uint64(_SPREAD)
 _HALF, _SHIFT, _DRAM_BIT = np.uint64(32), np.uint64(20), np.uint64(1)
 
@@ -38,9 +41,13 @@ class Tiers(enum.IntFlag):
 
 
 def index_words_for(dram_bytes: int, ssd_bytes: int) -> int:
-    """Words of a table with room for twice the blocks of 16 KiB, at most a 32nd of DRAM; a power of two."""
-    wanted = 2 * (dram_bytes + ssd_bytes) // 16384
-    bound = max(dram_bytes // 32 // WORD_BYTES, 16 * BUCKET_WORDS)
+    """Words of a table; a power of two.
+
+    Twice the blocks that fit: in DRAM the smallest there are (a page), on SSD those of 16 KiB; together at
+    most a 64th of DRAM, as a large SSD holds larger blocks.
+    """
+    wanted = 2 * (dram_bytes // PAGE_BYTES + ssd_bytes // 16384)
+    bound = max(dram_bytes // 64 // WORD_BYTES, 16 * BUCKET_WORDS)
     words = 16 * BUCKET_WORDS
     while words < wanted and 2 * words <= bound:
         words *= 2
@@ -51,31 +58,59 @@ class ResidencyWriter:
     """The store's side."""
 
     def __init__(self, words: memoryview) -> None:
-        self._words = words.cast("Q")
-        self._mask = len(self._words) // BUCKET_WORDS - 1
+        self._memory = words
+        self._table: NDArray[np.uint64] = np.frombuffer(words, "<u8").reshape(-1, BUCKET_WORDS)
+        self._mask = len(self._table) - 1
         self.left_out = 0
         """Blocks that found no room, since the start."""
 
-    def move(self, key: BlockKey, before: int, after: int) -> None:
-        """A block that was in these tiers is in those now (`Tiers`, as plain numbers)."""
+    def move(self, keys: Iterable[BlockKey], before: int, after: int) -> None:
+        """Blocks that were in these tiers are in those now (`Tiers`, as plain numbers)."""
         if before == after:
             return
-        mark, first, second = _places(key, self._mask)
-        sought = mark | before if before else 0
-        words = self._words
-        for start in (first * BUCKET_WORDS, second * BUCKET_WORDS):
-            bucket = words[start : start + BUCKET_WORDS].tolist()
-            if sought in bucket:
-                words[start + bucket.index(sought)] = mark | after if after else 0
-                return
-        self.left_out += not before
+        memory, mask, read = self._memory, self._mask, _BUCKET.unpack_from
+        for key in keys:
+            mark, first, second = _places(key, mask)
+            sought = mark | before if before else 0
+            for start in (first * _BUCKET.size, second * _BUCKET.size):
+                bucket = read(memory, start)
+                if sought in bucket:
+                    place = start + WORD_BYTES * bucket.index(sought)
+                    _WORD_AT.pack_into(memory, place, mark | after if after else 0)
+                    break
+            else:
+                self.left_out += not before
+
+    def fill(self, keys: bytes, tiers: int) -> None:
+        """Many blocks (32-byte keys) that were nowhere are in these tiers: as `move`, in bulk."""
+        parts = np.frombuffer(keys, "<u8").reshape(-1, 4)  # namespace low, high, hash low, high
+        marks, first, second = _places_of(parts[:, 2:] ^ parts[:, :2], self._mask)
+        left = np.arange(len(parts))
+        for buckets in (first, second):
+            left = self._fill_buckets(buckets, marks | np.uint64(tiers), left)
+        self.left_out += len(left)
+
+    def _fill_buckets(
+        self, buckets: NDArray[np.uint64], words: NDArray[np.uint64], chosen: NDArray[np.intp]
+    ) -> NDArray[np.intp]:
+        """Put the chosen words into free places of their buckets; those that found none."""
+        chosen = chosen[np.argsort(buckets[chosen], kind="stable")]
+        targets = buckets[chosen]
+        starts = np.searchsorted(targets, targets)
+        nth = np.arange(len(targets)) - starts  # place of each among those of its bucket
+        free = self._table[targets] == 0  # (blocks, 8)
+        fits = free.sum(axis=1) > nth
+        wanted = (np.cumsum(free, axis=1) == nth[:, None] + 1) & free
+        self._table[targets[fits], wanted[fits].argmax(axis=1)] = words[chosen[fits]]
+        rest: NDArray[np.intp] = chosen[~fits]
+        return rest
 
 
 class ResidencyReader:
     """A worker's side."""
 
     def __init__(self, words: memoryview) -> None:
-        self._words = words.cast("Q")
+        self._memory = words
         self._table: NDArray[np.uint64] = np.frombuffer(words, "<u8").reshape(-1, BUCKET_WORDS)
         self._mask = len(self._table) - 1
 
@@ -86,9 +121,7 @@ class ResidencyReader:
             return 0, 0
         low, high = np.frombuffer(digest, "<u8")
         hashes: NDArray[np.uint64] = np.frombuffer(block_hashes, "<u8").reshape(-1, 2)
-        marks = (hashes[:, 0] ^ low) & _MARK_BITS | _FILL_BIT
-        first = (hashes[:, 1] ^ high) & np.uint64(self._mask)
-        second = (first ^ (marks >> _HALF) * _SPREAD_BITS >> _SHIFT) & np.uint64(self._mask)
+        marks, first, second = _places_of(hashes ^ np.array((low, high)), self._mask)
         words = np.concatenate((self._table[first], self._table[second]), axis=1)  # (blocks, 16)
         words ^= marks[:, None]
         nearest = words.min(axis=1)  # (blocks,): the tiers where a word is the block's, else larger
@@ -98,8 +131,10 @@ class ResidencyReader:
     def _has(self, key: BlockKey) -> bool:
         # A cold prompt misses at its first block: this is the quick way out.
         mark, first, second = _places(key, self._mask)
-        for start in (first * BUCKET_WORDS, second * BUCKET_WORDS):
-            if any(word ^ mark <= _TIER_BITS for word in self._words[start : start + BUCKET_WORDS].tolist()):
+        for bucket in (first, second):
+            if any(
+                word ^ mark <= _TIER_BITS for word in _BUCKET.unpack_from(self._memory, bucket * _BUCKET.size)
+            ):
                 return True
         return False
 
@@ -110,6 +145,15 @@ def _places(key: BlockKey, mask: int) -> tuple[int, int, int]:
     mark = (hash_low ^ namespace_low) & ~_TIER_BITS | _FILL
     first = (hash_high ^ namespace_high) & mask
     return mark, first, (first ^ ((mark >> 32) * _SPREAD & _WORD) >> 20) & mask
+
+
+def _places_of(
+    words: NDArray[np.uint64], mask: int
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]]:
+    """As `_places`, for many blocks: their hashes' words combined with the namespace's, (blocks, 2)."""
+    marks = words[:, 0] & _MARK_BITS | _FILL_BIT
+    first = words[:, 1] & np.uint64(mask)
+    return marks, first, (first ^ (marks >> _HALF) * _SPREAD_BITS >> _SHIFT) & np.uint64(mask)
 
 
 def _leading(flags: NDArray[np.bool_]) -> int:

@@ -37,16 +37,18 @@ _OPEN_S = 10.0
 """A start waits for the index no longer; then the tier comes on when it is read."""
 _CLOSE_S = 2.0
 _READERS = 2
+_ADOPTED_AT_ONCE = 256
+"""Runs taken over from an index between two turns of the loop."""
 
 
 class SsdOwner(Protocol):
     """Who holds the runs, and hears what becomes of them."""
 
-    def adopt(self, found: FoundRun, segment: int) -> Run | None:
+    def adopt(self, found: FoundRun) -> Run | None:
         """A run lay on the disk at start; None where it is not wanted."""
 
-    def ssd_adopted(self, run: Run) -> None:
-        """The tier has noted where an adopted run lies."""
+    def ssd_adopted(self, runs: Sequence[Run]) -> None:
+        """The tier has noted where adopted runs lie."""
 
     def ssd_lost(self, run: Run) -> None:
         """A run's copy is no longer on SSD; `run.segment` is 0 now."""
@@ -358,17 +360,23 @@ class SsdTier:
     async def _adopt(self, found: Sequence[FoundSegment]) -> None:
         for each in found:
             segment = self._segments.add_found(each.number, each.descriptor, each.size_bytes)
-            for found_run in each.runs:
-                run = self._owner.adopt(found_run, each.number)
-                if run is not None:
-                    self._segments.note_found(segment, run)
-                    self._owner.ssd_adopted(run)
+            for start in range(0, len(each.runs), _ADOPTED_AT_ONCE):
+                self._adopt_some(segment, each.runs[start : start + _ADOPTED_AT_ONCE])
+                await asyncio.sleep(0)
             segment.is_changed = not each.is_sealed
             if segment.is_dead:
                 self._remove(segment)
             elif not each.is_sealed:
                 self._seal(segment)
             await asyncio.sleep(0)
+
+    def _adopt_some(self, segment: Segment, found: Sequence[FoundRun]) -> None:
+        adopted = [run for each in found if (run := self._owner.adopt(each)) is not None]
+        # A block may be found twice: the run that named it first has lost it then.
+        adopted = [run for run in adopted if run.blocks]
+        for run in adopted:
+            self._segments.note_found(segment, run)
+        self._owner.ssd_adopted(adopted)
 
     async def _forget_all(self) -> None:
         self._is_indexed = False

@@ -22,11 +22,23 @@ NOWHERE = -1
 class Block:
     """One block. About 300 bytes with its key and its place in the table: there may be millions."""
 
-    __slots__ = ("checksum", "generation", "key", "offset", "payload_bytes", "pins", "run", "ssd_offset")
+    __slots__ = (
+        "checksum",
+        "generation",
+        "image_bytes",
+        "key",
+        "offset",
+        "payload_bytes",
+        "pins",
+        "run",
+        "ssd_offset",
+    )
 
     def __init__(self, key: BlockKey, payload_bytes: int, checksum: int) -> None:
         self.key = key
         self.payload_bytes = payload_bytes
+        self.image_bytes = image_bytes(payload_bytes)
+        """Room it takes in either tier."""
         self.checksum = checksum
         self.run: Run | None = None
         """None before it is committed, and after it is dropped."""
@@ -40,11 +52,6 @@ class Block:
         """On SSD: bytes from the beginning of its run's segment."""
 
     @property
-    def image_bytes(self) -> int:
-        """Room it takes in either tier."""
-        return image_bytes(self.payload_bytes)
-
-    @property
     def in_dram(self) -> bool:
         """Whether it can be read from DRAM."""
         return self.run is not None and self.run.in_dram
@@ -52,13 +59,9 @@ class Block:
     def header(self, *, position: int) -> BlockHeader:
         """What its image says of it; `position` is its place in the run."""
         assert self.run is not None
+        run = self.run
         return BlockHeader(
-            key=self.key,
-            payload_bytes=self.payload_bytes,
-            checksum=self.checksum,
-            tenant=self.run.tenant,
-            saved_unix_s=self.run.saved_unix_s,
-            position=position,
+            self.key, self.payload_bytes, self.checksum, run.tenant, run.saved_unix_s, position
         )
 
 

@@ -65,6 +65,10 @@ class TenantLedger:
         if runs is not None and run.number in runs:
             runs.move_to_end(run.number)
 
+    def is_bounded(self, tenant: str) -> bool:
+        """Whether the tenant may fill a part of the tier only."""
+        return self._shares.of(tenant) < 1
+
     def excess_bytes(self, tenant: str, more_bytes: int) -> int:
         """By how much the tenant would exceed its share with so much more; at most 0 where it would not."""
         share = self._shares.of(tenant)

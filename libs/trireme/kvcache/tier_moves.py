@@ -207,6 +207,8 @@ class TierMoves:
         uses now fills its share.
         """
         ledger = self._table.dram_ledger
+        if not ledger.is_bounded(tenant):
+            return True
         excess_bytes = ledger.excess_bytes(tenant, more_bytes)
         for run in (
             list(itertools.islice(ledger.oldest_first(tenant), _LOOKED_AT)) if excess_bytes > 0 else ()

@@ -218,11 +218,10 @@ class TieredStore:
 
     def reserve_key(self, key: BlockKey, tenant: str, payload_bytes: int, expires_s: float) -> Block | None:
         """Room for one block that is neither here nor being written; None where there is none."""
-        size_bytes = image_bytes(payload_bytes)
         block = Block(key, payload_bytes, 0)
-        if not self.moves.make_share(tenant, size_bytes) or not self.moves.place(block):
+        if not self.moves.make_share(tenant, block.image_bytes) or not self.moves.place(block):
             return None
-        self.table.dram_ledger.grow(tenant, size_bytes)
+        self.table.dram_ledger.grow(tenant, block.image_bytes)
         self.dram.reserve(block, tenant=tenant, expires_s=expires_s)
         return block
 
@@ -381,7 +380,7 @@ class TieredStore:
         runs = [run for run in self.table.runs.values() if run.in_dram]
         return sorted(runs, key=lambda run: -run.use_s)
 
-    def adopt(self, found: FoundRun, segment: int) -> Run | None:
+    def adopt(self, found: FoundRun) -> Run | None:
         """A run lay on the disk at start: it lives on if its time is not over and it is not here already."""
         # The clock that counts uses starts anew with the machine, and the other one may have been set: what
         # is said to be used in the future was used now.
@@ -402,9 +401,9 @@ class TieredStore:
         self.table.add(run, used_s=self._clock.monotonic_s() - idle_s)
         return run
 
-    def ssd_adopted(self, run: Run) -> None:
-        """The tier has noted where an adopted run lies."""
-        self.table.enter_ssd(run)
+    def ssd_adopted(self, runs: Sequence[Run]) -> None:
+        """The tier has noted where adopted runs lie."""
+        self.table.enter_ssd_at_start(runs)
 
     def ssd_lost(self, run: Run) -> None:
         """A run's copy is no longer on SSD."""

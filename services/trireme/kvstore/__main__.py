@@ -21,6 +21,7 @@ from trireme.errors import InvalidConfiguration
 from trireme.kvcache.arena import SHARED_MEMORY, Arena, own_arena
 from trireme.kvcache.segment_files import SegmentFiles
 from trireme.kvcache.tiered_store import TieredStore
+from trireme.kvstore.garbage import set_aside_blocks
 from trireme.kvstore.hints import HintFollower
 from trireme.kvstore.metrics import KvStoreCollector
 from trireme.kvstore.peers import Peers
@@ -83,6 +84,7 @@ async def serve(settings: Settings) -> None:
                 tasks.create_task(publish_measurements(store, measurements, node=settings.node, clock=clock)),
                 tasks.create_task(HintFollower(store, peers, clock=clock).follow(hints)),
                 tasks.create_task(peers.follow(registry)),
+                tasks.create_task(set_aside_blocks(store)),
             ]
             async with AsyncExitStack() as serving:
                 address = await serving.enter_async_context(
