@@ -20,6 +20,13 @@ from trireme.runtime.clock import Clock
 
 PENDING_S = 0.05
 IDLE_S = 0.5
+LOW_FREE = 0.10
+"""Share of DRAM that is kept free for what comes in."""
+DROP_LOW_FREE = 0.01
+"""The same where what leaves DRAM is lost at once, so that little is gained by letting it leave early."""
+BATCH_FREE = 0.05
+BATCH_BYTES = 16 * 2**20
+"""Evicting goes on for this share of DRAM and this many bytes at most, so that no plan is long."""
 LEAST_S = 0.005
 """Between two plans, however fast the queue changes."""
 
@@ -84,8 +91,13 @@ class LookAhead:
 
     def _capacity(self) -> Capacity:
         ssd = self._ssd()
+        is_writable = ssd is not None and ssd.is_writable
+        dram_bytes = self._dram.used_bytes + self._dram.free_bytes
+        low_free = LOW_FREE if is_writable else DROP_LOW_FREE
         return Capacity(
-            dram_bytes=self._dram.used_bytes + self._dram.free_bytes,
-            ssd_bytes=ssd.segments.live_capacity_bytes if ssd else 0,
-            is_ssd_writable=ssd is not None and ssd.is_writable,
+            dram_bytes=dram_bytes,
+            ssd_bytes=ssd.segments.live_capacity_bytes if ssd is not None else 0,
+            is_ssd_writable=is_writable,
+            low_free=low_free,
+            high_free=low_free + min(BATCH_FREE, BATCH_BYTES / dram_bytes),
         )

@@ -313,7 +313,8 @@ class SsdTier:
         runs = segment.found_runs(unix_s=self._clock.unix_s(), now_s=self._clock.monotonic_s())
         size_bytes = segment.size_bytes
         segment.is_changed = False
-        return self._writer.submit(lambda: self._files.seal(segment.number, runs, segment_bytes=size_bytes))
+        seal = self._writer.submit(lambda: self._files.seal(segment.number, runs, segment_bytes=size_bytes))
+        return self._mind(seal)
 
     def _remove(self, segment: Segment) -> None:
         # Readers that are still in it keep the file alive until the last one leaves.
@@ -328,7 +329,18 @@ class SsdTier:
 
     def _delete(self, segment: Segment) -> None:
         if segment.descriptor >= 0:
-            self._writer.submit(lambda: self._files.remove(segment.number, segment.descriptor))
+            self._mind(self._writer.submit(lambda: self._files.remove(segment.number, segment.descriptor)))
+
+    def _mind(self, call: DiskCall[None]) -> DiskCall[None]:
+        """A call that nobody waits for: its failure is the disk's all the same."""
+
+        def look(outcome: asyncio.Future[None]) -> None:
+            error = outcome.exception()
+            if isinstance(error, OSError) and not call.is_given_up:
+                self.fail(error)
+
+        call.outcome.add_done_callback(look)
+        return call
 
     async def _try_open(self) -> None:
         if self._is_indexed:
@@ -386,7 +398,8 @@ class SsdTier:
             self._segments.take_out(segment)
             await asyncio.sleep(0)
         descriptors = [segment.descriptor for segment in segments if segment.descriptor >= 0]
-        self._readers.submit(lambda: self._files.close(descriptors))
+        # Before the directory is opened again, or the new lock might be closed with the old files.
+        await asyncio.wait({self._mind(self._readers.submit(lambda: self._files.close(descriptors))).outcome})
 
     async def _close(self) -> None:
         if self._opening is not None:
