@@ -156,7 +156,7 @@ async def test_a_variant_that_cannot_be_loaded_is_told_of_and_harms_no_other(ben
 
 def test_an_engine_whose_worker_is_gone_before_it_looks_ends_at_once() -> None:
     environ = {**os.environ, "PYTHONPATH": f"{REPOSITORY}/libs:{REPOSITORY}/services"}
-    words = ["-m", "trireme.worker.engine_process", "--link", "0", "--area", "0", "--parent", "1"]
+    words = ["-m", "trireme.worker.engine_process", "--link", "0", "--parent", "1"]
     ended = subprocess.run(
         [sys.executable, *words, "--threads", "1"], env=environ, capture_output=True, timeout=30, check=False
     )

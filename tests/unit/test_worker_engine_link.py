@@ -18,7 +18,6 @@ from trireme.wire.inference.v1.inference_pb2 import SamplingParameters, TokenIds
 from trireme.worker.frames import FrameCutter, FrameKind, frame
 from trireme.worker.served_engine import ResidencyLog, ServedEngine
 from trireme.worker.step_news import Ending, EngineFigures, Output, StepNews, Work, pack, unpack
-from trireme.worker.transfer_area import TransferArea, map_area
 
 VOCABULARY = 50
 whole = st.integers(0, 2**62)
@@ -38,7 +37,7 @@ outputs = st.builds(
 steps = st.builds(
     StepNews,
     variant=st.text(min_size=1, max_size=20),
-    figures=st.tuples(*[whole] * 15, real).map(EngineFigures._make),
+    figures=st.tuples(*[whole] * 15, real, whole, whole, real).map(EngineFigures._make),
     seconds=real,
     prefill_tokens=whole,
     prefill_s=real,
@@ -72,38 +71,6 @@ def test_frames_are_whole_however_the_stream_is_cut(
         found += cutter.feed(stream[:size])
         stream = stream[size:]
     assert found == sent
-
-
-@given(st.lists(st.tuples(st.booleans(), st.integers(1, 5000)), max_size=60), st.randoms())
-def test_rooms_never_overlap_and_all_is_free_again_at_the_end(
-    wishes: list[tuple[bool, int]], random: object
-) -> None:
-    area = TransferArea(16_384)
-    held: dict[int, int] = {}
-    for gives_back, length in wishes:
-        if gives_back and held:
-            offset = random.choice(sorted(held))  # type: ignore[attr-defined]
-            area.give_back(offset)
-            del held[offset]
-            continue
-        offset = area.take(length)
-        if offset is None:
-            continue
-        assert offset >= 0 and offset + length <= area.size_bytes
-        assert all(offset + length <= other or other + size <= offset for other, size in held.items())
-        held[offset] = length
-    for offset in held:
-        area.give_back(offset)
-    assert area.take(area.size_bytes) == 0
-    area.close()
-
-
-def test_both_ends_of_the_area_see_the_same_bytes() -> None:
-    area = TransferArea(4096)
-    other = map_area(area.descriptor)
-    area.close()
-    area.memory[100:105] = b"block"
-    assert bytes(other[100:105]) == b"block"
 
 
 def test_the_worker_process_does_without_the_numeric_library() -> None:

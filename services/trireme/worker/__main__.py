@@ -29,6 +29,7 @@ from trireme.wire.bus.v1.facts_pb2 import (
     Assignment,
     Directive,
     Event,
+    Hint,
     Measurement,
     ProcessRecord,
     Residency,
@@ -36,12 +37,15 @@ from trireme.wire.bus.v1.facts_pb2 import (
 )
 from trireme.wire.worker.v1.worker_pb2_grpc import add_WorkerServicer_to_server
 from trireme.worker.billing import Biller
-from trireme.worker.block_traffic import BlockTraffic
+from trireme.worker.block_loads import BlockLoads
+from trireme.worker.block_saves import BlockSaves
 from trireme.worker.engine_client import EngineClient, Listeners
 from trireme.worker.engine_messages import Cancel
 from trireme.worker.intake import Intake
 from trireme.worker.metrics import EngineCollector, registry_of
+from trireme.worker.queue_hints import QueueHints
 from trireme.worker.reports import report_measurements, report_residency
+from trireme.worker.request_chains import RequestChains
 from trireme.worker.request_table import RequestTable
 from trireme.worker.servicer import WorkerServicer
 from trireme.worker.settings import Settings
@@ -55,6 +59,8 @@ EXIT_LEASE_LOST = 75
 """Exit status after the lease ended: others have this worker's requests now."""
 LINGER_S = 0.5
 """A draining worker reads assignments so much longer: schedulers see it draining a moment late."""
+PATIENCE = 2
+"""Deadlines of the store that the engine waits for stored blocks: the worker, which answers, keeps to one."""
 SERVICE_NAME = "trireme.wire.worker.v1.Worker"
 
 
@@ -81,18 +87,24 @@ async def serve(settings: Settings) -> None:
             loaded.note_step(news)
             loaded.billed_joules += joules
             loaded.billed_engine_s += engine_s
-            blocks.note_cached(loaded, loaded.take_unsaved())
+            saves.note_complete(loaded, loaded.take_unsaved())
+            for output in news.outputs:
+                live = table.request_of(output.handle) if output.finish_reason is not None else None
+                if live is not None and live.is_complete:
+                    saves.note_end(loaded, live)
 
         listeners = Listeners(
             on_step=deliver,
             on_refused=lambda what: intake.refused(what),
             on_gone=lambda what: intake.gone(what),
+            on_awaited=lambda what: loads.on_awaited(what),
+            on_let_go=lambda what: loads.on_let_go(what),
         )
         engines = await stack.enter_async_context(
             EngineClient.running(
                 listeners,
                 threads=group.threads,
-                area_bytes=settings.transfer_mib * 2**20,
+                patience_s=PATIENCE * settings.store_deadline_s,
                 log_level=settings.log_level,
             )
         )
@@ -108,7 +120,15 @@ async def serve(settings: Settings) -> None:
         if fleet.kvstore.enabled:
             find_store = _find_store(registry, settings.node)
             store = await stack.enter_async_context(StoreClient.open(find_store))
-        blocks = BlockTraffic(store, engines, engines.area, variants, deadline_s=settings.store_deadline_s)
+        chains = RequestChains()
+        loads = BlockLoads(store, variants, engines.send, deadline_s=settings.store_deadline_s)
+        saves = BlockSaves(store, engines, variants, chains)
+        hints = QueueHints(
+            worker_id,
+            loads,
+            Stream(redis, keys.hints(settings.node), Hint, max_entries=256),
+            is_here=table.holds,
+        )
         intake = Intake(
             worker_id=worker_id,
             assignments=assignments,
@@ -116,7 +136,8 @@ async def serve(settings: Settings) -> None:
             table=table,
             variants=variants,
             send=engines.send,
-            blocks=blocks,
+            loads=loads,
+            chains=chains,
         )
         draining = asyncio.Event()
 
@@ -188,7 +209,8 @@ async def serve(settings: Settings) -> None:
                 tasks.create_task(intake.run()),
                 tasks.create_task(_load_all(fleet, group, variants)),
                 tasks.create_task(biller.follow(Stream(redis, keys.directives, Directive))),
-                tasks.create_task(blocks.save()),
+                tasks.create_task(saves.run()),
+                *([tasks.create_task(hints.run())] if store is not None else ()),
                 tasks.create_task(
                     report_measurements(
                         worker_id,

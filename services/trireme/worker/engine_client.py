@@ -15,11 +15,20 @@ from dataclasses import dataclass
 from typing import cast
 
 from trireme.runtime.child_processes import describe_exit
-from trireme.worker.engine_messages import Answer, Asked, Command, Gone, Question, Ready, Refused
+from trireme.worker.engine_messages import (
+    Answer,
+    Asked,
+    Awaited,
+    Command,
+    Gone,
+    LetGo,
+    Question,
+    Ready,
+    Refused,
+)
 from trireme.worker.engine_process import EXIT_ENGINE_BROKEN, command
 from trireme.worker.frames import FrameCutter, FrameKind, message, opened
 from trireme.worker.step_news import StepNews, unpack
-from trireme.worker.transfer_area import TransferArea
 
 log = logging.getLogger(__name__)
 
@@ -38,14 +47,14 @@ class Listeners:
     on_step: Callable[[StepNews], None]
     on_refused: Callable[[Refused], None]
     on_gone: Callable[[Gone], None]
+    on_awaited: Callable[[Awaited], None]
+    on_let_go: Callable[[LetGo], None]
 
 
 class EngineClient(asyncio.Protocol):
     """The engines of this worker; its methods belong to the event loop."""
 
-    def __init__(self, listeners: Listeners, area: TransferArea) -> None:
-        self.area = area
-        """For KV blocks that questions name."""
+    def __init__(self, listeners: Listeners) -> None:
         self._listeners = listeners
         self._process: subprocess.Popen[bytes] | None = None
         self._transport: asyncio.WriteTransport | None = None
@@ -59,20 +68,21 @@ class EngineClient(asyncio.Protocol):
     @classmethod
     @asynccontextmanager
     async def running(
-        cls, listeners: Listeners, *, threads: int, area_bytes: int, log_level: str = "info"
+        cls, listeners: Listeners, *, threads: int, patience_s: float = 0.5, log_level: str = "info"
     ) -> AsyncIterator[EngineClient]:
         """Start the engine process; ended when the block ends. If it ends before, so does this process.
 
+        `patience_s`: how long a sequence whose turn is near waits for stored blocks that were announced.
+
         To be entered on the main thread, with whose end the kernel ends the child's.
         """
-        area = TransferArea(area_bytes)
         near, far = socket.socketpair()
-        client = cls(listeners, area)
+        client = cls(listeners)
         try:
-            client._process = _start(far.fileno(), area.descriptor, threads=threads, log_level=log_level)
+            words = command(link=far.fileno(), threads=threads, patience_s=patience_s, log_level=log_level)
+            client._process = _start(words, far.fileno())
         finally:
             far.close()
-            area.close()
         await asyncio.get_running_loop().create_connection(lambda: client, sock=near)
         try:
             yield client
@@ -146,6 +156,10 @@ class EngineClient(asyncio.Protocol):
                 self._listeners.on_refused(what)
             case Gone():
                 self._listeners.on_gone(what)
+            case Awaited():
+                self._listeners.on_awaited(what)
+            case LetGo():
+                self._listeners.on_let_go(what)
             case Ready():
                 log.info("engine_ready", extra={"pid": self.pid})
             case _:
@@ -169,12 +183,8 @@ class EngineClient(asyncio.Protocol):
             await asyncio.sleep(0.02)
 
 
-def _start(link: int, area: int, *, threads: int, log_level: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        command(link=link, area=area, threads=threads, log_level=log_level),
-        stdin=subprocess.DEVNULL,
-        pass_fds=(link, area),
-    )
+def _start(words: list[str], link: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(words, stdin=subprocess.DEVNULL, pass_fds=(link,))
 
 
 def _exit() -> None:

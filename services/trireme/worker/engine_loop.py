@@ -10,12 +10,14 @@ import os
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable
 from queue import SimpleQueue
 
 import torch
 
-from trireme.engine import Engine
+from trireme.engine import Engine, SavedBlock
+from trireme.engine.stored_blocks import let_go_of
 from trireme.errors import RequestConflict, TriremeError
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest
 from trireme.worker import engine_loading
@@ -24,25 +26,28 @@ from trireme.worker.engine_messages import (
     Answer,
     Asked,
     Cancel,
-    ExportBlocks,
     Gone,
-    ImportBlocks,
+    LetGo,
     Load,
+    Offer,
     Question,
     Ready,
     Refused,
+    SaveBlocks,
     Unload,
 )
 from trireme.worker.frames import FrameCutter, FrameKind, frame, message, opened
 from trireme.worker.served_engine import ResidencyLog, ServedEngine
+from trireme.worker.shared_blocks import SharedBlocks, checksums
 from trireme.worker.step_news import pack
-from trireme.worker.transfer_area import map_area
 from trireme.worker.variant_plan import VariantPlan
 
 log = logging.getLogger(__name__)
 
 BEAT_S = 0.5
 """An idle process says so often that it is alive."""
+STUCK_S = 0.001
+"""Between two steps of engines that have work, all of which waits for the worker or for a copy."""
 _READ_BYTES = 1 << 18
 
 
@@ -51,15 +56,17 @@ class EngineLoop:
 
     Args:
         link: connected to the worker, which reads all the time: a write may wait for it.
-        area: descriptor of the transfer area.
         threads: of the numeric library.
+        patience_s: see `ServedEngine`.
     """
 
-    def __init__(self, link: socket.socket, area: int, *, threads: int) -> None:
+    def __init__(self, link: socket.socket, *, threads: int, patience_s: float) -> None:
         torch.set_num_threads(threads)
         torch.set_num_interop_threads(1)
         self._link = link
-        self._area = map_area(area)
+        self._said_s = 0.0
+        self._patience_s = patience_s
+        self._blocks = SharedBlocks(self._let_go)
         self._engines: dict[str, ServedEngine] = {}
         self._cutter = FrameCutter()
         self._built: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -76,15 +83,20 @@ class EngineLoop:
                 for served in list(self._engines.values()):
                     news = served.turn()
                     if news is not None:
-                        self._link.sendall(frame(FrameKind.NEWS, pack(news)))
+                        self._send(frame(FrameKind.NEWS, pack(news)))
+                    awaited = served.awaited(now_s=time.monotonic())
+                    if awaited is not None:
+                        self._say(awaited)
         except (BrokenPipeError, ConnectionResetError):
             log.info("worker_gone")
 
     def _hear(self) -> bool:
         """Do what was asked, waiting for it where there is nothing else to do; False at the link's end."""
-        is_idle = not any(served.wants_a_turn for served in self._engines.values())
-        ready = self._poll.poll(1000 * BEAT_S if is_idle else 0)
-        if is_idle and not ready:
+        busy = [served for served in self._engines.values() if served.wants_a_turn]
+        is_idle = not busy
+        rest_s = BEAT_S if is_idle else STUCK_S if all(served.is_stuck for served in busy) else 0
+        ready = self._poll.poll(1000 * rest_s)
+        if not ready and (is_idle or time.monotonic() - self._said_s > BEAT_S):
             self._beat()
         for descriptor, _ in ready:
             if descriptor == self._wake_fd:
@@ -108,6 +120,10 @@ class EngineLoop:
                     self._engines[variant].cancel(handles)
             case Asked(call_id, Load(plan)):
                 threading.Thread(target=self._build, args=(call_id, plan), daemon=True).start()
+            case Offer():
+                self._offer(command)
+            case Asked(call_id, SaveBlocks() as question):
+                self._save(call_id, question)
             case Asked(call_id, question):
                 self._answer(call_id, lambda: self._value_of(question))
             case _:
@@ -120,7 +136,8 @@ class EngineLoop:
             self._say(Gone(handles))
             return
         try:
-            served.add(AdmittedRequest.FromString(command.request), command.sequences)
+            request = AdmittedRequest.FromString(command.request)
+            served.add(request, command.sequences, awaited_tokens=command.awaited_tokens)
         except TriremeError as error:
             self._say(Refused(handles, error.code, error.message))
 
@@ -128,31 +145,34 @@ class EngineLoop:
         match question:
             case Unload(variant):
                 return self._free_if_idle(variant)
-            case ImportBlocks(variant, blocks):
-                served = self._engines.get(variant)
-                if served is None:
-                    return 0
-                area = self._area
-                return sum(
-                    served.engine.import_block(block, area[offset : offset + length])
-                    for block, offset, length in blocks
-                )
-            case ExportBlocks():
-                return self._export(question)
             case _:
                 raise AssertionError(f"the worker asked {question!r}")
 
-    def _export(self, question: ExportBlocks) -> tuple[int, ...]:
+    def _offer(self, command: Offer) -> None:
+        served = self._engines.get(command.variant)
+        stored = self._blocks.stored(command.chain) if command.chain is not None else ()
+        if served is not None:
+            served.offer(command.handles, stored)
+        else:
+            let_go_of(stored)
+
+    def _let_go(self, what: LetGo) -> None:
+        """On any thread."""
+        self._hand_over(lambda: self._say(what))
+
+    def _save(self, call_id: int, question: SaveBlocks) -> None:
+        """Begin the copies; the answer follows them."""
         served = self._engines.get(question.variant)
-        lengths = []
-        for block, offset in question.blocks:
-            payload = served.engine.export_block(block) if served is not None else None
-            if payload is None or len(payload) > question.room_bytes:
-                lengths.append(0)
-                continue
-            self._area[offset : offset + len(payload)] = payload
-            lengths.append(len(payload))
-        return tuple(lengths)
+        room_for = self._blocks.rooms(question) if served is not None else None
+        if served is None or room_for is None:
+            self._answer(call_id, lambda: checksums(question, ()))
+            return
+        engine = served.engine
+
+        def on_saved(saved: tuple[SavedBlock, ...]) -> None:
+            self._hand_over(lambda: self._answer(call_id, lambda: _saved(engine, question, saved)))
+
+        engine.save([block_hash for block_hash, *_ in question.rooms], room_for, on_saved=on_saved)
 
     def _free_if_idle(self, variant: str) -> bool:
         # One step, so that nothing is added to an engine between the look and its end.
@@ -184,7 +204,8 @@ class EngineLoop:
             raise RequestConflict(f"variant {variant!r} is loaded already", param="variant")
         engine_loading.warm_up(engine, beat=self._beat)
         residency.take()  # nobody else's prompt is the probe's
-        served = self._engines[variant] = ServedEngine(variant, engine, residency)
+        served = ServedEngine(variant, engine, residency, patience_s=self._patience_s)
+        self._engines[variant] = served
         return engine_loading.describe(engine), served.standing().figures
 
     def _answer(self, call_id: int, value: Callable[[], object]) -> None:
@@ -198,10 +219,19 @@ class EngineLoop:
         self._say(answer)
 
     def _say(self, what: object) -> None:
-        self._link.sendall(message(what))
+        self._send(message(what))
 
     def _beat(self) -> None:
-        self._link.sendall(frame(FrameKind.BEAT))
+        self._send(frame(FrameKind.BEAT))
+
+    def _send(self, data: bytes) -> None:
+        self._said_s = time.monotonic()
+        self._link.sendall(data)
+
+
+def _saved(engine: Engine, question: SaveBlocks, saved: tuple[SavedBlock, ...]) -> object:
+    engine.poll()  # the blocks are free to be overwritten now; an idle engine takes no step to find out
+    return checksums(question, saved)
 
 
 def _raise(error: Exception) -> object:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trireme.kvcache.arena import ArenaRef
 from trireme.worker.variant_plan import VariantPlan
 
 
@@ -34,6 +35,33 @@ class Add:
     """A serialized AdmittedRequest."""
     sequences: tuple[tuple[int, int], ...]
     """(choice, handle): what this link calls that choice in all that follows."""
+    awaited_tokens: int = 0
+    """Leading tokens whose blocks an `Offer` is to bring: until it comes the sequences do not run. Their
+    turn is told of by `Awaited`."""
+    initial_queue: int = 1
+    """Where the scheduler lets it join; 0 is served first, 1 is what a standard request gets."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredChain:
+    """Blocks of the KV store's arena that a lease keeps in place."""
+
+    lease: int
+    """The worker's name for it, for `LetGo`."""
+    arena: ArenaRef
+    hashes: tuple[bytes, ...]
+    blocks: tuple[tuple[int, int, int, int], ...]
+    """(offset in the arena's file, bytes, checksum, generation) of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """The stored blocks that sequences of one prompt await, or None: they do not come. Not answered, but
+    for the chain's `LetGo`."""
+
+    variant: str
+    handles: tuple[int, ...]
+    chain: StoredChain | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,27 +73,18 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
-class ImportBlocks:
-    """Make KV blocks resident from the transfer area. Answered with how many are."""
+class SaveBlocks:
+    """Copy resident blocks to room in the KV store's arena, beside the steps. Answered, when all are copied,
+    with each one's checksum, or None where it was not written."""
 
     variant: str
-    blocks: tuple[tuple[bytes, int, int], ...]
-    """(hash, offset, length), oldest prefix first."""
+    arena: ArenaRef
+    rooms: tuple[tuple[bytes, int, int, int], ...]
+    """(hash, offset in the arena's file, bytes, generation)."""
 
 
-@dataclass(frozen=True, slots=True)
-class ExportBlocks:
-    """Copy resident KV blocks to the transfer area. Answered with each one's length; 0: not resident."""
-
-    variant: str
-    blocks: tuple[tuple[bytes, int], ...]
-    """(hash, offset)."""
-    room_bytes: int
-    """From each offset on."""
-
-
-Question = Load | Unload | ImportBlocks | ExportBlocks
-Command = Add | Cancel
+Question = Load | Unload | SaveBlocks
+Command = Add | Cancel | Offer
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +123,24 @@ class Gone:
     """There is no such variant any more: the request is another worker's."""
 
     handles: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LetGo:
+    """Nothing reads a chain any more."""
+
+    lease: int
+    corrupt: tuple[int, ...]
+    """Which of its blocks had other bytes than they should have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Awaited:
+    """The sequences that await stored blocks, in the order in which they are to run."""
+
+    variant: str
+    order: tuple[tuple[int, float], ...]
+    """(handle, seconds until it is expected to run)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,14 +25,14 @@ ENGINE_NICE = 10
 _PR_SET_PDEATHSIG = 1
 
 
-def command(*, link: int, area: int, threads: int, log_level: str) -> list[str]:
-    """Words that start this process; `link` and `area` are descriptors that it inherits."""
+def command(*, link: int, threads: int, patience_s: float, log_level: str) -> list[str]:
+    """Words that start this process; `link` is a descriptor that it inherits."""
     return [
         sys.executable,
         "-m",
         "trireme.worker.engine_process",
-        *("--link", str(link), "--area", str(area), "--parent", str(os.getpid())),
-        *("--threads", str(threads), "--log-level", log_level),
+        *("--link", str(link), "--parent", str(os.getpid()), "--threads", str(threads)),
+        *("--patience", str(patience_s), "--log-level", log_level),
     ]
 
 
@@ -50,8 +50,9 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("--link", "--area", "--parent", "--threads"):
+    for name in ("--link", "--parent", "--threads"):
         parser.add_argument(name, type=int, required=True)
+    parser.add_argument("--patience", type=float, default=0.5)
     parser.add_argument("--log-level", default="info")
     arguments = parser.parse_args()
     die_with(arguments.parent)
@@ -60,7 +61,8 @@ def main() -> None:
         # Importing torch takes seconds: not before the worker's death would be noticed.
         from trireme.worker.engine_loop import EngineLoop
 
-        loop = EngineLoop(socket.socket(fileno=arguments.link), arguments.area, threads=arguments.threads)
+        link = socket.socket(fileno=arguments.link)
+        loop = EngineLoop(link, threads=arguments.threads, patience_s=arguments.patience)
         # Whoever carries tokens must not wait for a core behind those who compute the next ones.
         os.setpriority(os.PRIO_PROCESS, 0, ENGINE_NICE)
         loop.run()

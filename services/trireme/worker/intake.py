@@ -1,4 +1,4 @@
-"""Assignments in: KV found in lower tiers is fetched, then the engine gets the sequences."""
+"""Assignments in: the engine gets their sequences at once; KV found in lower tiers follows."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from trireme.bus.connection import AWAY, persistently
 from trireme.bus.request_records import WORKERS, RequestRecords, work_tokens
 from trireme.bus.streams import Entry, Stream
 from trireme.errors import TriremeError
-from trireme.policies.prefix_index import split_hashes
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, Assignment
-from trireme.worker.block_traffic import BlockTraffic
+from trireme.worker.block_loads import BlockLoads
 from trireme.worker.engine_messages import Add, Command, Gone, Refused
 from trireme.worker.live_requests import LiveRequest
+from trireme.worker.request_chains import RequestChains, prompt_hashes
 from trireme.worker.request_table import RequestTable, new_choices
-from trireme.worker.variants import VariantTable
+from trireme.worker.variants import LoadedVariant, VariantTable
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,8 @@ class Intake:
         table: RequestTable,
         variants: VariantTable,
         send: Callable[[Command], None],
-        blocks: BlockTraffic,
+        loads: BlockLoads,
+        chains: RequestChains,
     ) -> None:
         self._worker_id = worker_id
         self._assignments = assignments
@@ -50,7 +51,8 @@ class Intake:
         self._table = table
         self._variants = variants
         self._send = send
-        self._blocks = blocks
+        self._loads = loads
+        self._chains = chains
         self._starting: set[asyncio.Task[None]] = set()
         self._looked_back_s = time.monotonic()
         self._draining = False
@@ -122,29 +124,19 @@ class Intake:
         except TriremeError as error:
             self._table.fail(live, code=error.code, message=error.message)
             return
-        hashes = split_hashes(request.prefix_hashes)
-        if self._blocks.worth_asking(loaded, hashes):
-            self._in_background(self._fetch_then_submit(live, hashes))
-        else:
-            self._submit(live)
+        self._submit(live, loaded)
 
-    async def _fetch_then_submit(self, live: LiveRequest, hashes: list[bytes]) -> None:
-        try:
-            await self._blocks.fetch(live.assignment.variant, hashes)
-        except Exception:  # What cannot be fetched is computed.
-            log.exception("fetch_failed", extra={"request_id": live.request_id})
-        self._submit(live)
-
-    def _submit(self, live: LiveRequest) -> None:
-        # It may have been stopped, or overtaken by a later attempt, while blocks were fetched.
-        if not self._table.holds(live):
-            return
+    def _submit(self, live: LiveRequest, loaded: LoadedVariant) -> None:
         wanted = tuple(
             (number, choice.handle) for number, choice in enumerate(live.choices) if choice.finished is None
         )
-        if wanted:
-            request = live.assignment.request.SerializeToString()
-            self._send(Add(live.variant, request, wanted))
+        if not wanted:
+            return
+        request = live.assignment.request
+        hashes = prompt_hashes(request, loaded.block_tokens)
+        self._chains.follow(live, hashes, loaded.block_tokens)
+        awaited_tokens = self._loads.expect(live, loaded, hashes)
+        self._send(Add(live.variant, request.SerializeToString(), wanted, awaited_tokens))
 
     def refused(self, what: Refused) -> None:
         """The engine does not take a request: it ends with the engine's error."""

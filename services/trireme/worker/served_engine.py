@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
 
-from trireme.engine import Engine, SequenceWork, StepResult, TokenOutput
+from trireme.engine import Engine, SequenceWork, StepResult, StoredBlock, TokenOutput
+from trireme.engine.stored_blocks import let_go_of
 from trireme.errors import TriremeError
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest
+from trireme.worker.awaited_prefixes import AwaitedPrefixes
+from trireme.worker.engine_messages import Awaited
 from trireme.worker.sequence_requests import sequences_of
 from trireme.worker.step_news import Ending, EngineFigures, Output, StepNews, Work
 
@@ -40,12 +44,21 @@ class ResidencyLog:
 
 
 class ServedEngine:
-    """An engine whose sequences the worker knows by handles."""
+    """An engine whose sequences the worker knows by handles.
 
-    def __init__(self, variant: str, engine: Engine, residency: ResidencyLog) -> None:
+    Args:
+        patience_s: how long a sequence whose turn is near waits for stored blocks that were announced.
+    """
+
+    def __init__(
+        self, variant: str, engine: Engine, residency: ResidencyLog, *, patience_s: float = 0.5
+    ) -> None:
         self.variant = variant
         self.engine = engine
         self._residency = residency
+        self._awaited = AwaitedPrefixes(patience_s=patience_s)
+        self.is_stuck = False
+        """It has work, but its last step had nothing that could run."""
         self._handles: dict[str, int] = {}
         self._names: dict[int, str] = {}
         self._is_busy = False
@@ -56,8 +69,10 @@ class ServedEngine:
         """It has work, or has just lost the last of it."""
         return self._is_busy or self.engine.has_work
 
-    def add(self, request: AdmittedRequest, sequences: Sequence[tuple[int, int]]) -> None:
-        """Let (choice, handle) of a request wait for their turn.
+    def add(
+        self, request: AdmittedRequest, sequences: Sequence[tuple[int, int]], *, awaited_tokens: int = 0
+    ) -> None:
+        """Let (choice, handle) of a request wait for their turn, and for stored blocks of so many tokens.
 
         Raises:
             TriremeError: the engine refuses one of them; none was added.
@@ -66,7 +81,9 @@ class ServedEngine:
         try:
             wanted = sequences_of(request, [choice for choice, _ in sequences])
             for (_, handle), sequence in zip(sequences, wanted, strict=True):
-                self.engine.add(sequence)
+                self.engine.add(sequence, awaited_tokens=awaited_tokens)
+                if awaited_tokens:
+                    self._awaited.add(sequence.sequence_id)
                 self._handles[sequence.sequence_id] = handle
                 self._names[handle] = sequence.sequence_id
                 added.append(handle)
@@ -80,7 +97,28 @@ class ServedEngine:
             name = self._names.pop(handle, None)
             if name is not None:
                 del self._handles[name]
+                self._awaited.discard(name)
                 self.engine.cancel(name)
+
+    def offer(self, handles: Sequence[int], stored: Sequence[StoredBlock]) -> None:
+        """The blocks that sequences of one prompt await: the first loads them, the others share them."""
+        names = [self._names[handle] for handle in handles if handle in self._names]
+        if not names:
+            let_go_of(stored)
+        for name, blocks in zip(names, [stored, *repeat((), len(names) - 1)], strict=False):
+            self._awaited.discard(name)
+            self.engine.preload(name, blocks)
+
+    def awaited(self, *, now_s: float) -> Awaited | None:
+        """Who awaits stored blocks, in the order of their turns, where that is news."""
+        if not self._awaited:
+            return None
+        for name in self._awaited.overdue(now_s=now_s):
+            self.engine.preload(name, ())
+        order = self._awaited.look(self.engine.upcoming(), now_s=now_s)
+        if order is None:
+            return None
+        return Awaited(self.variant, tuple([(self._handles[name], use_s) for name, use_s in order]))
 
     def turn(self) -> StepNews | None:
         """One step; None where there was nothing to do and nothing changed.
@@ -89,7 +127,10 @@ class ServedEngine:
         """
         if self.engine.has_work:
             self._is_busy = True
-            return self._news(self.engine.step())
+            result = self.engine.step()
+            was_stuck, self.is_stuck = self.is_stuck, not (result.work or result.outputs)
+            return self._news(result) if not (was_stuck and self.is_stuck) else None
+        self.is_stuck = False
         if self._is_busy:
             self._is_busy = False
             return self.standing()
@@ -163,6 +204,7 @@ class ServedEngine:
         name = self._names.pop(handle, None)
         if name is not None:
             del self._handles[name]
+            self._awaited.discard(name)
 
     def _figures(self) -> EngineFigures:
         stats = self.engine.stats()

@@ -27,6 +27,4 @@ class Settings:
     """Output that no gateway asks for is kept so long."""
     store_deadline_s: float = 0.25
     """Time for the KV store to answer before a block counts as missing."""
-    transfer_mib: int = 64
-    """Memory shared with the engine process, for KV blocks on their way to and from the store."""
     log_level: str = "info"

@@ -33,6 +33,9 @@ class EngineFigures(NamedTuple):
     recomputed_tokens: int = 0
     steps: int = 0
     busy_s: float = 0.0
+    preload_blocks: int = 0
+    preload_corrupt: int = 0
+    host_in_bytes_per_s: float = 0.0
 
 
 class Work(NamedTuple):
