@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 LEASE_S = 10.0
 SMOOTHING = 0.2
 """Weight of the newest measurement."""
-LEAST_WAIT_S = 0.02
 REMOTE_GAIN = 10
 """Another node is asked only where computing takes so many times as long as asking does."""
 
@@ -54,7 +53,6 @@ class Plan:
     """Leading tokens that are resident or will be loaded."""
     num_on_disk: int
     ask_others: bool
-    deadline_s: float
 
 
 @dataclass(slots=True)
@@ -187,7 +185,7 @@ class BlockLoads:
         held = await self._store.hold(
             loaded.kv_namespace,
             plan.hashes,
-            deadline_s=plan.deadline_s,
+            deadline_s=self._deadline_s,
             lease_s=LEASE_S,
             allow_remote=plan.ask_others,
         )
@@ -220,8 +218,7 @@ class BlockLoads:
         if available < len(missing) and self._store.has_peers and rate > 0:
             missing_s = (len(missing) - available) * size / rate
             if missing_s > REMOTE_GAIN * self.speeds.remote_s:
-                deadline_s = min(self._deadline_s, missing_s)
-                return Plan(missing, len(hashes) * size, available - in_dram, True, deadline_s)
+                return Plan(missing, len(hashes) * size, available - in_dram, True)
         if not available:
             return None
         kept = available
@@ -238,9 +235,7 @@ class BlockLoads:
                 history, new_tokens, load_s=load_s, prefill_s=prefill_s, step_tokens=size
             )
             kept = available - again // size
-        saved_s = kept * size / rate if rate > 0 else math.inf
-        deadline_s = min(self._deadline_s, max(LEAST_WAIT_S, saved_s))
-        return Plan(missing[:kept], (here + kept) * size, max(0, kept - in_dram), False, deadline_s)
+        return Plan(missing[:kept], (here + kept) * size, max(0, kept - in_dram), False)
 
     def _load_s(self, loaded: LoadedVariant, in_dram: int) -> Callable[[int], float]:
         """Seconds to load so many leading tokens, of which some are on disk."""
