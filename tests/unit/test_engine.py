@@ -103,6 +103,7 @@ class Wrapped:
         self.dtype = model.dtype
         self.device = model.device
         self.max_positions = model.max_positions
+        self.key_rotation = model.key_rotation
         self.raises_on: int | None = None
         """A token id that makes the forward raise."""
         self.spoils: int | None = None

@@ -31,6 +31,7 @@ from trireme.engine.batch import Part
 from trireme.engine.outputs import EventKind
 from trireme.engine.tally import StepReport
 from trireme.errors import InvalidConfiguration
+from trireme.kvcache.block_identity import block_hashes
 from trireme.loading.whole import load_model
 from trireme.models.model import Model
 from trireme.models.null import NullModel
@@ -145,7 +146,7 @@ def test_tokens_do_not_depend_on_who_stops_when(model: Model, alone: Ask, policy
             stored = []
             if chance.random() < 0.3:
                 answer(elder, prompt, greedy(1), salt=SALT)
-                library = library_of(elder, elder._cache.hashes_of(prompt, SALT))
+                library = library_of(elder, block_hashes(prompt, elder.settings.block_size, SALT))
                 stored = list(shaken(library, releases, chance))
             engine.add(wanted[name], stored=stored)
         elif wanted and chance.random() < 0.01:
@@ -199,7 +200,7 @@ def test_copies_that_fail_cost_time_and_no_token(
     wanted = [request(f"s{n}", prompt_of(n, 10 + n), greedy(30), salt=SALT, priority=n % 3) for n in range(8)]
     for one in wanted:
         answer(elder, one.prompt_token_ids, greedy(1), salt=SALT)
-        library = library_of(elder, elder._cache.hashes_of(one.prompt_token_ids, SALT))
+        library = library_of(elder, block_hashes(one.prompt_token_ids, elder.settings.block_size, SALT))
         engine.add(one, stored=sound(library, releases))
     assert tokens_of(run(engine, max_steps=20_000)) == {one.sequence_id: alone(one) for one in wanted}
     stats = engine.stats()

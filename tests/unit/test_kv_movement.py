@@ -35,6 +35,7 @@ from trireme.engine.roster import Roster
 from trireme.engine.sequence import Sequence
 from trireme.errors import InvalidConfiguration, InvalidRequest
 from trireme.kvcache.block_codec import payload_checksum
+from trireme.kvcache.block_identity import block_hashes
 from trireme.loading.whole import load_model
 from trireme.models.model import Model
 from trireme.models.null import NullModel
@@ -151,7 +152,7 @@ def test_tokens_do_not_depend_on_how_kv_moves(model: Model, alone: Ask, seed: in
             prompt = shared[: chance.randint(0, 14)] + prompt_of(chance.randint(0, 5), chance.randint(1, 20))
             wanted[name] = request(name, prompt, greedy(chance.choice([2, 25])), salt=SALT)
             answer(elder, prompt, greedy(1), salt=SALT)
-            library = library_of(elder, elder._cache.hashes_of(prompt, SALT))
+            library = library_of(elder, block_hashes(prompt, elder.settings.block_size, SALT))
             stored = list(shaken(library, releases, chance)) if chance.random() < 0.7 else []
             if chance.random() < 0.5:
                 engine.add(wanted[name], stored=stored)
@@ -220,7 +221,7 @@ def test_copies_that_fail_cost_time_and_no_token(
     releases = Releases()
     for one in wanted:
         answer(elder, one.prompt_token_ids, greedy(1), salt=SALT)
-        library = library_of(elder, elder._cache.hashes_of(one.prompt_token_ids, SALT))
+        library = library_of(elder, block_hashes(one.prompt_token_ids, elder.settings.block_size, SALT))
         engine.add(one, stored=sound(library, releases))
     tokens = tokens_of(run(engine))
     assert tokens == {one.sequence_id: alone(one) for one in wanted}
@@ -422,7 +423,7 @@ def test_a_model_without_layers_swaps_nothing_in_no_time() -> None:
 def stored_for(model: Model, prompt: list[int], releases: Releases) -> list[StoredBlock]:
     elder = Engine(model, settings(block_size=4))
     answer(elder, prompt, greedy(1), salt=SALT)
-    return sound(library_of(elder, elder._cache.hashes_of(prompt, SALT)), releases)
+    return sound(library_of(elder, block_hashes(prompt, elder.settings.block_size, SALT)), releases)
 
 
 @pytest.mark.parametrize("layers", [0, 1, 2, 99])
@@ -602,7 +603,7 @@ def test_saved_blocks_are_whole_and_stay_as_they_were(model: Model, given_room: 
     engine = Engine(model, settings(block_size=4, num_blocks=44))
     prompt = prompt_of(8, 41)
     answer(engine, prompt, greedy(1), salt=SALT)
-    names = list(engine._cache.hashes_of(prompt, SALT))
+    names = list(block_hashes(prompt, engine.settings.block_size, SALT))
     expected = library_of(engine, names)
     rooms = {name: memoryview(bytearray(engine._cache.memory.block_bytes)) for name in names[:-1]}
     rooms[names[0]] = memoryview(bytearray(3))
@@ -629,7 +630,7 @@ def test_saving_takes_no_more_than_a_part_of_the_blocks_at_a_time(model: Model) 
     engine = Engine(model, settings(block_size=4, num_blocks=16))
     prompt = prompt_of(8, 41)
     answer(engine, prompt, greedy(1), salt=SALT)
-    names = engine._cache.hashes_of(prompt, SALT)
+    names = block_hashes(prompt, engine.settings.block_size, SALT)
     answers: list[tuple[SavedBlock, ...]] = []
     gatekeeper = Gatekeeper(engine._cache.copies.copy_out)
     assert [
@@ -652,7 +653,7 @@ def test_a_save_is_answered_once_whatever_happens(model: Model) -> None:
     prompt = prompt_of(8, 41)
     answer(engine, prompt, greedy(1), salt=SALT)
     gatekeeper = Gatekeeper(engine._cache.copies.copy_out)
-    engine.save(engine._cache.hashes_of(prompt, SALT), on_saved=answers.append)
+    engine.save(block_hashes(prompt, engine.settings.block_size, SALT), on_saved=answers.append)
     threading.Timer(0.05, gatekeeper.open).start()
     engine.close()
     assert len(answers) == 2

@@ -16,7 +16,7 @@ from trireme.engine.outputs import (
     StepResult,
     TokenOutput,
 )
-from trireme.engine.request import Mode, SequenceRequest
+from trireme.engine.request import Mode, SequenceRequest, Truncation
 from trireme.engine.sampling_params import SamplingParams
 from trireme.engine.settings import EngineSettings
 from trireme.engine.stored_blocks import SavedBlock, StoredBlock
@@ -39,5 +39,6 @@ __all__ = [
     "StepResult",
     "StoredBlock",
     "TokenOutput",
+    "Truncation",
     "build",
 ]

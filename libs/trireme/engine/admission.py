@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
-import torch
-
+from trireme.engine.context_window import open_window
 from trireme.engine.request import Mode, SequenceRequest
 from trireme.engine.sampling import SamplingState
 from trireme.engine.sequence import ScoreGroup, Sequence
 from trireme.errors import ContextLengthExceeded, InvalidRequest
 from trireme.models.config import ModelConfig
+from trireme.models.model import Model
 
 
 def check(request: SequenceRequest, config: ModelConfig, *, max_model_len: int) -> None:
@@ -35,7 +35,8 @@ def check(request: SequenceRequest, config: ModelConfig, *, max_model_len: int) 
             _check_ids("score_continuations", continuation, config.vocab_size)
             longest = max(longest, len(continuation))
     needed = len(request.prompt_token_ids) + longest
-    if needed > max_model_len:
+    may_be_cut = request.mode is Mode.GENERATE and request.truncation is not None
+    if needed > max_model_len and not may_be_cut:
         raise ContextLengthExceeded(
             f"the prompt has {len(request.prompt_token_ids)} tokens and at least {longest} must follow, "
             f"but the context holds {max_model_len}; shorten the prompt",
@@ -44,23 +45,44 @@ def check(request: SequenceRequest, config: ModelConfig, *, max_model_len: int) 
 
 
 def sequences_of(
-    request: SequenceRequest, config: ModelConfig, *, eos_token_ids: frozenset[int], device: torch.device
+    request: SequenceRequest,
+    model: Model,
+    *,
+    eos_token_ids: frozenset[int],
+    max_model_len: int,
+    block_size: int,
 ) -> list[Sequence]:
-    """One sequence; for SCORE one per continuation, with a group."""
+    """One sequence; for SCORE one per continuation, with a group.
+
+    Raises:
+        InvalidRequest: cuts that were made before do not fit the blocks.
+        ContextLengthExceeded: what every cut must keep leaves no room.
+    """
     prompt = list(request.prompt_token_ids)
     if request.mode is not Mode.SCORE:
         sequence = _sequence(request, request.sequence_id, prompt)
         if request.mode is Mode.GENERATE:
             params = request.sampling
-            sequence.token_ids.extend(request.delivered_token_ids)
+            window = open_window(
+                request,
+                max_model_len=max_model_len,
+                block_size=block_size,
+                can_rotate=model.key_rotation is not None,
+            )
+            if window is None:
+                sequence.token_ids = [*prompt, *request.delivered_token_ids]
+            else:
+                sequence.token_ids = window.refilled()
+                sequence.chain = window.stage.chain
+            sequence.window = window
             sequence.stop_ids = stop_ids(request, eos_token_ids)
             sequence.state = SamplingState(
                 params,
                 stop_ids=sorted(sequence.stop_ids),
                 prompt_ids=prompt,
                 output_ids=list(request.delivered_token_ids),
-                vocab_size=config.vocab_size,
-                device=device,
+                vocab_size=model.config.vocab_size,
+                device=model.device,
             )
         return [sequence]
 
@@ -86,7 +108,7 @@ def _sequence(request: SequenceRequest, sequence_id: str, token_ids: list[int]) 
         request=request,
         token_ids=token_ids,
         num_prompt=len(request.prompt_token_ids),
-        salt=request.salt,
+        chain=request.chain,
         arrival_s=request.arrival_s,
         priority=request.priority,
     )

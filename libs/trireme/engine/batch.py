@@ -83,7 +83,7 @@ def _forward(model: Model, cache: KvCache, parts: list[Part]) -> Computed:
             positions.extend(range(start, stop))
         query_lens.append(count)
         context_lens.append(stop)
-        if sequence.mode is Mode.GENERATE and stop == len(sequence.token_ids):
+        if sequence.mode is Mode.GENERATE and stop == len(sequence.token_ids) and not sequence.is_replaying:
             sampling.append(sequence)
             last_rows.append(len(token_ids) - 1)
 

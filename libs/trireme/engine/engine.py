@@ -17,6 +17,7 @@ from trireme.engine import admission
 from trireme.engine.batch import Computed, compute, continuation_logprob, pooled
 from trireme.engine.kv_cache import KvCache
 from trireme.engine.kv_copies import CopyFailed, Link
+from trireme.engine.kv_cuts import cut
 from trireme.engine.kv_preloads import KvPreloads, LayersNeeded
 from trireme.engine.outputs import (
     EmbeddingOutput,
@@ -133,17 +134,24 @@ class Engine:
                 raise RequestConflict(f"sequence {request.sequence_id} is here already", param="sequence_id")
             admission.check(request, self.model.config, max_model_len=self.max_model_len)
             sequences = admission.sequences_of(
-                request, self.model.config, eos_token_ids=self.eos_token_ids, device=self.model.device
+                request,
+                self.model,
+                eos_token_ids=self.eos_token_ids,
+                max_model_len=self.max_model_len,
+                block_size=self.settings.block_size,
             )
         except Exception:
             let_go_of(stored)
             raise
         first = sequences[0]
         if first.mode is Mode.GENERATE and first.num_outputs:
-            reason = self._finish_reason(first, first.token_ids[-1])
+            reason = self._finish_reason(first, request.delivered_token_ids[-1])
             if reason is not None:
+                dropped = None if first.window is None else first.window.dropped_at_end()
                 self._ready.append(
-                    TokenOutput(request.sequence_id, first.num_outputs, None, None, (), reason, None, 0)
+                    TokenOutput(
+                        request.sequence_id, first.num_outputs, None, None, (), reason, None, 0, dropped
+                    )
                 )
                 let_go_of(stored)
                 return
@@ -196,7 +204,7 @@ class Engine:
         if request.mode is Mode.EMBED or not self.settings.prefix_cache:
             return ()
         token_ids = [*request.prompt_token_ids, *request.delivered_token_ids]
-        hashes = self._cache.hashes_of(token_ids[:-1], request.salt)
+        hashes = request.chain.extend((), token_ids[:-1], self.settings.block_size)
         return tuple(block_hash for block_hash in hashes if self._cache.pool.find(block_hash) is None)
 
     def import_block(self, block_hash: bytes, payload: bytes | memoryview) -> bool:
@@ -270,6 +278,8 @@ class Engine:
             swap_out_s=moved.swap_out_s,
             swap_in_s=moved.swap_in_s,
             lost_sequences=moved.lost_sequences,
+            context_cuts=moved.context_cuts,
+            rerotated_blocks=moved.rerotated_blocks,
             preload_blocks=moved.preload_blocks,
             preload_corrupt=moved.preload_corrupt,
             stall_s=copies.stall_s,
@@ -312,7 +322,9 @@ class Engine:
             sequence.num_computed = start + count
             sequence.most_computed = max(sequence.most_computed, sequence.num_computed)
             self._cache.commit(sequence)
-            if sequence.mode is not Mode.GENERATE:
+            if sequence.is_replaying and sequence.num_computed == len(sequence.token_ids):
+                self._go_on_replaying(sequence)
+            elif sequence.mode is not Mode.GENERATE:
                 self._absorb_hidden(sequence, batch.hidden[token : token + count], start, report)
             token += count
         if batch.logits is not None:
@@ -338,11 +350,14 @@ class Engine:
 
     def _emit(self, sequence: Sequence, choice: Sampled, report: StepReport) -> None:
         index = sequence.num_outputs
-        sequence.token_ids.append(choice.token_id)
+        sequence.choose(choice.token_id)
         sequence.has_answered = True
         if sequence.state is not None:
             sequence.state.observe(choice.token_id)
         finish_reason = self._finish_reason(sequence, choice.token_id)
+        window = sequence.window
+        if finish_reason is None and window is not None and len(sequence.token_ids) >= window.rule.window:
+            self._cut(sequence)
         report.outputs.append(
             TokenOutput(
                 sequence.sequence_id,
@@ -353,6 +368,7 @@ class Engine:
                 finish_reason,
                 None,
                 sequence.cached_tokens,
+                None if window is None else window.news_of_dropped(),
             )
         )
         sequence.cached_tokens = None
@@ -365,9 +381,18 @@ class Engine:
         params = sequence.request.sampling
         if sequence.num_outputs >= params.min_tokens and last_token in sequence.stop_ids:
             return FinishReason.STOP
-        if sequence.num_outputs >= params.max_tokens or len(sequence.token_ids) >= self.max_model_len:
-            return FinishReason.LENGTH
-        return None
+        is_full = sequence.window is None and len(sequence.token_ids) >= self.max_model_len
+        return FinishReason.LENGTH if is_full or sequence.num_outputs >= params.max_tokens else None
+
+    def _go_on_replaying(self, sequence: Sequence) -> None:
+        """The window is as full as it was when its next token was chosen."""
+        assert sequence.window is not None
+        sequence.token_ids.append(sequence.window.history[len(sequence.token_ids) + sequence.window.dropped])
+        self._cut(sequence)
+
+    def _cut(self, sequence: Sequence) -> None:
+        if not cut(self._cache, sequence):
+            self._roster.preempt(sequence)
 
     def _absorb_hidden(
         self, sequence: Sequence, hidden: torch.Tensor, start: int, report: StepReport

@@ -17,11 +17,11 @@ from trireme.engine.host_arena import HostArena
 from trireme.engine.kv_copies import Copy, KvCopies, Link
 from trireme.engine.kv_counters import KvCounters
 from trireme.engine.kv_memory import KvMemory
+from trireme.engine.kv_rotation import NOTHING, Found, find_supply, turn
 from trireme.engine.layer_gate import GatedLayers
 from trireme.engine.sequence import Sequence
 from trireme.engine.stored_blocks import OnSaved, Room, let_go_of
 from trireme.engine.tier import KvTier
-from trireme.kvcache.block_identity import extend_hashes
 from trireme.kvcache.block_pool import BlockPool
 from trireme.models.model import LayerKv, Model
 
@@ -57,6 +57,7 @@ class KvCache:
         self.block_size = block_size
         self.shares = shares
         self._tier = tier
+        self.rotation = model.key_rotation
         self.memory = KvMemory(model, num_blocks=num_blocks, block_size=block_size)
         self.pool = BlockPool(num_blocks, on_cached=self._on_cached, on_evicted=self._on_evicted)
         self.host = HostArena(self.memory, host_blocks) if host_blocks else None
@@ -67,10 +68,6 @@ class KvCache:
         self._pending: dict[bytes, Sequence] = {}
         """Prompt blocks that a sequence is about to complete or that are being loaded for it."""
 
-    def hashes_of(self, token_ids: Seq[int], salt: bytes) -> tuple[bytes, ...]:
-        """Hashes of the full blocks of `token_ids`."""
-        return extend_hashes(salt, token_ids, self.block_size)
-
     def hashes(self, sequence: Sequence, num_tokens: int) -> list[bytes]:
         """Hashes of the full blocks of the sequence's first `num_tokens` tokens."""
         known = sequence.hashes
@@ -78,7 +75,7 @@ class KvCache:
         if len(known) < wanted:
             start = len(known) * self.block_size
             tokens = sequence.token_ids[start : wanted * self.block_size]
-            known.extend(extend_hashes(known[-1] if known else sequence.salt, tokens, self.block_size))
+            known.extend(sequence.chain.extend(known, tokens, self.block_size))
         return known if len(known) == wanted else known[:wanted]
 
     def complete_hashes(self, sequence: Sequence) -> tuple[bytes, ...]:
@@ -108,20 +105,33 @@ class KvCache:
         """Give a sequence without KV its resident prefix, and blocks for all it must compute.
 
         A prefix that is being loaded for it counts as resident once enough of its layers are
-        there. Sets `num_computed` to the tokens found. False, and nothing taken, if blocks lack or
-        the load is not that far.
+        there. What follows a resident head, and is resident from before a cut, is copied to where it
+        stands now. Sets `num_computed` to the tokens found. False, and nothing taken, if blocks lack
+        or the load is not that far.
         """
         if sequence.load is not None:
             return self._join(sequence, sequence.load)
         matched = self.match(sequence)
-        self.pool.acquire(matched)
-        fresh = self.pool.allocate(self.blocks_for(sequence.num_target) - len(matched))
+        supply = self._supply(sequence, len(matched))
+        missing = self.blocks_for(sequence.num_target) - len(matched)
+        self.pool.acquire(matched + supply.blocks)
+        fresh = self.pool.allocate(missing)
+        if fresh is None and supply.blocks:  # it stands in its own way
+            self.pool.release(supply.blocks)
+            supply = NOTHING
+            fresh = self.pool.allocate(missing)
         if fresh is None:
             self.pool.release(matched)
             return False
         self.attach(sequence, matched + fresh)
-        sequence.begin(len(matched) * self.block_size)
+        sequence.begin((len(matched) + len(supply.blocks)) * self.block_size)
         sequence.num_committed = len(matched)
+        if supply.blocks and self.rotation is not None:
+            targets = fresh[: len(supply.blocks)]
+            turn(self.memory, self.rotation, supply.blocks, targets, shift_tokens=supply.shift_tokens)
+            self.pool.release(supply.blocks)
+            self.counters.rerotated_blocks += len(supply.blocks)
+            self.commit(sequence)
         self._let_go(sequence)
         self.expect(sequence)
         return True
@@ -166,6 +176,11 @@ class KvCache:
         sequence.row = self._tables.take(blocks)
         sequence.blocks = blocks
 
+    def hold(self, sequence: Sequence, blocks: list[int]) -> None:
+        """The sequence has these blocks now; their references are its own already."""
+        self._tables.extend(sequence.row, 0, blocks)
+        sequence.blocks = blocks
+
     def detach(self, sequence: Sequence) -> None:
         """Take the device's blocks back; what was computed still counts."""
         self.pause(sequence)
@@ -190,8 +205,7 @@ class KvCache:
             self.host.pool.release(sequence.host_blocks)
             sequence.host_blocks = []
         self._let_go(sequence)
-        sequence.num_computed = 0
-        sequence.num_committed = 0
+        sequence.restart()
 
     def scrub(self, sequence: Sequence) -> None:
         """Forget and zero what a failed sequence wrote: it may hold values that are not numbers."""
@@ -285,6 +299,16 @@ class KvCache:
         load.is_joined = True
         self.expect(sequence)
         return True
+
+    def _supply(self, sequence: Sequence, num_matched: int) -> Found:
+        """What of the prompt is resident from before the cut that it came with."""
+        window, truncation = sequence.window, sequence.request.truncation
+        if not self.shares or self.rotation is None or window is None or truncation is None:
+            return NOTHING
+        if not truncation.cuts or window.stage.cuts != truncation.cuts:
+            return NOTHING
+        most = sequence.reusable_tokens // self.block_size - num_matched
+        return find_supply(self.pool, truncation, window.rule, num_matched=num_matched, most=most)
 
     def _let_go(self, sequence: Sequence) -> None:
         """No load is begun for the sequence any more, and what was loaded does not wait for it."""

@@ -19,6 +19,10 @@ class KvCounters:
     swap_in_s: float = 0.0
     lost_sequences: int = 0
     """Whose KV a copy lost: computed again."""
+    context_cuts: int = 0
+    """Times that a sequence lost its oldest tokens while it was answered."""
+    rerotated_blocks: int = 0
+    """Whose keys were turned to other positions instead of being computed."""
     preload_blocks: int = 0
     preload_corrupt: int = 0
     """Payloads that were short or had another checksum; each cut its prefix off."""

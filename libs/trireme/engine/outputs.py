@@ -37,6 +37,8 @@ class TokenOutput:
     error: TriremeError | None = None
     cached_tokens: int | None = None
     """With the sequence's first output: tokens whose KV was found and not computed."""
+    dropped_tokens: int | None = None
+    """Where it has changed: oldest tokens that have gone since the request came, delivered ones included."""
 
 
 class ScoreOutput(NamedTuple):
@@ -171,6 +173,10 @@ class EngineStats:
     swap_in_s: float = 0.0
     lost_sequences: int = 0
     """Sequences whose KV a copy lost: computed again."""
+    context_cuts: int = 0
+    """Times that a sequence lost its oldest tokens while it was answered."""
+    rerotated_blocks: int = 0
+    """Blocks whose keys were turned to other positions instead of being computed."""
     preload_blocks: int = 0
     """Stored blocks that were loaded."""
     preload_corrupt: int = 0

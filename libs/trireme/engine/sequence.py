@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from trireme.engine.block_moves import Load
+from trireme.engine.context_window import ContextWindow
 from trireme.engine.kv_copies import Copy
 from trireme.engine.request import Mode, SequenceRequest
 from trireme.engine.sampling import SamplingState
 from trireme.engine.stored_blocks import StoredBlock
+from trireme.kvcache.block_identity import HashChain
 from trireme.policies.iteration import Location
 
 
@@ -33,11 +35,14 @@ class Sequence:
     mode: Mode
     request: SequenceRequest
     token_ids: list[int]
-    """Prompt and answer; for SCORE prompt and continuation."""
+    """Prompt and answer; for SCORE prompt and continuation. With a `window`, what it holds now."""
     num_prompt: int
-    salt: bytes
+    chain: HashChain
+    """How the hashes of its blocks hang together."""
     arrival_s: float | None
     priority: int
+    window: ContextWindow | None = None
+    """For GENERATE: its oldest tokens may go; None: it ends where the context is full."""
     state: SamplingState | None = None
     """For GENERATE."""
     stop_ids: frozenset[int] = frozenset()
@@ -86,6 +91,37 @@ class Sequence:
         if self.group is not None:
             self.group.logprobs[self.member] = 0.0
 
+    def choose(self, token_id: int) -> None:
+        """The answer grows by this token."""
+        self.token_ids.append(token_id)
+        if self.window is not None:
+            self.window.history.append(token_id)
+
+    def skip(self, num_tokens: int) -> None:
+        """So many tokens behind the head of the window have gone."""
+        assert self.window is not None
+        head = self.window.rule.head
+        del self.token_ids[head : head + num_tokens]
+        del self.hashes[self.window.head_blocks :]
+        self.chain = self.window.stage.chain
+        self.most_computed -= num_tokens
+
+    def restart(self) -> None:
+        """Its KV is lost: what it needs to compute it again comes back into the window."""
+        self.num_computed = 0
+        self.num_committed = 0
+        gone = self.window.restart() if self.window is not None else 0
+        if self.window is not None and gone:
+            self.token_ids = self.window.refilled()
+            self.hashes = []
+            self.chain = self.window.stage.chain
+            self.most_computed += gone
+
+    @property
+    def is_replaying(self) -> bool:
+        """Tokens that were chosen already follow those in the window."""
+        return self.window is not None and len(self.token_ids) < self.window.num_kept
+
     @property
     def location(self) -> Location:
         """Where its KV is; a load that it may join counts as nowhere: it is to be admitted. What a lower
@@ -117,4 +153,5 @@ class Sequence:
     @property
     def num_outputs(self) -> int:
         """Length of the answer so far."""
-        return len(self.token_ids) - self.num_prompt
+        tokens = self.token_ids if self.window is None else self.window.history
+        return len(tokens) - self.num_prompt

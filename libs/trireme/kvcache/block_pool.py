@@ -106,6 +106,10 @@ class BlockPool:
         """Sequences that refer to the block."""
         return self._refs[block_id]
 
+    def is_copied(self, block_id: int) -> bool:
+        """A copy that was issued still reads or writes the block."""
+        return self._copies[block_id] > 0
+
     def hash_of(self, block_id: int) -> bytes | None:
         """The block's hash, if its prefix is complete and it is the one that stands for it."""
         return self._hashes[block_id]
