@@ -17,7 +17,9 @@ NEVER = MlfqSettings(alpha_s=math.inf)
 
 
 def mlfq(**knobs: object) -> MlfqScheduler:
-    return MlfqScheduler(linear_profile(), MlfqSettings(**knobs))  # type: ignore[arg-type]
+    """With the page's quanta."""
+    settings = MlfqSettings(**{"learns_quanta": False, **knobs})  # type: ignore[arg-type]
+    return MlfqScheduler(linear_profile(), settings)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,10 @@ for more than alpha, go to the front of level 1 with a new quantum, if their KV 
 (Promoting whoever waits longer than alpha, at every iteration, makes level 1 a round-robin and the link the
 bottleneck as soon as the load is high.)
 
+Quanta: those of the page until enough jobs have ended; then the levels end where `quanta` says that they
+serve the recent demand best, which may be nowhere: first come, first served. `learns_quanta=False`, or a
+`quantum_s`, keeps the page's.
+
 Source: FastServe, arXiv 2305.05920 and NSDI 2026, sections 4.1-4.3. Our own choices where the sources differ:
 demotion by one level, alpha of seconds, the limit on promotions, `used` reset by a promotion, and an ENST
 that orders as the levels do but for the next few promotions.
@@ -29,6 +33,7 @@ from dataclasses import dataclass, replace
 
 from trireme.errors import InvalidConfiguration
 from trireme.policies.batch_formation import BatchFormation, SwapRules
+from trireme.policies.demand_record import DemandRecord
 from trireme.policies.iteration import (
     Budget,
     IterationDecision,
@@ -41,9 +46,12 @@ from trireme.policies.iteration import (
 )
 from trireme.policies.iteration_profile import IterationProfile, Part
 from trireme.policies.kv_swap import BurstReserve, LevelLoad
+from trireme.policies.quanta import Thresholds
 from trireme.policies.run_queue import Entry, Key, RunQueue
 from trireme.policies.starvation import StarvationLine
 
+_NO_QUANTUM_S = 1e-9
+"""Of a level that is not used."""
 _FORGETTING = 0.9
 """Weight of the past in the mean iteration time."""
 
@@ -57,6 +65,8 @@ class MlfqSettings:
     """q_1 while there is no profile."""
     quantum_s: float | None = None
     """q_1; None: the profile's 10th percentile of decode iterations at batch 1."""
+    learns_quanta: bool = True
+    """Choose the levels by the demand that jobs show, where `quantum_s` is None."""
     skip_join: bool = True
     """False: everybody joins level 1 and pays for its prefill there (naive MLFQ)."""
     eta: int = 1
@@ -116,7 +126,13 @@ class MlfqScheduler:
         self._iteration_s = 0.0
         self._batch = 1
         self._spared: str | None = None
+        self._now_s = 0.0
         self._burst = BurstReserve()
+        learns = self.settings.learns_quanta and self.settings.quantum_s is None
+        self._demand = DemandRecord() if learns else None
+        self._under_way: dict[str, Entry] = {}
+        """Jobs that have run, where the demand is recorded."""
+        self._thresholds: Thresholds | None = None
         self.use_profile(profile)
 
     def use_profile(self, profile: IterationProfile | None) -> None:
@@ -125,10 +141,22 @@ class MlfqScheduler:
         settings = self.settings
         first_s = settings.quantum_s or (profile.quantum_s if profile is not None else None)
         first_s = first_s or settings.unmeasured_quantum_s
-        self._finite_s = tuple(first_s * 2.0**index for index in range(settings.levels))
-        self.quanta_s = (0.0, *self._finite_s[:-1], math.inf)
-        """By level; there is no level 0."""
-        self._load.use_quanta(self._finite_s)
+        if self._thresholds is None:
+            self._use_quanta(tuple(first_s * 2.0**index for index in range(settings.levels)))
+
+    def _use_quanta(self, finite_s: tuple[float, ...]) -> None:
+        self.quanta_s = (0.0, *finite_s[:-1], math.inf)
+        """By level; there is no level 0. The last has no end, whatever ENST takes for its length."""
+        self._load.use_quanta(finite_s)
+
+    def _learn(self, now_s: float) -> None:
+        """Levels for the demand as it is. Jobs of a level that is no more leave it when they have run."""
+        assert self._demand is not None
+        self._thresholds = self._demand.choose(self._under_way.values(), now_s=now_s)
+        ends_s = self._thresholds.ends_s[: self.settings.levels - 1]
+        quanta_s = tuple(end_s - start_s for start_s, end_s in zip((0.0, *ends_s), ends_s, strict=False))
+        unused = (_NO_QUANTUM_S,) * (self.settings.levels - 1 - len(quanta_s))
+        self._use_quanta((*quanta_s, *unused, max(quanta_s, default=_NO_QUANTUM_S)))
 
     def add(self, job: Job, *, now_s: float) -> str:
         """Let a job join its level; says which and why."""
@@ -139,13 +167,20 @@ class MlfqScheduler:
         self._queue.add(entry)
         self._enter(entry)
         self._line.add(entry)
+        self._now_s = now_s
+        if self._demand is not None:
+            self._demand.arrive(now_s)
         return f"level {level}: {reason}"
 
     def remove(self, sequence_id: str) -> None:
         """Forget a job."""
         entry = self._queue.remove(sequence_id)
-        if entry is not None:
-            self._leave(entry)
+        if entry is None:
+            return
+        self._leave(entry)
+        self._under_way.pop(sequence_id, None)
+        if self._demand is not None and self._demand.end(entry):
+            self._learn(self._now_s)
 
     def decide(self, budget: Budget, view: ViewOf, *, now_s: float) -> IterationDecision:
         """Promote, then form the batch and plan the moves."""
@@ -183,6 +218,7 @@ class MlfqScheduler:
         Args:
             seconds: of `iterations` equal iterations together.
         """
+        self._now_s = now_s
         self._iterations_to_scan -= iterations
         self._burst.pass_by(iterations - 1)
         members = self._queue.members
@@ -194,6 +230,7 @@ class MlfqScheduler:
         quanta_s = self.quanta_s
         prefilling = self._queue.prefilling
         is_refined = self.settings.enst_v2
+        demand = self._demand
         for entry, count in billed:
             entry.last_s = now_s
             entry.computed_tokens += count
@@ -202,6 +239,9 @@ class MlfqScheduler:
             if prefilling and entry.key[2] in prefilling and self._is_protected(entry):
                 charged_s = max(0.0, min(seconds, quanta_s[level] - entry.used_s))
             entry.used_s += charged_s
+            if demand is not None:
+                demand.charge(entry, seconds, len(billed))
+                self._under_way[entry.key[2]] = entry
             if is_refined:
                 self._load.charge(level, charged_s)
             if entry.used_s > quanta_s[level]:
@@ -275,6 +315,8 @@ class MlfqScheduler:
         quanta_s = self.quanta_s
         last = len(quanta_s) - 1
         target = min(level + self.settings.eta, last)
+        while target < last and quanta_s[target] <= _NO_QUANTUM_S:
+            target += 1
         decode_s = (
             self._profile.decode_s(batch) if self._profile is not None and self.settings.skip_join else None
         )

@@ -21,6 +21,7 @@ class Entry:
 
     __slots__ = (
         "computed_tokens",
+        "demand_s",
         "job",
         "join_level",
         "key",
@@ -39,6 +40,8 @@ class Entry:
         """When its last iteration ended; its arrival before the first."""
         self.used_s = 0.0
         """Charged since it entered its level."""
+        self.demand_s = 0.0
+        """Its share of the iterations it ran in, since it came."""
         self.single = Run(job.sequence_id, 1)
         """Decoding: made once."""
         self.join_level = 1
