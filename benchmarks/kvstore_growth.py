@@ -130,9 +130,9 @@ async def measure_dram(blocks: int) -> dict[str, float]:
                 save(store, 5 * blocks + number * SAVE_BLOCKS, SAVE_BLOCKS)
                 store.look_ahead.replan()
 
-            evicted = store.moves.counters.evicted
+            evicted = store.moved.evicted
             save_us, save_longest_ms = cpu_us(save_and_plan, rounds=rounds)
-            evicted = store.moves.counters.evicted - evicted
+            evicted = store.moved.evicted - evicted
     return {
         "blocks": held,
         "fill_us_per_block": round(filled_s / blocks * 1e6, 2),

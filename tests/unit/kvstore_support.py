@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from trireme.kvcache.arena import Arena, own_arena
@@ -112,10 +112,19 @@ async def load(
     return payloads
 
 
+def bytes_on_disk(directory: Path) -> int:
+    """Bytes of segment files, some of which may be deleted at this moment."""
+    total = 0
+    for path in directory.glob("segment-*.kv"):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
+
+
 async def until_settled(store: TieredStore) -> None:
     """Plan and move until there is nothing left to do."""
-    while store.look_ahead.replan() or store.moves.is_busy:
-        await store.moves.settle()
+    while store.look_ahead.replan() or store.look_ahead.is_busy:
+        await store.look_ahead.settle()
 
 
 def agree(store: TieredStore, *, generations: bool = True) -> None:

@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from tests.unit.kvstore_support import (
     HandClock,
     agree,
+    bytes_on_disk,
     load,
     opened_store,
     payload,
@@ -151,8 +152,7 @@ class NothingIsEverWrong(RuleBasedStateMachine):
         # A flipped generation shows in the arena and nowhere else, so that check is left to `load`.
         agree(self.store, generations=self.flips == 0)
         assert self.store.dram.used_bytes <= self.store.dram.capacity_bytes
-        files = Path(self.directory.name, "ssd").glob("segment-*.kv")
-        assert sum(path.stat().st_size for path in files) <= 2 * MIB
+        assert bytes_on_disk(Path(self.directory.name, "ssd")) <= 2 * MIB
 
     def bytes_of(self, number: int) -> bytes:
         return payload(number, (500, 3900, 9000, 30_000)[number % 4])
@@ -180,7 +180,7 @@ async def test_each_flipped_block_is_one_counted_miss(tmp_path: Path) -> None:
                 store.dram.payload(block)[pick.randrange(3900)] ^= 1 << pick.randrange(8)
         first = [await load(store, [n]) for n in range(40)]
         assert first == [[] if n in flipped else [payload(n)] for n in range(40)]
-        assert store.moves.counters.dram_corrupt == 10
+        assert store.moved.dram_corrupt == 10
         assert [await load(store, [n]) for n in range(40)] == [[payload(n)] for n in range(40)]
-        assert store.moves.counters.promoted == 10, "the copy on SSD took over"
+        assert store.moved.promoted == 10, "the copy on SSD took over"
         agree(store)

@@ -63,7 +63,7 @@ async def test_room_is_kept_free_so_that_saving_never_waits(tmp_path: Path) -> N
     async with opened_store(tmp_path, dram_bytes=ARENA, ssd_bytes=MIB, clock=clock) as store:
         await filled(store, 3 * SLOTS, clock)
         assert store.dram.free_bytes >= 0.1 * ARENA
-        assert store.moves.counters.unsaved == 0, "every eviction was written first"
+        assert store.moved.unsaved == 0, "every eviction was written first"
         assert here(store, range(3 * SLOTS)) == list(range(3 * SLOTS))
         agree(store)
 
@@ -79,7 +79,7 @@ async def test_what_the_queue_needs_is_fetched_in_its_order_and_not_beyond_the_r
         hear(store, queue, now_s=clock.now_s)
         await until_settled(store)
         assert in_dram(store, old) == [3, 7, 41, 50]
-        assert store.moves.counters.fetched_ahead == 4
+        assert store.moved.fetched_ahead == 4
         # Sixty sessions wait: those in front are here, up to the room that is kept free; then peace.
         hear(store, [[n] for n in old], now_s=clock.now_s)
         await until_settled(store)
@@ -204,7 +204,7 @@ async def test_what_nobody_uses_for_its_time_to_live_is_deleted_in_both_tiers(tm
         await until_settled(store)
         # 20 was used lately and a job waits for 21; all others are over a hundred seconds old.
         assert here(store, range(SLOTS + 8)) == [20, 21]
-        assert store.moves.counters.outlived == SLOTS + 6
+        assert store.look_ahead.outlived_blocks == SLOTS + 6
         agree(store)
 
 
@@ -281,7 +281,7 @@ async def test_shares_hold_on_ssd_and_for_what_comes_back_from_it(tmp_path: Path
         found = []
         for number in reversed(kept):
             found += await load(store, [number])
-            await store.moves.settle()
+            await store.look_ahead.settle()
             assert store.table.dram_ledger.bytes["loud"] <= 0.25 * ARENA + 4096
         assert len(found) > len(kept) // 2
         assert in_dram(store, [1000]) == [1000]

@@ -174,7 +174,7 @@ async def test_a_flipped_byte_in_the_arena_is_a_miss_once_and_then_forgotten(tmp
         store.dram.payload(held.blocks[0])[5] ^= 1
         store.release(held.lease_id)
         assert await load(store, [0, 1]) == [payload(0)]
-        assert store.moves.counters.dram_corrupt == 1
+        assert store.moved.dram_corrupt == 1
         assert store.match(NAMESPACE, block_hash(0) + block_hash(1)) == (1, 1)
         assert save(store, [(1, payload(1))]) == 1
         assert await load(store, [0, 1]) == [payload(0), payload(1)]

@@ -165,7 +165,7 @@ async def test_a_reader_sees_right_bytes_or_that_they_were_not(tmp_path: Path) -
         assert held.fault(0) is None and held.fault(1) is CopyFault.CORRUPT
         assert held.corrupt_generations == [acquired.blocks[1].generation]
         store.release(acquired.lease_id)
-        store.moves.drop(acquired.blocks[0].run, from_dram=True, from_ssd=False)  # type: ignore[arg-type]
+        store.evictions.drop(acquired.blocks[0].run, from_dram=True, from_ssd=False)  # type: ignore[arg-type]
         assert held.fault(0) is CopyFault.REUSED
         assert len(HeldChain(attached(store), blocks, 1, ends_s=0.0)) == 0
 

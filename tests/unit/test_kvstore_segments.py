@@ -21,6 +21,7 @@ from tests.unit.kvstore_support import (
     HandClock,
     agree,
     block_hash,
+    bytes_on_disk,
     load,
     opened_store,
     payload,
@@ -249,9 +250,9 @@ async def test_a_full_disk_stops_the_writing_and_not_the_reading(tmp_path: Path)
         assert store.ssd.serving and "No space left" in store.ssd.status
         # What is on SSD alone is read; what is not stays in DRAM.
         for run in [run for run in store.table.runs.values() if run.on_ssd]:
-            store.moves.evict(run)
+            store.evictions.evict(run)
         assert [await load(store, [n]) for n in range(4)] == [[payload(n)] for n in range(4)]
-        assert store.moves.counters.promoted == 2
+        assert store.moved.promoted == 2
         agree(store)
         disk.room_bytes = 10**9
         clock.now_s += 30.0
@@ -272,7 +273,7 @@ async def test_a_broken_disk_turns_the_tier_off_until_it_works_again(tmp_path: P
         assert not store.ssd.serving and "off" in store.ssd.status and not store.arena.is_ssd_on
         (run,) = [run for run in store.table.runs.values() if run.on_ssd]
         number = next(n for n in range(2) if store.table.blocks[run.blocks[0].key].key[16:] == block_hash(n))
-        store.moves.evict(run)
+        store.evictions.evict(run)
         assert store.match(NAMESPACE, block_hash(number)) == (0, 0)
         assert await load(store, [number]) == []
         await store.ssd.check()
@@ -290,7 +291,7 @@ async def test_a_vanished_directory_turns_the_tier_off_and_a_new_one_on(tmp_path
         assert store.ssd is not None
         assert await saved_on_ssd(store, range(2)) == 2
         for run in list(store.table.runs.values())[:1]:
-            store.moves.evict(run)
+            store.evictions.evict(run)
         shutil.rmtree(tmp_path / "ssd")
         await store.ssd.check()
         assert not store.ssd.serving and "ssd tier is off" in store.ssd.status
@@ -316,7 +317,7 @@ async def test_a_disk_that_hangs_costs_its_readers_their_deadline_and_nobody_els
         disk.goes_on.clear()
         save(store, [(9, payload(9))])
         assert await load(store, [0], deadline_s=0.01) == [], "a miss, by the caller's deadline"
-        writing = store.moves.write(next(run for run in store.table.runs.values() if run.in_dram))
+        writing = store.evictions.write(next(run for run in store.table.runs.values() if run.in_dram))
         await asyncio.to_thread(disk.waiting.wait, 10)
         clock.now_s += 5.0
         store.ssd.watch()
@@ -335,7 +336,7 @@ async def test_a_disk_that_hangs_costs_its_readers_their_deadline_and_nobody_els
         disk.goes_on.set()
         assert writing is not None
         await asyncio.wait({writing})
-        await store.moves.settle()
+        await store.look_ahead.settle()
         await store.ssd.check()
         assert store.ssd.serving
         assert [await load(store, [n]) for n in (0, 1, 2, 9)] == [[payload(n)] for n in (0, 1, 2, 9)]
@@ -361,7 +362,7 @@ async def test_a_flipped_byte_on_ssd_is_a_miss_and_the_block_can_be_saved_again(
     flip(segments(tmp_path / "ssd")[0], 4096 + HEADER_BYTES + 100)
     async with opened_store(tmp_path, dram_bytes=MIB, ssd_bytes=8 * MIB) as store:
         assert await load(store, range(4)) == [payload(0)], "the block behind it is not lost"
-        assert store.moves.counters.ssd_corrupt == 1
+        assert store.moved.ssd_corrupt == 1
         assert store.match(NAMESPACE, block_hash(1)) == (0, 0)
         assert await load(store, [2, 3]) == [payload(2), payload(3)]
         assert save(store, [(1, payload(1))]) == 1
@@ -375,7 +376,7 @@ async def test_a_byte_flipped_in_dram_is_not_written_to_ssd(tmp_path: Path) -> N
         block = store.table.blocks[next(key for key in store.table.blocks if key[16:] == block_hash(1))]
         store.dram.payload(block)[7] ^= 1
         await store.flush(deadline_s=60.0)
-        assert store.moves.counters.dram_corrupt == 1
+        assert store.moved.dram_corrupt == 1
         assert store.match(NAMESPACE, b"".join(map(block_hash, range(3)))) == (1, 1)
         agree(store)
     async with opened_store(tmp_path, dram_bytes=MIB, ssd_bytes=8 * MIB) as store:
@@ -390,8 +391,8 @@ async def test_files_stay_within_the_quota_while_blocks_come_and_go(tmp_path: Pa
             save(store, [(n, payload(n)) for n in range(number, number + 20)])
             await until_settled(store)
             await store.ssd.compact()
-            on_disk = sum(path.stat().st_size for path in segments(tmp_path / "ssd"))
-            assert on_disk <= 4 * MIB and store.ssd.segments.used_bytes <= 4 * MIB
+            assert bytes_on_disk(tmp_path / "ssd") <= 4 * MIB
+            assert store.ssd.segments.used_bytes <= 4 * MIB
             assert await load(store, range(number, number + 20)) == [
                 payload(n) for n in range(number, number + 20)
             ]
@@ -407,9 +408,9 @@ async def test_half_empty_segments_are_moved_together(tmp_path: Path) -> None:
         await store.flush(deadline_s=60.0)
         runs = [run for run in store.table.runs.values() if run.on_ssd]
         for run in runs:
-            store.moves.drop(run, from_dram=True, from_ssd=False)
+            store.evictions.drop(run, from_dram=True, from_ssd=False)
         for run in runs[1::3] + runs[2::3]:
-            store.moves.drop(run, from_dram=False, from_ssd=True)
+            store.evictions.drop(run, from_dram=False, from_ssd=True)
         before = store.ssd.segments.used_bytes
         for _ in range(4):
             await store.ssd.compact()

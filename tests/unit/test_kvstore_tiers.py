@@ -134,7 +134,7 @@ class TiersAgainstTheirHistory(RuleBasedStateMachine):
         assert store.ssd is not None and not store.ssd.status
         assert store.dram.used_bytes <= store.dram.capacity_bytes == 4 * 65536
         assert store.ssd.segments.used_bytes <= 2**20
-        assert store.moves.counters.dram_corrupt == store.moves.counters.ssd_corrupt == 0
+        assert store.moved.dram_corrupt == store.moved.ssd_corrupt == 0
         agree(store)
 
     async def plan(self) -> None:
@@ -169,7 +169,7 @@ async def test_what_dram_puts_out_comes_back_from_ssd(tmp_path: Path) -> None:
         assert store.match(NAMESPACE, block_hash(0)) == (1, 0)
         everything = [payload(n) for n in range(3 * SLOTS)]
         assert [(await load(store, [n]))[0] for n in range(3 * SLOTS)] == everything
-        assert store.moves.counters.promoted >= 2 * SLOTS
+        assert store.moved.promoted >= 2 * SLOTS
         await until_settled(store)
         assert store.ssd is not None and store.ssd.segments.live_blocks >= 2 * SLOTS
 
@@ -227,6 +227,6 @@ async def test_a_block_that_comes_late_is_a_miss_now_and_a_hit_next_time(tmp_pat
         await asyncio.sleep(0)
         disk.may_read.set()
         assert await asyncio.gather(*other_readers) == [[payload(0)]] * 3
-        assert store.moves.counters.promoted == 1, "one read served all"
+        assert store.moved.promoted == 1, "one read served all"
         assert store.dram.num_leases == 0
         agree(store)

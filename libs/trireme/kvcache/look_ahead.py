@@ -7,15 +7,18 @@ jobs wait or something moves. A plan costs by what changes, not by what is store
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from trireme.kvcache.block_codec import BlockKey
 from trireme.kvcache.block_table import BlockTable
 from trireme.kvcache.dram_tier import DramTier
+from trireme.kvcache.evictions import Evictions
+from trireme.kvcache.fetches import Fetches
 from trireme.kvcache.ssd_tier import SsdTier
-from trireme.kvcache.tier_moves import TierMoves
 from trireme.kvcache.waiting_jobs import WaitingJob, WaitingJobs
-from trireme.policies.kv_tiering import Capacity, plan
+from trireme.policies.kv_items import State
+from trireme.policies.kv_tiering import Action, Capacity, Command, plan
 from trireme.runtime.clock import Clock
 
 PENDING_S = 0.05
@@ -38,19 +41,27 @@ class LookAhead:
         self,
         table: BlockTable,
         dram: DramTier,
-        moves: TierMoves,
+        fetches: Fetches,
+        evictions: Evictions,
         ssd: Callable[[], SsdTier | None],
         *,
         clock: Clock,
     ) -> None:
         self._table = table
         self._dram = dram
-        self._moves = moves
+        self._fetches = fetches
+        self._evictions = evictions
         self._ssd = ssd
         self._clock = clock
         self._wake = asyncio.Event()
         self.jobs = WaitingJobs()
-        self.plans = 0
+        self.outlived_blocks = 0
+        """Blocks deleted because nobody used them for their time to live, since the start."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything is on its way."""
+        return bool(self._fetches.running or self._evictions.writes)
 
     def hear(
         self, source: str, order: Sequence[WaitingJob], chains: Mapping[str, Sequence[BlockKey]]
@@ -66,7 +77,6 @@ class LookAhead:
 
     def replan(self) -> int:
         """Plan once and begin what it says; returns the number of commands."""
-        self.plans += 1
         now_s = self._clock.monotonic_s()
         queue = self.jobs.refresh(self._table.blocks, now_s=now_s)
         if queue is not None:
@@ -74,13 +84,21 @@ class LookAhead:
         commands = plan(
             self._table.index, self._capacity(), now_s=now_s, dram_free_bytes=self._dram.free_bytes
         )
-        self._moves.carry_out(commands)
+        self._carry_out(commands)
         return len(commands)
+
+    async def settle(self) -> None:
+        """Wait until nothing is on its way."""
+        while self.is_busy:
+            waiting: list[asyncio.Future[Any]] = [*self._evictions.writes.values()]
+            waiting += [fetch.done for fetch in self._fetches.running.values()]
+            await asyncio.wait(waiting)
+            await asyncio.sleep(0)
 
     async def run(self) -> None:
         """Plan for ever."""
         while True:
-            is_pending = bool(self.jobs) or self._moves.is_busy
+            is_pending = bool(self.jobs) or self.is_busy
             try:
                 await asyncio.wait_for(self._wake.wait(), timeout=PENDING_S if is_pending else IDLE_S)
             except TimeoutError:
@@ -88,6 +106,22 @@ class LookAhead:
             self._wake.clear()
             self.replan()
             await asyncio.sleep(LEAST_S)
+
+    def _carry_out(self, commands: Iterable[Command[int]]) -> None:
+        """Begin what a plan says; what does not go now is planned again."""
+        now_s = self._clock.monotonic_s()
+        for command in commands:
+            run = self._table.runs.get(command.item_id)
+            if run is None or run.state is not State.RESIDENT or run.pins:
+                continue
+            if command.action is Action.FETCH:
+                self._fetches.fetch(run, is_ahead=True)
+            elif command.action is Action.EVICT:
+                self._evictions.evict(run)
+            else:
+                if run.expires_s <= now_s:
+                    self.outlived_blocks += len(run.blocks)
+                self._evictions.drop(run, from_dram=command.from_dram, from_ssd=command.from_ssd)
 
     def _capacity(self) -> Capacity:
         ssd = self._ssd()

@@ -29,6 +29,8 @@ from trireme.kvcache.block_codec import (
 )
 from trireme.kvcache.block_table import BlockTable
 from trireme.kvcache.dram_tier import DramTier, Lease
+from trireme.kvcache.evictions import Evictions, MoveCounters
+from trireme.kvcache.fetches import Fetch, Fetches
 from trireme.kvcache.look_ahead import LookAhead
 from trireme.kvcache.residency_index import ResidencyWriter
 from trireme.kvcache.segment_files import SegmentFiles
@@ -37,7 +39,6 @@ from trireme.kvcache.sessions import Sessions
 from trireme.kvcache.ssd_tier import SsdTier
 from trireme.kvcache.stored_blocks import MAX_RUN_BYTES, Block, Run, cut_into_runs
 from trireme.kvcache.tenant_ledger import Shares, TenantLedger
-from trireme.kvcache.tier_moves import Fetch, TierMoves
 from trireme.policies.kv_items import State
 from trireme.runtime.clock import Clock
 
@@ -114,8 +115,12 @@ class TieredStore:
             ttl_s=limits.ttl_s,
             clock=clock,
         )
-        self.moves = TierMoves(self.table, self.dram, lambda: self.ssd)
-        self.look_ahead = LookAhead(self.table, self.dram, self.moves, lambda: self.ssd, clock=clock)
+        self.moved = MoveCounters()
+        self.evictions = Evictions(self.table, self.dram, lambda: self.ssd, self.moved)
+        self.fetches = Fetches(self.table, self.dram, lambda: self.ssd, self.evictions, self.moved)
+        self.look_ahead = LookAhead(
+            self.table, self.dram, self.fetches, self.evictions, lambda: self.ssd, clock=clock
+        )
         self.sessions = Sessions(ttl_s=limits.ttl_s)
         self.counters = Counters()
         self.peers = 0
@@ -147,7 +152,7 @@ class TieredStore:
             try:
                 yield store
             finally:
-                store.moves.cancel()
+                store.evictions.cancel()
 
     def match(self, namespace: str, block_hashes: bytes) -> tuple[int, int]:
         """Leading blocks of a chain that some tier holds, and that DRAM holds.
@@ -180,7 +185,7 @@ class TieredStore:
         """Wait a moment for room where blocks come in faster than the disk takes older ones."""
         size_bytes = sum(image_bytes(block.payload_bytes) for block in blocks)
         if size_bytes > self.dram.free_bytes:
-            await self.moves.prepare(size_bytes, deadline_s=_ROOM_S)
+            await self.evictions.prepare(size_bytes, deadline_s=_ROOM_S)
 
     def reserve(self, namespace: str, tenant: str, blocks: Sequence[NewBlock]) -> list[Block | Refusal]:
         """Room for each block, or why there is none.
@@ -219,7 +224,7 @@ class TieredStore:
     def reserve_key(self, key: BlockKey, tenant: str, payload_bytes: int, expires_s: float) -> Block | None:
         """Room for one block that is neither here nor being written; None where there is none."""
         block = Block(key, payload_bytes, 0)
-        if not self.moves.make_share(tenant, block.image_bytes) or not self.moves.place(block):
+        if not self.evictions.make_share(tenant, block.image_bytes) or not self.evictions.place(block):
             return None
         self.table.dram_ledger.grow(tenant, block.image_bytes)
         self.dram.reserve(block, tenant=tenant, expires_s=expires_s)
@@ -285,7 +290,7 @@ class TieredStore:
         lease = self.dram.open_lease(expires_s=self._clock.monotonic_s() + deadline_s + lease_s)
         here = self.leading(keys)
         # All that is in DRAM is pinned first, or room for the rest would be made from it.
-        self.moves.pin(lease, here)
+        self.fetches.pin(lease, here)
         in_dram = set(lease.blocks)
         fetches = self._fetch_for(lease, here)
         try:
@@ -316,9 +321,9 @@ class TieredStore:
         blocks = list(lease.blocks.values())
         for block in blocks if corrupt else ():
             if block.generation in corrupt and block.run is not None:
-                self.moves.counters.dram_corrupt += 1
+                self.moved.dram_corrupt += 1
                 self.table.lose_dram_copy(block)
-        self.moves.unpin(blocks)
+        self.fetches.unpin(blocks)
         return True
 
     def note_session(
@@ -367,10 +372,10 @@ class TieredStore:
             if left_s <= 0:
                 break
             if not run.on_ssd and run.state is State.RESIDENT:
-                task = self.moves.write(run)
+                task = self.evictions.write(run)
                 if task is not None:
                     await asyncio.wait({task}, timeout=left_s)
-                elif not self.moves.can_write:
+                elif not self.evictions.can_write:
                     break
             written += len(run.blocks) if run.on_ssd else 0
         return written
@@ -411,7 +416,7 @@ class TieredStore:
 
     def block_is_corrupt(self, block: Block) -> None:
         """A block's bytes in DRAM were not sound when they were to be written."""
-        self.moves.counters.dram_corrupt += 1
+        self.moved.dram_corrupt += 1
         self.table.drop_block(block)
 
     def ssd_turned(self, is_on: bool) -> None:
@@ -429,13 +434,13 @@ class TieredStore:
             run = self.table.runs.get(number)
             if run is None:
                 break
-            fetch = self.moves.fetch(run, may_put_out=True)
+            fetch = self.fetches.fetch(run, may_put_out=True)
             # A chain's beginning is worth more than its end, which gives way where room is short.
             while fetch is None and pinned and run.on_ssd:
                 last = pinned.pop()
                 del lease.blocks[last.key]
-                self.moves.unpin([last])
-                fetch = self.moves.fetch(run, may_put_out=True)
+                self.fetches.unpin([last])
+                fetch = self.fetches.fetch(run, may_put_out=True)
             if fetch is None:
                 break
             fetch.leases.append((lease, [block.key for block in run_blocks]))

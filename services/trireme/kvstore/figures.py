@@ -11,7 +11,7 @@ _MAX_TENANTS = 100
 
 def stats_of(store: TieredStore, transfers: TransferCounters, *, node: str) -> pb.GetStatsResponse:
     """The figures of a store, for the RPC and for Prometheus alike."""
-    counters, moved, ref = store.counters, store.moves.counters, store.arena.ref
+    counters, moved, ref = store.counters, store.moved, store.arena.ref
     return pb.GetStatsResponse(
         node=node,
         arena=pb.Arena(id=ref.arena_id, path=ref.path, size_bytes=ref.size_bytes),
@@ -31,13 +31,13 @@ def stats_of(store: TieredStore, transfers: TransferCounters, *, node: str) -> p
         late=counters.late,
         committed=counters.committed,
         promoted=moved.promoted,
-        write_behind_bytes=store.moves.writing_bytes,
-        write_behind_blocks=store.moves.writing_blocks,
+        write_behind_bytes=store.evictions.writing_bytes,
+        write_behind_blocks=store.evictions.writing_blocks,
         write_behind_dropped=moved.unsaved,
         leases=store.dram.num_leases,
         expired=store.dram.expired,
         tenants=_tenants(store),
-        outlived=moved.outlived,
+        outlived=store.look_ahead.outlived_blocks,
         fetched_ahead=moved.fetched_ahead,
         queued_jobs=len(store.look_ahead.jobs),
         sessions=len(store.sessions),
@@ -49,7 +49,7 @@ def stats_of(store: TieredStore, transfers: TransferCounters, *, node: str) -> p
 
 
 def _ssd_stats(store: TieredStore) -> pb.TierStats:
-    ssd, moved = store.ssd, store.moves.counters
+    ssd, moved = store.ssd, store.moved
     if ssd is None:
         return pb.TierStats(status="there is no ssd tier")
     return pb.TierStats(

@@ -128,7 +128,7 @@ class Peers:
             return 0
         lease = self._store.dram.open_lease(expires_s=self._store.now_s() + deadline_s)
         blocks = [block for run in runs for block in run.blocks]
-        self._store.moves.pin(lease, blocks)
+        self._store.fetches.pin(lease, blocks)
 
         async def parts() -> AsyncIterator[pb.BlockPart]:
             for block in lease.blocks.values():
