@@ -142,10 +142,11 @@ def test_lengths_do_not_depend_on_the_rate() -> None:
     ]
 
 
-def test_a_fixed_ratio_and_recorded_lengths_are_drawn() -> None:
-    ratio = workloads.fixed_ratio(4.0, answer_mean=64, answer_sigma=0.5)
-    for request in workloads.generate(count=200, rate_rps=1.0, lengths=ratio, seed=0):
-        assert request.prompt_tokens == pytest.approx(4 * request.answer_tokens, abs=2.5)
+def test_a_ratio_of_means_and_recorded_lengths_are_drawn() -> None:
+    ratio = workloads.ratio_of_means(4.0, mean_tokens=200, sigma=0.5)
+    drawn = workloads.generate(count=8000, rate_rps=1.0, lengths=ratio, seed=0)
+    prompt, answer = (np.mean([request[field] for request in drawn]) for field in (2, 3))
+    assert (prompt, answer) == (pytest.approx(160, rel=0.05), pytest.approx(40, rel=0.05))
     recorded = [Request("a", 0.0, 5, 6), Request("b", 0.0, 7, 8)]
     drawn = workloads.generate(count=50, rate_rps=1.0, lengths=workloads.sampled_lengths(recorded), seed=0)
     assert {(r.prompt_tokens, r.answer_tokens) for r in drawn} == {(5, 6), (7, 8)}

@@ -30,6 +30,7 @@ from trireme.policies.iteration import (
     Run,
     SequenceView,
 )
+from trireme.policies.mlfq import MlfqScheduler
 from trireme.simulator.engine_model import EngineModel
 from trireme.simulator.events import ITERATION, Call, Link
 from trireme.simulator.result import Counters
@@ -119,9 +120,17 @@ class Engine:
         self._block_bytes = max(1, config.block_tokens * model.kv_bytes_per_token)
         self._watermark_blocks = int(config.watermark * config.num_blocks)
         self._on_end = on_end
+        self._keeps_reserve = bool(config.host_blocks) and config.swapping is Swapping.PROACTIVE
+        """The scheduler counts decisions for its reserve of blocks, so that each charge must follow one."""
         self._runs: tuple[Run, ...] = ()
         self._ends_s: NDArray[np.float64] | None = None
-        """When the iterations of a fast-forwarded run end, after `_started_s`; None: it is one."""
+        """When the iterations of a fast-forwarded run end, after `_started_s`; None: it cannot be cut."""
+        self._run_ends_s: NDArray[np.float64] | None = None
+        """The same, and still there when it was cut."""
+        self._charged = 0
+        """Of the present iterations, those that are billed already."""
+        self._charged_runs: tuple[Run, ...] = ()
+        """The members in the scheduler's present order."""
         self._started_s = 0.0
         self._seconds = 0.0
         self._iterations = 0
@@ -154,6 +163,9 @@ class Engine:
             cached_tokens=sequence.cached_tokens,
             load_stall_s=sequence.stall_s,
         )
+        if self._ends_s is not None:
+            # What was computed by now comes before the arrival, as it would if it was played one by one.
+            self._charge(int(np.searchsorted(self._ends_s, self.env.now - self._started_s, side="left")))
         self.scheduler.add(job, now_s=self.env.now)
         self._wake()
 
@@ -224,8 +236,7 @@ class Engine:
                 sequence.most_computed = computed
             if sequence.generated == sequence.answer_tokens:
                 ended.append(sequence)
-        changes = self.scheduler.charge(runs, self._seconds, now_s=now_s, iterations=iterations)
-        counters.level_changes += len(changes)
+        self._charge(iterations)
         for sequence in ended:
             self._finish(sequence, now_s)
 
@@ -303,7 +314,8 @@ class Engine:
             new_tokens += count
             kv_tokens += end
         self.pools.device_free -= taken
-        self._runs = runs
+        self._runs = self._charged_runs = runs
+        self._charged = 0
         self.running = len(runs)
         wait_s = max(stall_s, self._draining_s())
         if self.config.swapping is Swapping.REACTIVE and self._copies:
@@ -313,9 +325,10 @@ class Engine:
         if longest > 1 and not self._copies:
             ends_s = self._alike_ends_s(runs, kv_tokens, longest)
             if len(ends_s) > 1:
-                self._ends_s = ends_s
+                self._ends_s = self._run_ends_s = ends_s
                 self._take(len(ends_s), float(ends_s[-1]))
                 return
+        self._run_ends_s = None
         self._take(1, self.model.iteration_s(len(runs), new_tokens, kv_tokens, pairs))
 
     def _alike_ends_s(self, runs: tuple[Run, ...], kv_tokens: int, longest: int) -> NDArray[np.float64]:
@@ -323,12 +336,41 @@ class Engine:
         steady = self.scheduler.steady()
         if steady.blocks < 0:
             return _NO_ENDS
-        iterations = self._within_blocks(runs, steady.blocks, int(min(longest, steady.iterations)))
+        # Where nobody waits everybody runs on, whatever the charges do to the order: only room can lack.
+        is_everybody = len(runs) == len(self.sequences) and not self._keeps_reserve
+        if not is_everybody:
+            longest = int(min(longest, steady.iterations))
+        iterations = self._within_blocks(runs, steady.blocks, longest)
         if iterations == 1:
             return _NO_ENDS
         ends_s = self.model.decode_ends_s(len(runs), kv_tokens, iterations)
+        if is_everybody:
+            return ends_s
         # The iteration whose charge goes beyond what is allowed is the last: then the answer changes.
         return ends_s[: int(np.searchsorted(ends_s, steady.seconds, side="right")) + 1]
+
+    def _charge(self, iterations: int) -> None:
+        """Bill the first so many of the present ones, as far as they are not billed yet.
+
+        Piece by piece, so that whoever is demoted on the way is demoted in the right iteration.
+        """
+        scheduler, ends_s = self.scheduler, self._run_ends_s
+        while self._charged < iterations:
+            first, runs = self._charged, self._charged_runs
+            count, end_s = iterations - first, self._seconds
+            if ends_s is not None:
+                begin_s = float(ends_s[first - 1]) if first else 0.0
+                spent = int(np.searchsorted(ends_s, begin_s + scheduler.steady().seconds, side="right"))
+                count = max(1, min(count, spent + 1 - first))
+                end_s = float(ends_s[first + count - 1])
+                seconds = end_s - begin_s
+            else:
+                seconds = end_s
+            self._charged += count
+            changes = scheduler.charge(runs, seconds, now_s=self._started_s + end_s, iterations=count)
+            self.counters.level_changes += len(changes)
+            if changes and ends_s is not None and isinstance(scheduler, MlfqScheduler):
+                self._charged_runs = _reordered(runs, scheduler, {change.sequence_id for change in changes})
 
     def _within_blocks(self, runs: tuple[Run, ...], blocks: int, longest: int) -> int:
         """The most iterations for which the members' growth takes no more than so many blocks."""
@@ -439,3 +481,8 @@ class Engine:
         self.pools.host_free += host_blocks
         sequence.location = Location.DEVICE
         self._wake()
+
+
+def _reordered(runs: tuple[Run, ...], scheduler: MlfqScheduler, demoted: set[str]) -> tuple[Run, ...]:
+    """As the scheduler would name them next: by level, and whoever was just demoted last in its level."""
+    return tuple(sorted(runs, key=lambda run: (scheduler.level_of(run[0]), run[0] in demoted)))

@@ -62,15 +62,20 @@ def sampled_lengths(requests: Sequence[Request]) -> Lengths:
     return draw
 
 
-def fixed_ratio(ratio: float, *, answer_mean: float, answer_sigma: float, longest: int = 4096) -> Lengths:
-    """Prompts that are `ratio` times their answers long; answers lognormal."""
+def ratio_of_means(ratio: float, *, mean_tokens: float, sigma: float, longest: int = 4096) -> LognormalMix:
+    """Prompts `ratio` times as long as answers on average, each drawn by itself.
 
-    def draw(rng: np.random.Generator, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        answers = rng.lognormal(math.log(answer_mean) - answer_sigma**2 / 2, answer_sigma, count)
-        prompts = np.clip(np.rint(answers * ratio), 1, longest).astype(np.int64)
-        return prompts, np.clip(np.rint(answers), 1, longest).astype(np.int64)
-
-    return draw
+    Args:
+        mean_tokens: of prompt and answer together; the answer has 2 at least.
+    """
+    answer_mean = max(2.0, mean_tokens / (1 + ratio))
+    return LognormalMix(
+        prompt_mean=ratio * answer_mean,
+        prompt_sigma=sigma,
+        answer_mean=answer_mean,
+        answer_sigma=sigma,
+        longest=longest,
+    )
 
 
 def generate(*, count: int, rate_rps: float, lengths: Lengths, seed: int, cv: float = 1.0) -> list[Request]:
