@@ -21,6 +21,7 @@ from trireme.worker.engine_messages import Add, Cancel, Gone, Refused, Unload
 from trireme.worker.intake import Intake
 from trireme.worker.live_requests import LiveRequest
 from trireme.worker.outboxes import MAX_BATCH_BYTES
+from trireme.worker.request_chains import RequestChains
 from trireme.worker.request_table import RequestTable, new_choices
 from trireme.worker.sequence_requests import sequences_of
 from trireme.worker.step_news import Output, StepNews, Work
@@ -100,27 +101,16 @@ class Engines:
         return True
 
 
-class Blocks:
-    """A store that answers when the test says so."""
+class Loads:
+    """Expects nothing of the store."""
 
-    def __init__(self) -> None:
-        self.worth = False
-        self.answer = asyncio.Event()
-        self.error: Exception | None = None
-
-    def worth_asking(self, loaded: Any, hashes: Any) -> bool:
-        return self.worth
-
-    async def fetch(self, variant: str, hashes: Any) -> int:
-        await self.answer.wait()
-        if self.error is not None:
-            raise self.error
+    def expect(self, live: LiveRequest, loaded: Any, hashes: Any) -> int:
         return 0
 
 
 class Bench:
     def __init__(self) -> None:
-        self.records, self.events, self.engines, self.blocks = Records(), Events(), Engines(), Blocks()
+        self.records, self.events, self.engines = Records(), Events(), Engines()
 
         self.table = RequestTable(
             worker_id="w",
@@ -130,7 +120,7 @@ class Bench:
             cancel=lambda variant, handles: self.engines.send(Cancel(variant, handles)),
         )
         self.variants = VariantTable(self.engines)  # type: ignore[arg-type]
-        self.variants._loaded["v"] = SimpleNamespace(ready=True)  # type: ignore[assignment]
+        self.variants._loaded["v"] = SimpleNamespace(ready=True, block_tokens=16)  # type: ignore[assignment]
         self.waiting: list[Entry[Assignment]] = []
         self.forgotten: list[Entry[Assignment]] = []
         self.intake = Intake(
@@ -140,7 +130,8 @@ class Bench:
             table=self.table,
             variants=self.variants,
             send=self.engines.send,
-            blocks=self.blocks,  # type: ignore[arg-type]
+            loads=Loads(),  # type: ignore[arg-type]
+            chains=RequestChains(),
         )
 
     async def read_group(self, *_: object, **__: object) -> list[Entry[Assignment]]:
@@ -224,42 +215,13 @@ async def test_the_same_assignment_twice_is_one(bench: Bench) -> None:
     assert bench.records.done == []
 
 
-async def test_what_is_stopped_while_its_blocks_are_fetched_never_runs(bench: Bench) -> None:
-    bench.blocks.worth = True
-    await bench.take(assigned("1-0", n=2))
-    assert bench.table.stop("r", None)
-    bench.blocks.answer.set()
-    await asyncio.sleep(0.01)
-    assert bench.in_engine == []
-
-
-async def test_of_two_choices_the_stopped_one_never_runs(bench: Bench) -> None:
-    bench.blocks.worth = True
+async def test_what_is_stopped_runs_no_longer(bench: Bench) -> None:
     entry = assigned("1-0", n=2)
     await bench.take(entry)
-    bench.table.stop("r", 0)
-    bench.blocks.answer.set()
-    await asyncio.sleep(0.01)
+    assert bench.table.stop("r", 0)
     assert bench.in_engine == [sequence_name(entry.fact.request, 1)]
-
-
-async def test_what_is_overtaken_while_its_blocks_are_fetched_never_runs(bench: Bench) -> None:
-    bench.blocks.worth = True
-    await bench.take(assigned("1-0"))
-    bench.blocks.worth = False
-    second = assigned("2-0", attempt=2)
-    await bench.take(second)
-    bench.blocks.answer.set()
-    await asyncio.sleep(0.01)
-    assert bench.in_engine == [sequence_name(second.fact.request, 0)]
-
-
-async def test_a_fetch_that_fails_only_means_that_all_is_computed(bench: Bench) -> None:
-    bench.blocks.worth, bench.blocks.error = True, RuntimeError("torn")
-    await bench.take(assigned("1-0"))
-    bench.blocks.answer.set()
-    await asyncio.sleep(0.01)
-    assert len(bench.in_engine) == 1
+    assert bench.table.stop("r", None)
+    assert bench.in_engine == []
 
 
 async def test_a_choice_stopped_elsewhere_does_not_stop_a_request_that_comes_later(bench: Bench) -> None:

@@ -57,6 +57,7 @@ class EngineClient(asyncio.Protocol):
     def __init__(self, listeners: Listeners) -> None:
         self._listeners = listeners
         self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
         self._transport: asyncio.WriteTransport | None = None
         self._cutter = FrameCutter()
         self._calls: dict[int, asyncio.Future[object]] = {}
@@ -77,7 +78,9 @@ class EngineClient(asyncio.Protocol):
         To be entered on the main thread, with whose end the kernel ends the child's.
         """
         near, far = socket.socketpair()
+        near.setblocking(False)
         client = cls(listeners)
+        client._socket = near
         try:
             words = command(link=far.fileno(), threads=threads, patience_s=patience_s, log_level=log_level)
             client._process = _start(words, far.fileno())
@@ -104,8 +107,7 @@ class EngineClient(asyncio.Protocol):
 
     def send(self, what: Command) -> None:
         """Have it done before the engines' next step."""
-        assert self._transport is not None
-        self._transport.write(message(what))
+        self._write(message(what))
 
     async def ask(self, question: Question) -> object:
         """What the question is answered with, before the engines' next step.
@@ -113,10 +115,9 @@ class EngineClient(asyncio.Protocol):
         Raises:
             TriremeError: what went wrong there.
         """
-        assert self._transport is not None
         call_id = next(self._call_ids)
         future = self._calls[call_id] = asyncio.get_running_loop().create_future()
-        self._transport.write(message(Asked(call_id, question)))
+        self._write(message(Asked(call_id, question)))
         try:
             return await future
         finally:
@@ -141,6 +142,19 @@ class EngineClient(asyncio.Protocol):
         if not self._closing:
             log.critical("engine_broken", extra={"how": self._how_it_ended()})
             _exit()
+
+    def _write(self, data: bytes) -> None:
+        """At once, if there is room: the transport would wait until all that is ready now has run."""
+        assert self._transport is not None and self._socket is not None
+        if self._transport.get_write_buffer_size() == 0:
+            try:
+                data = data[self._socket.send(data) :]
+            except BlockingIOError:
+                pass  # the transport waits for room
+            except OSError as error:
+                log.info("engine_does_not_listen", extra={"error": str(error)})  # its end is seen next
+        if data:
+            self._transport.write(data)
 
     def _take(self, what: object) -> None:
         match what:

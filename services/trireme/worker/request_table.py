@@ -158,13 +158,14 @@ class RequestTable:
             if found is not None:
                 _take_ending(*found, ending)
                 rare[found[0]] = None
-        for request in rare:
-            if request.ended_s is None and request.is_complete:
-                self._ended(request, now_s)
         for gateway_id, requests in _by_gateway(plain).items():
             self.outbox(gateway_id).mark_soon(requests)
         for gateway_id, requests in _by_gateway(rare).items():
             self.outbox(gateway_id).mark(*requests)
+        # After the marks: the client's tokens go first, the fleet's records of them next.
+        for request in rare:
+            if request.ended_s is None and request.is_complete:
+                self._ended(request, now_s)
         return billed_joules, billed_s
 
     def _take_plain(self, news: StepNews, touched: dict[LiveRequest, None]) -> tuple[float, float]:
@@ -274,6 +275,8 @@ class RequestTable:
             prompt_tokens = len(request.assignment.request.prompt_token_ids)
             found_tokens = min(output.cached_tokens, prompt_tokens)
             request.cached_prompt_tokens = max(request.cached_prompt_tokens, found_tokens)
+        if output.dropped_tokens is not None:
+            choice.dropped_tokens = output.dropped_tokens
         if choice.finished is not None:
             return  # stopped meanwhile
         if output.token_id is not None and output.place == choice.first_index + len(choice.token_ids):
