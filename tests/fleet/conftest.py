@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,7 +105,13 @@ def command(run_dir: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    directory = tmp_path_factory.mktemp("fleet")
+    with running(tmp_path_factory.mktemp("fleet"), max_sequences=32, kv_mib=64) as found:
+        yield found
+
+
+@contextmanager
+def running(directory: Path, **worker: object) -> Iterator[Fleet]:
+    """A fleet with two workers of these options until the block ends; it must leave nothing behind."""
     run_dir = directory / "run"
     config = directory / "fleet.yaml"
     config.write_text(
@@ -113,7 +120,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
                 "models": {
                     "py": {"variants": {VARIANT: {"checkpoint": str(REPOSITORY / "checkpoints" / VARIANT)}}}
                 },
-                "workers": [{"name": "worker", "replicas": 2, "max_sequences": 32, "kv_mib": 64}],
+                "workers": [{"name": "worker", "replicas": 2, **worker}],
                 "gateway": {
                     "replicas": 2,
                     "http": f"127.0.0.1:{free_pair()}",

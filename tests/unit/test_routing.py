@@ -61,6 +61,16 @@ views = st.builds(
 )
 
 
+def test_where_long_ones_make_way_a_short_one_waits_for_no_more_than_its_own_service_from_each() -> None:
+    short, long = request(prompt=10, answer=10), request(prompt=1000, answer=1000)
+    patient = worker("a", assigned=8, limit=8)
+    preemptive = dataclasses.replace(patient, preemptive=True)
+    assert estimate(short, preemptive).queue_s < estimate(short, patient).queue_s
+    assert estimate(long, preemptive).queue_s == estimate(long, patient).queue_s
+    fuller = dataclasses.replace(preemptive, assigned_requests=12, assigned_tokens=12 * 150)
+    assert estimate(short, fuller).queue_s > estimate(short, preemptive).queue_s
+
+
 def test_an_idle_fleet_sends_a_prompt_to_the_worker_that_holds_its_prefix() -> None:
     choice = choose_worker(request(), [worker("a"), worker("b", cached=96), worker("c")])
     assert choice is not None

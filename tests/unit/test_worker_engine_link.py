@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from array import array
+from typing import get_type_hints
 
 import pytest
 from hypothesis import given
@@ -17,7 +18,7 @@ from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, RequestKind
 from trireme.wire.inference.v1.inference_pb2 import SamplingParameters, TokenIds
 from trireme.worker.frames import FrameCutter, FrameKind, frame
 from trireme.worker.served_engine import ResidencyLog, ServedEngine
-from trireme.worker.step_news import Ending, EngineFigures, Output, StepNews, Work, pack, unpack
+from trireme.worker.step_news import Ending, EngineFigures, Output, StepNews, Turn, Work, pack, unpack
 
 VOCABULARY = 50
 whole = st.integers(0, 2**62)
@@ -34,10 +35,11 @@ outputs = st.builds(
     error_message=st.text(max_size=8),
     cached_tokens=st.none() | whole,
 )
+figures = get_type_hints(EngineFigures).values()
 steps = st.builds(
     StepNews,
     variant=st.text(min_size=1, max_size=20),
-    figures=st.tuples(*[whole] * 15, real, whole, whole, real).map(EngineFigures._make),
+    figures=st.tuples(*[real if kind is float else whole for kind in figures]).map(EngineFigures._make),
     seconds=real,
     prefill_tokens=whole,
     prefill_s=real,
@@ -50,6 +52,7 @@ steps = st.builds(
     endings=st.lists(
         st.builds(Ending, whole, st.lists(real, max_size=3).map(tuple), st.just(()), whole), max_size=2
     ).map(tuple),
+    turns=st.lists(st.builds(Turn, whole, st.text(max_size=8), st.text(max_size=20)), max_size=2).map(tuple),
     came=st.lists(st.binary(min_size=16, max_size=16), max_size=5).map(b"".join),
     left=st.lists(st.binary(min_size=16, max_size=16), max_size=5).map(b"".join),
 )

@@ -55,6 +55,8 @@ class WorkerView:
     """Of one sequence in the present batch; 0: not measured yet."""
     cached_tokens: int
     """Leading prompt tokens of this request whose KV it holds."""
+    preemptive: bool = False
+    """Long requests make way for short ones there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +99,11 @@ def estimate(request: RoutedRequest, view: WorkerView) -> Estimate:
     # Those beyond the batch wait until enough of the batch has ended.
     ahead = max(0, view.assigned_requests + request.choices - view.max_sequences)
     mean_tokens = view.assigned_tokens / max(1, view.assigned_requests)
-    queue_s = ahead * mean_tokens / (sequence_rate * view.max_sequences)
     uncached = max(1, request.prompt_tokens - view.cached_tokens)
+    if view.preemptive:
+        # Before this one ends, each of those ahead gets no more service than it needs itself.
+        mean_tokens = min(mean_tokens, uncached + request.expected_answer_tokens * request.choices)
+    queue_s = ahead * mean_tokens / (sequence_rate * view.max_sequences)
     return Estimate(
         worker_id=view.worker_id,
         variant=view.variant,

@@ -81,7 +81,10 @@ class WorkerGroup(_Section):
     max_sequences: int = Field(default=32, ge=1, le=1024)
     max_batch_tokens: int = Field(default=256, ge=16, le=65536)
     """Tokens per engine iteration; bounds how long a prefill chunk holds the others."""
-    policy: Literal["fcfs", "priority"] = "fcfs"
+    swap_mib: int = Field(default=256, ge=0)
+    """Host memory per variant for the KV of sequences that make way, MiB; 0: they compute it again."""
+    policy: Literal["fcfs", "priority", "mlfq"] = "fcfs"
+    """Who runs first: the earliest, the most important, or (mlfq) the shortest as far as can be told."""
 
 
 class Gateway(_Section):

@@ -17,5 +17,5 @@ class Settings:
     window_requests: int = 16384
     """Requests held in memory for ordering; what is beyond waits in the stream, in order."""
     queue_limit: int = 4
-    """Requests a worker may hold beyond its batch."""
+    """Requests a worker may hold beyond its batch, where it does not tell."""
     log_level: str = "info"

@@ -49,7 +49,8 @@ from trireme.worker.request_chains import RequestChains
 from trireme.worker.request_table import RequestTable
 from trireme.worker.servicer import WorkerServicer
 from trireme.worker.settings import Settings
-from trireme.worker.step_news import StepNews
+from trireme.worker.step_news import StepNews, Turn
+from trireme.worker.turn_events import publish_turns, turn_events
 from trireme.worker.variant_plan import plan_from_request, plans_of
 from trireme.worker.variants import VariantTable
 
@@ -78,6 +79,7 @@ async def serve(settings: Settings) -> None:
         events = Stream(redis, keys.events, Event, max_entries=100_000)
         assignments = Stream(redis, keys.assignments(worker_id), Assignment)
         biller = Biller(group.device, node=settings.node)
+        tasks_of_turns: set[asyncio.Task[None]] = set()
 
         def deliver(news: StepNews) -> None:
             joules, engine_s = table.on_step(news)
@@ -87,11 +89,19 @@ async def serve(settings: Settings) -> None:
             loaded.note_step(news)
             loaded.billed_joules += joules
             loaded.billed_engine_s += engine_s
+            if news.turns:
+                tell_of_turns(news.turns)
             saves.note_complete(loaded, loaded.take_unsaved())
             for output in news.outputs:
                 live = table.request_of(output.handle) if output.finish_reason is not None else None
                 if live is not None and live.is_complete:
                     saves.note_end(loaded, live)
+
+        def tell_of_turns(turns: tuple[Turn, ...]) -> None:
+            stopped = turn_events(worker_id, turns, table.request_of)
+            if stopped:
+                tasks_of_turns.add(task := asyncio.create_task(publish_turns(events, stopped)))
+                task.add_done_callback(tasks_of_turns.discard)
 
         listeners = Listeners(
             on_step=deliver,

@@ -27,7 +27,12 @@ def build(plan: VariantPlan, tier: KvTier) -> Engine:
         InvalidConfiguration: a size is out of range.
     """
     if plan.device == "null":
-        settings = _settings(plan, num_blocks=NULL_BLOCKS, max_model_len=NULL_CONTEXT_TOKENS)
+        settings = _settings(
+            plan,
+            num_blocks=NULL_BLOCKS,
+            host_blocks=NULL_BLOCKS if plan.swap_bytes else 0,
+            max_model_len=NULL_CONTEXT_TOKENS,
+        )
         return Engine(NullModel(), settings, tier, eos_token_ids=frozenset(), model_key="null")
     device = plan.device.partition("/")[0]
     dtype = _DTYPES.get(plan.dtype) or (torch.float32 if device == "cpu" else torch.bfloat16)
@@ -36,7 +41,11 @@ def build(plan: VariantPlan, tier: KvTier) -> Engine:
         model = load_model(checkpoint, device=device, dtype=dtype)
         return Engine(
             model,
-            _settings(plan, num_blocks=max(2, plan.kv_bytes // per_block)),
+            _settings(
+                plan,
+                num_blocks=max(2, plan.kv_bytes // per_block),
+                host_blocks=plan.swap_bytes // per_block,
+            ),
             tier,
             eos_token_ids=checkpoint.eos_token_ids,
             model_key=checkpoint.fingerprint(),
@@ -44,18 +53,23 @@ def build(plan: VariantPlan, tier: KvTier) -> Engine:
 
 
 def warm_up(engine: Engine, *, beat: Callable[[], None]) -> None:
-    """Run the engine once, so that its first request finds it warm; `beat` is called after each step."""
-    length = min(64, engine.max_model_len // 2)
-    probe = SequenceRequest(
-        sequence_id="warm-up",
-        prompt_token_ids=[token % engine.model.config.vocab_size for token in range(length)],
-        sampling=SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True),
-        salt=b"warm-up",
-    )
-    engine.add(probe)
-    while engine.has_work:
-        engine.step()
-        beat()
+    """Run the engine, so that its first request finds it warm; `beat` is called after each step.
+
+    Under mlfq prompts of several lengths run, each twice, so that it knows what lengths cost.
+    """
+    lengths = (8, 32, 128, 256, 8, 32, 128, 256) if engine.settings.policy == "mlfq" else (64,)
+    for number, length in enumerate(lengths):
+        count = min(length, engine.max_model_len // 2)
+        probe = SequenceRequest(
+            sequence_id="warm-up",
+            prompt_token_ids=[token % engine.model.config.vocab_size for token in range(count)],
+            sampling=SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True),
+            salt=b"warm-up %d" % number,
+        )
+        engine.add(probe)
+        while engine.has_work:
+            engine.step()
+            beat()
 
 
 def describe(engine: Engine) -> Loaded:
@@ -70,9 +84,12 @@ def describe(engine: Engine) -> Loaded:
     )
 
 
-def _settings(plan: VariantPlan, *, num_blocks: int, max_model_len: int | None = None) -> EngineSettings:
+def _settings(
+    plan: VariantPlan, *, num_blocks: int, host_blocks: int, max_model_len: int | None = None
+) -> EngineSettings:
     return EngineSettings(
         num_blocks=num_blocks,
+        host_blocks=host_blocks,
         block_size=plan.block_tokens,
         max_num_seqs=plan.max_sequences,
         max_batch_tokens=plan.max_batch_tokens,

@@ -137,7 +137,12 @@ class EngineLoop:
             return
         try:
             request = AdmittedRequest.FromString(command.request)
-            served.add(request, command.sequences, awaited_tokens=command.awaited_tokens)
+            served.add(
+                request,
+                command.sequences,
+                awaited_tokens=command.awaited_tokens,
+                initial_queue=command.initial_queue,
+            )
         except TriremeError as error:
             self._say(Refused(handles, error.code, error.message))
 

@@ -136,7 +136,10 @@ class Intake:
         hashes = prompt_hashes(request, loaded.block_tokens)
         self._chains.follow(live, hashes, loaded.block_tokens)
         awaited_tokens = self._loads.expect(live, loaded, hashes)
-        self._send(Add(live.variant, request.SerializeToString(), wanted, awaited_tokens))
+        queue = live.assignment.initial_queue
+        self._send(
+            Add(live.variant, request.SerializeToString(), wanted, awaited_tokens, initial_queue=queue)
+        )
 
     def refused(self, what: Refused) -> None:
         """The engine does not take a request: it ends with the engine's error."""

@@ -17,11 +17,49 @@ _COUNTERS: tuple[tuple[str, str, Callable[[LoadedVariant], float]], ...] = (
     ("trireme_engine_cached_tokens", "Prompt tokens found in a cache.", lambda v: v.stats.prefix_hit_tokens),
     ("trireme_engine_preemptions", "Sequences preempted.", lambda v: v.stats.preemptions),
     ("trireme_engine_recomputed_tokens", "Tokens computed again.", lambda v: v.stats.recomputed_tokens),
+    ("trireme_engine_evictions", "Preemptions that gave the KV up.", lambda v: v.stats.evictions),
+    ("trireme_engine_demotions", "Moves to a lower level of the queue.", lambda v: v.stats.demotions),
+    ("trireme_engine_promotions", "Moves to the highest level.", lambda v: v.stats.promotions),
+    (
+        "trireme_engine_swapped_out_blocks",
+        "KV blocks copied to host memory.",
+        lambda v: v.stats.swapped_out_blocks,
+    ),
+    (
+        "trireme_engine_swapped_in_blocks",
+        "KV blocks copied back.",
+        lambda v: v.stats.swapped_in_blocks,
+    ),
+    ("trireme_engine_swap_out_bytes", "Bytes copied to host memory.", lambda v: v.stats.swap_out_bytes),
+    ("trireme_engine_swap_in_bytes", "Bytes copied back.", lambda v: v.stats.swap_in_bytes),
+    ("trireme_engine_swap_out_seconds", "Time of those copies.", lambda v: v.stats.swap_out_s),
+    ("trireme_engine_swap_in_seconds", "Time of those copies.", lambda v: v.stats.swap_in_s),
+    (
+        "trireme_engine_lost_sequences",
+        "Sequences whose KV a copy lost.",
+        lambda v: v.stats.lost_sequences,
+    ),
     ("trireme_engine_billed_joules", "Joules billed to requests.", lambda v: v.billed_joules),
 )
 _GAUGES: tuple[tuple[str, str, Callable[[LoadedVariant], float]], ...] = (
     ("trireme_engine_waiting_sequences", "Sequences waiting.", lambda v: v.stats.waiting),
     ("trireme_engine_running_sequences", "Sequences running.", lambda v: v.stats.running),
+    (
+        "trireme_engine_paused_sequences",
+        "Waiting with their KV on the device.",
+        lambda v: v.stats.paused,
+    ),
+    (
+        "trireme_engine_swapped_sequences",
+        "Waiting with their KV in host memory.",
+        lambda v: v.stats.swapped,
+    ),
+    ("trireme_engine_host_blocks", "KV blocks of host memory.", lambda v: v.stats.host_blocks_total),
+    (
+        "trireme_engine_host_blocks_used",
+        "Those that swapped sequences hold.",
+        lambda v: v.stats.host_blocks_used,
+    ),
     (
         "trireme_engine_kv_usage_ratio",
         "Share of KV blocks held by sequences.",

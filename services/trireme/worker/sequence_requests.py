@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from trireme.engine import Mode, SamplingParams, SequenceRequest
+from trireme.engine import Mode, SamplingParams, SequenceRequest, Truncation
 from trireme.errors import InvalidRequest
+from trireme.kvcache.block_identity import Supply
+from trireme.policies.prefix_index import split_hashes
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, RequestKind
 from trireme.wire.inference.v1.inference_pb2 import SamplingParameters
 
@@ -21,8 +23,23 @@ def sequence_id(request: AdmittedRequest, choice: int) -> str:
     return f"{request.request_id}#{choice}@{request.attempt}"
 
 
-def sequences_of(request: AdmittedRequest, choices: Iterable[int]) -> list[SequenceRequest]:
+URGENCY = (1, 0, -2)
+"""Levels of the queue by initial queue: an interactive request goes as one of half its length, one of a
+batch as one of four times its length."""
+
+
+def sequences_of(
+    request: AdmittedRequest,
+    choices: Iterable[int],
+    *,
+    initial_queue: int = 1,
+    arrival_s: float | None = None,
+) -> list[SequenceRequest]:
     """The engine's sequences of some choices of a request.
+
+    Args:
+        initial_queue: of the assignment.
+        arrival_s: on the engine's clock.
 
     Raises:
         InvalidRequest: sampling parameters are out of range, or the kind is unknown here.
@@ -31,6 +48,8 @@ def sequences_of(request: AdmittedRequest, choices: Iterable[int]) -> list[Seque
     if mode is None:
         raise InvalidRequest(f"requests of kind {request.kind} are not served", param="kind")
     prompt = list(request.prompt_token_ids)
+    joints = tuple([(joint.block, joint.parent) for joint in request.kv_joints])
+    truncation = truncation_of(request)
     return [
         SequenceRequest(
             sequence_id=sequence_id(request, choice),
@@ -40,13 +59,30 @@ def sequences_of(request: AdmittedRequest, choices: Iterable[int]) -> list[Seque
             ),
             sampling=sampling_of(request.sampling, choice=choice),
             salt=request.kv_salt,
+            joints=joints,
+            truncation=truncation,
             priority=request.priority,
-            arrival_s=request.admitted_unix_s,
+            urgency=URGENCY[min(initial_queue, len(URGENCY) - 1)],
+            arrival_s=arrival_s,
             mode=mode,
             score_continuations=[list(tokens.ids) for tokens in request.continuations],
         )
         for choice in choices
     ]
+
+
+def truncation_of(request: AdmittedRequest) -> Truncation | None:
+    """How the request may be cut where it outgrows the context; None: it must fit."""
+    if not request.HasField("truncation"):
+        return None
+    told = request.truncation
+    supplies = [Supply(tuple(split_hashes(one.block_hashes)), one.shift_tokens) for one in told.supplies]
+    return Truncation(
+        head_tokens=told.head_tokens,
+        cuts=tuple(told.cuts),
+        borders=tuple(told.turn_borders),
+        supplies=tuple(supplies),
+    )
 
 
 def sampling_of(parameters: SamplingParameters, *, choice: int) -> SamplingParams:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
@@ -13,9 +14,12 @@ from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest
 from trireme.worker.awaited_prefixes import AwaitedPrefixes
 from trireme.worker.engine_messages import Awaited
 from trireme.worker.sequence_requests import sequences_of
-from trireme.worker.step_news import Ending, EngineFigures, Output, StepNews, Work
+from trireme.worker.step_news import Ending, EngineFigures, Output, StepNews, Turn, Work
 
 _FIGURES = EngineFigures._fields
+TURNS_S = 0.1
+"""Least time between two steps whose turns the worker hears of: there may be some at every step."""
+MAX_TURNS = 8
 
 
 class ResidencyLog:
@@ -63,6 +67,7 @@ class ServedEngine:
         self._names: dict[int, str] = {}
         self._is_busy = False
         """It had work at its last turn."""
+        self._told_turns_s = -TURNS_S
 
     @property
     def wants_a_turn(self) -> bool:
@@ -70,7 +75,12 @@ class ServedEngine:
         return self._is_busy or self.engine.has_work
 
     def add(
-        self, request: AdmittedRequest, sequences: Sequence[tuple[int, int]], *, awaited_tokens: int = 0
+        self,
+        request: AdmittedRequest,
+        sequences: Sequence[tuple[int, int]],
+        *,
+        awaited_tokens: int = 0,
+        initial_queue: int = 1,
     ) -> None:
         """Let (choice, handle) of a request wait for their turn, and for stored blocks of so many tokens.
 
@@ -79,7 +89,13 @@ class ServedEngine:
         """
         added: list[int] = []
         try:
-            wanted = sequences_of(request, [choice for choice, _ in sequences])
+            waited_s = max(0.0, time.time() - request.admitted_unix_s) if request.admitted_unix_s else 0.0
+            wanted = sequences_of(
+                request,
+                [choice for choice, _ in sequences],
+                initial_queue=initial_queue,
+                arrival_s=time.perf_counter() - waited_s,
+            )
             for (_, handle), sequence in zip(sequences, wanted, strict=True):
                 self.engine.add(sequence, awaited_tokens=awaited_tokens)
                 if awaited_tokens:
@@ -166,6 +182,7 @@ class ServedEngine:
                 prefill_s += cost.seconds
             if cost.sequence_id not in plain and cost.sequence_id in handles:
                 work.append(Work(handles[cost.sequence_id], cost.seconds))
+        turns = self._turns(result) if result.events else ()
         endings = self._endings(result)
         for end in outputs:
             if end.finish_reason is not None:
@@ -182,8 +199,22 @@ class ServedEngine:
             outputs=tuple(outputs),
             work=tuple(work),
             endings=endings,
+            turns=turns,
             came=came,
             left=left,
+        )
+
+    def _turns(self, result: StepResult) -> tuple[Turn, ...]:
+        now_s = time.monotonic()
+        if now_s - self._told_turns_s < TURNS_S:
+            return ()
+        self._told_turns_s = now_s
+        known = [event for event in result.events if event.sequence_id in self._handles]
+        return tuple(
+            [
+                Turn(self._handles[event.sequence_id], event.kind.value, event.reason)
+                for event in known[:MAX_TURNS]
+            ]
         )
 
     def _endings(self, result: StepResult) -> tuple[Ending, ...]:
@@ -221,6 +252,7 @@ def _is_plain(output: TokenOutput) -> bool:
         and output.finish_reason is None
         and output.logprob is None
         and output.cached_tokens is None
+        and output.dropped_tokens is None
     )
 
 
@@ -236,4 +268,5 @@ def _rare(handle: int, output: TokenOutput) -> Output:
         error_code="" if error is None else error.code,
         error_message="" if error is None else error.message,
         cached_tokens=output.cached_tokens,
+        dropped_tokens=output.dropped_tokens,
     )

@@ -33,6 +33,20 @@ class EngineFigures(NamedTuple):
     recomputed_tokens: int = 0
     steps: int = 0
     busy_s: float = 0.0
+    paused: int = 0
+    swapped: int = 0
+    evictions: int = 0
+    demotions: int = 0
+    promotions: int = 0
+    host_blocks_used: int = 0
+    host_blocks_total: int = 0
+    swapped_out_blocks: int = 0
+    swapped_in_blocks: int = 0
+    swap_out_bytes: int = 0
+    swap_in_bytes: int = 0
+    swap_out_s: float = 0.0
+    swap_in_s: float = 0.0
+    lost_sequences: int = 0
     preload_blocks: int = 0
     preload_corrupt: int = 0
     host_in_bytes_per_s: float = 0.0
@@ -58,6 +72,7 @@ class Output(NamedTuple):
     error_code: str = ""
     error_message: str = ""
     cached_tokens: int | None = None
+    dropped_tokens: int | None = None
 
 
 class Ending(NamedTuple):
@@ -67,6 +82,14 @@ class Ending(NamedTuple):
     scores: tuple[float, ...] = ()
     embedding: tuple[float, ...] = ()
     cached_tokens: int = 0
+
+
+class Turn(NamedTuple):
+    """A sequence stopped, came back, or changed its level; see `engine.SequenceEvent`."""
+
+    handle: int
+    kind: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +110,8 @@ class StepNews:
     work: tuple[Work, ...] = ()
     """Of sequences without a plain token."""
     endings: tuple[Ending, ...] = ()
+    turns: tuple[Turn, ...] = ()
+    """Now and then some of those that there were."""
     came: bytes = b""
     """Hashes of blocks that became resident since the last news, 16 bytes each."""
     left: bytes = b""
@@ -107,7 +132,7 @@ def pack(news: StepNews) -> bytes:
     """The news as bytes."""
     name = news.variant.encode()
     rows = news.tokens.tobytes()
-    rare = (news.outputs, news.work, news.endings)
+    rare = (news.outputs, news.work, news.endings, news.turns)
     rest = pickle.dumps(rare, protocol=5) if any(rare) else b""
     header = _HEADER.pack(
         *news.figures,
@@ -136,7 +161,7 @@ def unpack(payload: bytes) -> StepNews:
     name, rows, came, left, rest = parts
     tokens = array("q")
     tokens.frombytes(rows)
-    outputs, work, endings = pickle.loads(rest) if rest else ((), (), ())
+    outputs, work, endings, turns = pickle.loads(rest) if rest else ((), (), (), ())
     return StepNews(
         variant=name.decode(),
         figures=EngineFigures._make(values[: len(_FIGURES)]),
@@ -148,6 +173,7 @@ def unpack(payload: bytes) -> StepNews:
         outputs=outputs,
         work=work,
         endings=endings,
+        turns=turns,
         came=came,
         left=left,
     )

@@ -30,6 +30,20 @@ class VariantPlan:
     max_batch_tokens: int
     policy: str
     """The engine's iteration policy."""
+    swap_bytes: int = 0
+    """Host memory for the KV of preempted sequences."""
+
+    @property
+    def queue_limit(self) -> int:
+        """Requests that this variant's engine should hold beyond its batch.
+
+        Where whoever came first runs first, a few keep it from idling, and all others wait in the
+        scheduler's fair order. mlfq can put short ones first only among those that it knows, and one that
+        has not started costs no KV. The price is fairness between tenants: so many requests are taken out
+        of the fair order when they are handed over, so a tenant that floods an idle fleet gets that much
+        work ahead of the others, once; what follows is handed over by fair shares again.
+        """
+        return max(64, 8 * self.max_sequences) if self.policy == "mlfq" else 4
 
 
 def plans_of(fleet: Fleet, group: WorkerGroup) -> list[VariantPlan]:
@@ -50,6 +64,7 @@ def plans_of(fleet: Fleet, group: WorkerGroup) -> list[VariantPlan]:
                 max_sequences=sequences,
                 max_batch_tokens=max(group.max_batch_tokens, sequences),
                 policy=group.policy,
+                swap_bytes=group.swap_mib * 2**20,
             )
         )
     return plans
@@ -80,4 +95,5 @@ def plan_from_request(
         max_sequences=sequences,
         max_batch_tokens=max(group.max_batch_tokens, sequences),
         policy=group.policy,
+        swap_bytes=group.swap_mib * 2**20,
     )

@@ -101,6 +101,8 @@ class LoadedVariant:
             prefill_tokens_total=stats.prefill_tokens,
             decode_tokens_total=stats.decode_tokens,
             cached_tokens_total=stats.prefix_hit_tokens,
+            queue_limit=self.plan.queue_limit,
+            preemptive=self.plan.policy == "mlfq",
         )
 
 

@@ -1284,6 +1284,8 @@ class VariantStatus(_message.Message):
     PREFILL_TOKENS_TOTAL_FIELD_NUMBER: _builtins.int
     DECODE_TOKENS_TOTAL_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_TOTAL_FIELD_NUMBER: _builtins.int
+    QUEUE_LIMIT_FIELD_NUMBER: _builtins.int
+    PREEMPTIVE_FIELD_NUMBER: _builtins.int
     variant: _builtins.str
     """The variant."""
     model: _builtins.str
@@ -1320,6 +1322,10 @@ class VariantStatus(_message.Message):
     """Answer tokens computed since start."""
     cached_tokens_total: _builtins.int
     """Prompt tokens found in a cache since start."""
+    queue_limit: _builtins.int
+    """Requests it wants to hold beyond its batch; 0: the scheduler's own limit."""
+    preemptive: _builtins.bool
+    """True where long requests make way for short ones."""
     def __init__(
         self,
         *,
@@ -1341,10 +1347,12 @@ class VariantStatus(_message.Message):
         prefill_tokens_total: _builtins.int = ...,
         decode_tokens_total: _builtins.int = ...,
         cached_tokens_total: _builtins.int = ...,
+        queue_limit: _builtins.int = ...,
+        preemptive: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "cached_tokens_total", b"cached_tokens_total", "context_tokens", b"context_tokens", "decode_tokens_per_s", b"decode_tokens_per_s", "decode_tokens_total", b"decode_tokens_total", "kv_blocks", b"kv_blocks", "kv_blocks_used", b"kv_blocks_used", "kv_namespace", b"kv_namespace", "max_sequences", b"max_sequences", "model", b"model", "pending_tokens", b"pending_tokens", "prefill_tokens_per_s", b"prefill_tokens_per_s", "prefill_tokens_total", b"prefill_tokens_total", "ready", b"ready", "running", b"running", "variant", b"variant", "vocabulary_size", b"vocabulary_size", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "cached_tokens_total", b"cached_tokens_total", "context_tokens", b"context_tokens", "decode_tokens_per_s", b"decode_tokens_per_s", "decode_tokens_total", b"decode_tokens_total", "kv_blocks", b"kv_blocks", "kv_blocks_used", b"kv_blocks_used", "kv_namespace", b"kv_namespace", "max_sequences", b"max_sequences", "model", b"model", "pending_tokens", b"pending_tokens", "preemptive", b"preemptive", "prefill_tokens_per_s", b"prefill_tokens_per_s", "prefill_tokens_total", b"prefill_tokens_total", "queue_limit", b"queue_limit", "ready", b"ready", "running", b"running", "variant", b"variant", "vocabulary_size", b"vocabulary_size", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
