@@ -26,10 +26,11 @@ from benchmarks.fleet import write_result
 from trireme.kvcache.arena import SHARED_MEMORY, own_arena
 from trireme.kvcache.block_codec import PAGE_BYTES, BlockKey, block_keys, namespace_digest
 from trireme.kvcache.residency_index import ResidencyReader
+from trireme.kvcache.saves import NewBlock
 from trireme.kvcache.segment_files import SegmentFiles
 from trireme.kvcache.segment_sidecar import FoundBlock, FoundRun, encode_sidecar
 from trireme.kvcache.stored_blocks import Block
-from trireme.kvcache.tiered_store import NewBlock, TieredStore
+from trireme.kvcache.tiered_store import TieredStore
 from trireme.kvcache.waiting_jobs import WaitingJob
 from trireme.runtime.clock import SystemClock
 
@@ -65,8 +66,8 @@ def save(store: TieredStore, first: int, count: int) -> None:
         NewBlock(block_hash=hashes[start : start + 16], payload_bytes=PAYLOAD_BYTES)
         for start in range(0, len(hashes), 16)
     ]
-    blocks = [found for found in store.reserve(NAMESPACE, "t", wanted) if isinstance(found, Block)]
-    store.commit([block.generation for block in blocks], [0] * len(blocks))
+    blocks = [found for found in store.saves.reserve(NAMESPACE, "t", wanted) if isinstance(found, Block)]
+    store.saves.commit([block.generation for block in blocks], [0] * len(blocks))
 
 
 def cpu_us(action: Callable[[int], object], *, rounds: int) -> tuple[float, float]:

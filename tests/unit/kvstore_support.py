@@ -13,9 +13,10 @@ from trireme.kvcache.arena import Arena, own_arena
 from trireme.kvcache.arena_copies import CopyFault, copy_in, copy_out
 from trireme.kvcache.block_codec import namespace_digest, payload_checksum, read_generation
 from trireme.kvcache.residency_index import ResidencyReader
+from trireme.kvcache.saves import NewBlock
 from trireme.kvcache.segment_files import DiskCalls, SegmentFiles
 from trireme.kvcache.stored_blocks import Block
-from trireme.kvcache.tiered_store import Limits, NewBlock, TieredStore
+from trireme.kvcache.tiered_store import Limits, TieredStore
 from trireme.policies.kv_items import State
 from trireme.wire.kvstore.v1.kvstore_pb2 import AcquiredBlock, ReservedBlock
 
@@ -81,12 +82,12 @@ def save(
     blocks = list(blocks)
     wanted = [NewBlock(block_hash=block_hash(number), payload_bytes=len(data)) for number, data in blocks]
     generations, checksums = [], []
-    for outcome, (_, data) in zip(store.reserve(namespace, tenant, wanted), blocks, strict=True):
+    for outcome, (_, data) in zip(store.saves.reserve(namespace, tenant, wanted), blocks, strict=True):
         if isinstance(outcome, Block):
             write(store.arena, store, outcome, data)
             generations.append(outcome.generation)
             checksums.append(payload_checksum(data))
-    return store.commit(generations, checksums)
+    return store.saves.commit(generations, checksums)
 
 
 def write(arena: Arena, store: TieredStore, block: Block, data: bytes) -> None:

@@ -39,9 +39,9 @@ from trireme.kvcache.block_codec import (
     write_generation,
     write_header,
 )
+from trireme.kvcache.saves import RESERVATION_S, NewBlock, Refusal
 from trireme.kvcache.slab_allocator import SlabAllocator
 from trireme.kvcache.stored_blocks import Block
-from trireme.kvcache.tiered_store import RESERVATION_S, NewBlock, Refusal
 
 SLAB = 64 * 1024
 
@@ -155,15 +155,15 @@ async def test_a_writer_that_never_commits_loses_its_room_and_cannot_commit_late
     clock = HandClock()
     async with opened_store(tmp_path, dram_bytes=SLAB, clock=clock) as store:
         wanted = [NewBlock(block_hash=block_hash(n), payload_bytes=3900) for n in range(16)]
-        slots = [slot for slot in store.reserve(NAMESPACE, "t", wanted) if isinstance(slot, Block)]
+        slots = [slot for slot in store.saves.reserve(NAMESPACE, "t", wanted) if isinstance(slot, Block)]
         assert len(slots) == 16
-        assert store.reserve(NAMESPACE, "t", wanted[:1]) == [Refusal.PRESENT]
+        assert store.saves.reserve(NAMESPACE, "t", wanted[:1]) == [Refusal.PRESENT]
         another = NewBlock(block_hash=block_hash(99), payload_bytes=3900)
-        assert store.reserve(NAMESPACE, "t", [another]) == [Refusal.NO_SPACE]
+        assert store.saves.reserve(NAMESPACE, "t", [another]) == [Refusal.NO_SPACE]
         clock.now_s += RESERVATION_S
         store.sweep()
         assert store.dram.used_bytes == 0
-        assert store.commit([slot.generation for slot in slots], [0] * 16) == 0
+        assert store.saves.commit([slot.generation for slot in slots], [0] * 16) == 0
         assert store.match(NAMESPACE, block_hash(0)) == (0, 0)
 
 

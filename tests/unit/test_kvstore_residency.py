@@ -14,8 +14,9 @@ from trireme.kvcache.arena_copies import CopyFault
 from trireme.kvcache.block_codec import block_keys
 from trireme.kvcache.direct_copies import HeldChain, Room
 from trireme.kvcache.residency_index import ResidencyReader, ResidencyWriter, index_words_for
+from trireme.kvcache.saves import NewBlock
 from trireme.kvcache.stored_blocks import Block
-from trireme.kvcache.tiered_store import NewBlock, TieredStore
+from trireme.kvcache.tiered_store import TieredStore
 from trireme.wire.kvstore.v1 import kvstore_pb2 as pb
 
 DRAM, SSD = 1, 2
@@ -99,7 +100,7 @@ def room_for(store: TieredStore, numbers: list[int], size: int) -> Room:
         )
         if isinstance(found, Block)
         else pb.ReservedBlock(outcome=pb.RESERVATION_PRESENT)
-        for found in store.reserve(NAMESPACE, "t", wanted)
+        for found in store.saves.reserve(NAMESPACE, "t", wanted)
     ]
     return Room(attached(store), blocks, [size] * len(numbers))
 
@@ -124,8 +125,8 @@ async def test_a_writer_fills_its_room_in_pieces_and_nothing_is_readable_before_
         assert room.seal(0) and room.seal(1)
         # The third was never finished: it is given back.
         assert len(room.unsealed) == 1
-        assert store.commit(list(room.sealed), list(room.sealed.values())) == 2
-        store.abort(room.unsealed)
+        assert store.saves.commit(list(room.sealed), list(room.sealed.values())) == 2
+        store.saves.abort(room.unsealed)
         assert await load(store, [0, 1, 2]) == [payload(0, 8000), payload(1, 8000)]
         assert room_for(store, [0], 8000).views == [None], "it is here"
 
@@ -133,7 +134,7 @@ async def test_a_writer_fills_its_room_in_pieces_and_nothing_is_readable_before_
 async def test_a_writer_that_lost_its_room_cannot_seal_it(tmp_path: Path) -> None:
     async with opened_store(tmp_path, dram_bytes=65536) as store:
         room = room_for(store, [0], 3900)
-        store.abort(room.unsealed)
+        store.saves.abort(room.unsealed)
         assert not room.seal(0) and room.sealed == {}
 
 
@@ -145,7 +146,7 @@ async def test_a_reader_sees_right_bytes_or_that_they_were_not(tmp_path: Path) -
             assert view is not None
             view[:] = payload(number, 8000)
             room.seal(number)
-        store.commit(list(room.sealed), list(room.sealed.values()))
+        store.saves.commit(list(room.sealed), list(room.sealed.values()))
         acquired = await store.acquire(NAMESPACE, hashes([0, 1]), deadline_s=0.0, lease_s=5.0)
         blocks = [
             pb.AcquiredBlock(

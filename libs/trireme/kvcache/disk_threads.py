@@ -8,12 +8,15 @@ thread comes back.
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from trireme.runtime.clock import Clock
+
+log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
@@ -67,10 +70,11 @@ class DiskCall(Generic[R]):
 
 
 class DiskThreads:
-    """A few threads with one queue."""
+    """A few threads with one queue; `on_error` hears of every call that the disk failed."""
 
-    def __init__(self, count: int, *, name: str, clock: Clock) -> None:
+    def __init__(self, count: int, *, name: str, clock: Clock, on_error: Callable[[OSError], None]) -> None:
         self._clock = clock
+        self._on_error = on_error
         self._queue: queue.SimpleQueue[DiskCall[Any] | None] = queue.SimpleQueue()
         self._calls: dict[int, DiskCall[Any]] = {}
         self._loop = asyncio.get_running_loop()
@@ -125,4 +129,9 @@ class DiskThreads:
 
     def _finish(self, call: DiskCall[Any], result: Any, error: BaseException | None) -> None:
         self._calls.pop(id(call), None)
+        if isinstance(error, OSError) and not call.is_given_up:
+            # Before those who wait hear of it, and whether anybody waits or not.
+            self._on_error(error)
+        elif error is not None and not isinstance(error, OSError):
+            log.error("disk_call_failed", exc_info=error)
         call.finish(result, error)

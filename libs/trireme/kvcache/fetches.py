@@ -141,17 +141,7 @@ class Fetches:
                 self.pin(lease, [self._table.blocks.get(key) for key in keys])
         elif run.blocks:
             self._table.settle(run)
-        if failed and not call.is_given_up:
-            self._blame(call)
         self._wake(fetch)
-
-    def _blame(self, call: DiskCall[list[bool]]) -> None:
-        error, ssd = call.outcome.exception(), self._ssd()
-        if not isinstance(error, OSError):
-            assert error is not None
-            raise error
-        if ssd is not None:
-            ssd.fail(error)
 
     def _wake(self, fetch: Fetch) -> None:
         if not fetch.done.done():

@@ -15,10 +15,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol, TypeVar
 
-from trireme.kvcache.block_codec import is_intact, read_header
 from trireme.kvcache.disk_threads import DiskCall, DiskThreads
 from trireme.kvcache.segment_files import FoundSegment, SegmentFiles
 from trireme.kvcache.segment_sidecar import FoundRun
+from trireme.kvcache.segment_writer import SegmentWriter
 from trireme.kvcache.segments import Segment, Segments
 from trireme.kvcache.stored_blocks import NOWHERE, Block, Run
 from trireme.runtime.clock import Clock
@@ -56,6 +56,9 @@ class SsdOwner(Protocol):
     def block_is_corrupt(self, block: Block) -> None:
         """A block's bytes in memory are not what was saved: it is to be dropped."""
 
+    def ssd_block_is_corrupt(self, block: Block) -> None:
+        """A block's bytes on SSD are not what was saved: it is to be dropped."""
+
     def ssd_turned(self, is_on: bool) -> None:
         """The tier can be read from now on, or cannot."""
 
@@ -68,14 +71,21 @@ class SsdTier:
         self._clock = clock
         self._owner = owner
         self._segments = Segments(quota_bytes=quota_bytes)
-        self._writer = DiskThreads(1, name="kv-ssd-write", clock=clock)
-        self._readers = DiskThreads(_READERS, name="kv-ssd-read", clock=clock)
+        self._writing = DiskThreads(1, name="kv-ssd-write", clock=clock, on_error=self.fail)
+        self._reading = DiskThreads(_READERS, name="kv-ssd-read", clock=clock, on_error=self.fail)
+        self._writer = SegmentWriter(
+            files,
+            self._segments,
+            self._writing,
+            clock=clock,
+            on_lost=owner.ssd_lost,
+            on_corrupt=owner.block_is_corrupt,
+        )
         self._fault = "not opened yet"
         self._full = ""
         self._is_indexed = False
         self._retry_at_s = 0.0
         self._opening: asyncio.Task[None] | None = None
-        self.corrupt = 0
         self.unwritten = 0
         """Blocks that could not be written, since the start."""
         self.hangs = 0
@@ -114,7 +124,7 @@ class SsdTier:
     @property
     def waiting_writes(self) -> int:
         """Calls that the writing thread has not ended."""
-        return self._writer.waiting
+        return self._writing.waiting
 
     def begin_read(self, blocks: Sequence[Block], images: Sequence[memoryview]) -> DiskCall[list[bool]]:
         """Read blocks of one run into memory of their length; tells which came sound.
@@ -126,18 +136,9 @@ class SsdTier:
         segment.use_s = self._clock.monotonic_s()
         wanted = [(block.key, block.ssd_offset, image) for block, image in zip(blocks, images, strict=True)]
         segment.users += 1
-        call = self._readers.submit(lambda: self._files.read(segment.descriptor, wanted))
-        call.when_returned(lambda: self._leave(segment))
+        call = self._reading.submit(lambda: self._files.read(segment.descriptor, wanted))
+        call.when_returned(lambda: self._writer.leave(segment))
         return call
-
-    async def outcome_of(self, call: DiskCall[R]) -> R | None:
-        """What a call gave; None where the disk failed, which may turn the tier off."""
-        try:
-            return await call.outcome
-        except OSError as error:
-            if not call.is_given_up:
-                self.fail(error)
-            return None
 
     async def write(
         self, run: Run, images: Sequence[memoryview], *, when_returned: Callable[[], None]
@@ -147,11 +148,14 @@ class SsdTier:
         `images` stay as they are until `when_returned` is called, which may be before or after this ends.
         """
         blocks = list(run.blocks)
-        placed = await self._append(images, when_returned)
+        if not self.is_writable:
+            when_returned()
+            return False
+        placed = await self._writer.append(images, when_returned)
         if placed is None:
             self.unwritten += len(blocks)
             return False
-        return self._note(run, blocks, images, *placed)
+        return self._writer.note(run, blocks, images, *placed)
 
     def drop(self, run: Run) -> None:
         """Forget a run's copy; the segment's room comes back when all in it is dropped, or moved."""
@@ -159,7 +163,7 @@ class SsdTier:
         for block in run.blocks:
             block.ssd_offset = NOWHERE
         if segment.is_dead:
-            self._remove(segment)
+            self._writer.remove(segment)
 
     def fail(self, error: OSError) -> None:
         """The disk is full, or it failed: stop writing, or stop altogether, for a while."""
@@ -171,7 +175,7 @@ class SsdTier:
             return
         was_on = self.serving
         self._fault = f"ssd tier is off: {reason}"
-        for threads in (self._readers, self._writer):
+        for threads in (self._reading, self._writing):
             threads.give_up(OSError(error.errno, reason))
         if was_on:
             log.warning("kv_ssd_off", extra={"error": reason, "retry_s": _RETRY_S})
@@ -190,7 +194,7 @@ class SsdTier:
 
     def watch(self) -> None:
         """Turn the tier off where the disk does not answer."""
-        stuck_s = max(self._readers.stuck_s, self._writer.stuck_s)
+        stuck_s = max(self._reading.stuck_s, self._writing.stuck_s)
         if stuck_s > HANG_S and self.serving:
             self.hangs += 1
             self.fail(OSError(errno.ETIMEDOUT, f"the disk has not answered for {stuck_s:.0f} s"))
@@ -206,8 +210,8 @@ class SsdTier:
             return
         if self._full and now_s >= self._retry_at_s:
             self._full = ""
-        if not self._readers.waiting:
-            await self.outcome_of(self._readers.submit(self._files.check))
+        if not self._reading.waiting:
+            await asyncio.wait({self._reading.submit(self._files.check).outcome})
 
     async def compact(self) -> None:
         """Where room runs short, move what lives in the emptiest sealed segment, and delete it."""
@@ -218,134 +222,32 @@ class SsdTier:
             if run.segment == segment.number and self.is_writable:
                 await self._move(run, segment)
         if segment.is_dead:
-            self._remove(segment)
+            self._writer.remove(segment)
 
     @property
     def _stuck(self) -> bool:
-        return bool(self._readers.waiting or self._writer.waiting)
+        return bool(self._reading.waiting or self._writing.waiting)
 
     async def _move(self, run: Run, segment: Segment) -> None:
         blocks, buffers = list(run.blocks), self._segments.staging(run)
-        found = await self.outcome_of(self.begin_read(blocks, buffers))
-        if found is None or not all(found):
+        try:
+            found = await self.begin_read(blocks, buffers).outcome
+        except OSError:
             return
-        placed = await self._append(buffers, lambda: None)
+        for block, is_sound in zip(blocks, found, strict=True):
+            if not is_sound and block.run is run:
+                self._owner.ssd_block_is_corrupt(block)
+        if not all(found) or not self.is_writable:
+            return  # what is left of it moves in the next turn
+        placed = await self._writer.append(buffers, lambda: None)
         if placed is not None and run.segment == segment.number:
             self._segments.forget(run)
-            self._note(run, blocks, buffers, *placed)
-
-    async def _append(
-        self, images: Sequence[memoryview], when_returned: Callable[[], None]
-    ) -> tuple[Segment, int, list[bool]] | None:
-        """Write images at the end of a segment; where, and which of them were sound."""
-        length = sum(map(len, images))
-        segment = self._room_for(length) if self.is_writable else None
-        if segment is None:
-            when_returned()
-            return None
-        offset = segment.append(length)
-        segment.users += 1
-        call = self._writer.submit(lambda: self._write_now(segment, images, offset))
-
-        def leave() -> None:
-            when_returned()
-            self._leave(segment)
-
-        call.when_returned(leave)
-        sound = await self.outcome_of(call)
-        if sound is None:
-            segment.take_back(offset, length)
-        return None if sound is None or segment.is_out else (segment, offset, sound)
-
-    def _note(
-        self,
-        run: Run,
-        blocks: Sequence[Block],
-        images: Sequence[memoryview],
-        segment: Segment,
-        offset: int,
-        sound: Sequence[bool],
-    ) -> bool:
-        for block, image, is_sound in zip(blocks, images, sound, strict=True):
-            if block.run is run and is_sound:
-                block.ssd_offset = offset
-            elif block.run is run:
-                self._owner.block_is_corrupt(block)
-            offset += len(image)
-        if run.blocks:
-            self._segments.note_written(segment, run, now_s=self._clock.monotonic_s())
-        return bool(run.blocks)
-
-    def _write_now(self, segment: Segment, images: Sequence[memoryview], offset: int) -> list[bool]:
-        sound = []
-        for image in images:
-            header = read_header(image)
-            sound.append(header is not None and is_intact(image, header))
-        if segment.descriptor < 0:
-            segment.descriptor = self._files.create(segment.number)
-        self._files.write(segment.descriptor, images, offset)
-        return sound
-
-    def _room_for(self, length: int) -> Segment | None:
-        self._shrink(length)
-        if not self._segments.fits(length):
-            return None
-        sealed = self._segments.seal_if_full(length)
-        if sealed is not None:
-            self._seal(sealed)
-        return self._segments.active
-
-    def _shrink(self, length: int) -> None:
-        """Let whole segments give way until so much more can be written, or those left are in use."""
-        while (victim := self._segments.in_the_way_of(length)) is not None and not victim.users:
-            self._segments.evicted_blocks += sum(len(run.blocks) for run in victim.runs.values())
-            self._lose_all_of(victim)
-            self._remove(victim)
-
-    def _lose_all_of(self, segment: Segment) -> None:
-        for run in list(segment.runs.values()):
-            self._segments.forget(run)
-            for block in run.blocks:
-                block.ssd_offset = NOWHERE
-            self._owner.ssd_lost(run)
-
-    def _seal(self, segment: Segment) -> DiskCall[None]:
-        runs = segment.found_runs(unix_s=self._clock.unix_s(), now_s=self._clock.monotonic_s())
-        size_bytes = segment.size_bytes
-        segment.is_changed = False
-        seal = self._writer.submit(lambda: self._files.seal(segment.number, runs, segment_bytes=size_bytes))
-        return self._mind(seal)
-
-    def _remove(self, segment: Segment) -> None:
-        # Readers that are still in it keep the file alive until the last one leaves.
-        self._segments.take_out(segment)
-        if not segment.users:
-            self._delete(segment)
-
-    def _leave(self, segment: Segment) -> None:
-        segment.users -= 1
-        if segment.is_out and not segment.users:
-            self._delete(segment)
-
-    def _delete(self, segment: Segment) -> None:
-        if segment.descriptor >= 0:
-            self._mind(self._writer.submit(lambda: self._files.remove(segment.number, segment.descriptor)))
-
-    def _mind(self, call: DiskCall[None]) -> DiskCall[None]:
-        """A call that nobody waits for: its failure is the disk's all the same."""
-
-        def look(outcome: asyncio.Future[None]) -> None:
-            error = outcome.exception()
-            if isinstance(error, OSError) and not call.is_given_up:
-                self.fail(error)
-
-        call.outcome.add_done_callback(look)
-        return call
+            self._writer.note(run, blocks, buffers, *placed)
 
     async def _try_open(self) -> None:
         if self._is_indexed:
             # The same directory as before has the same segments: nothing needs to be read again.
-            call = self._readers.submit(self._files.check)
+            call = self._reading.submit(self._files.check)
             try:
                 await call.outcome
             except OSError:
@@ -353,15 +255,14 @@ class SsdTier:
             else:
                 self._turn_on()
                 return
-        opening = self._readers.submit(self._files.open)
+        opening = self._reading.submit(self._files.open)
         try:
             found = await opening.outcome
-        except OSError as error:
-            self.fail(error)
+        except OSError:
             return
         await self._adopt(found)
         self._is_indexed = True
-        self._shrink(0)
+        self._writer.shrink(0)
         self._turn_on()
         log.info("kv_ssd_on", extra={"bytes": self._segments.used_bytes, "direct_io": self._files.is_direct})
 
@@ -377,9 +278,9 @@ class SsdTier:
                 await asyncio.sleep(0)
             segment.is_changed = not each.is_sealed
             if segment.is_dead:
-                self._remove(segment)
+                self._writer.remove(segment)
             elif not each.is_sealed:
-                self._seal(segment)
+                self._writer.seal(segment)
             await asyncio.sleep(0)
 
     def _adopt_some(self, segment: Segment, found: Sequence[FoundRun]) -> None:
@@ -394,12 +295,12 @@ class SsdTier:
         self._is_indexed = False
         segments = list(self._segments.by_number.values())
         for segment in segments:
-            self._lose_all_of(segment)
+            self._writer.lose_all_of(segment)
             self._segments.take_out(segment)
             await asyncio.sleep(0)
         descriptors = [segment.descriptor for segment in segments if segment.descriptor >= 0]
         # Before the directory is opened again, or the new lock might be closed with the old files.
-        await asyncio.wait({self._mind(self._readers.submit(lambda: self._files.close(descriptors))).outcome})
+        await asyncio.wait({self._reading.submit(lambda: self._files.close(descriptors)).outcome})
 
     async def _close(self) -> None:
         if self._opening is not None:
@@ -407,9 +308,9 @@ class SsdTier:
         segments = self._segments.by_number.values()
         calls: list[DiskCall[None]] = []
         if self.is_writable:
-            calls += [self._seal(segment) for segment in segments if segment.is_changed]
+            calls += [self._writer.seal(segment) for segment in segments if segment.is_changed]
         descriptors = [segment.descriptor for segment in segments if segment.descriptor >= 0]
-        calls.append(self._writer.submit(lambda: self._files.close(descriptors)))
+        calls.append(self._writing.submit(lambda: self._files.close(descriptors)))
         await asyncio.wait({call.outcome for call in calls}, timeout=_CLOSE_S)
-        for threads in (self._readers, self._writer):
+        for threads in (self._reading, self._writing):
             threads.close()

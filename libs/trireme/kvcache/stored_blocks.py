@@ -9,7 +9,7 @@ Invariant: a block belongs to the run that lists it exactly while some tier hold
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from trireme.kvcache.block_codec import BlockHeader, BlockKey, image_bytes
 from trireme.policies.kv_items import State
@@ -130,3 +130,12 @@ def cut_into_runs(blocks: Sequence[Block], *, max_run_bytes: int) -> list[list[B
         else:
             last.append(block)
     return runs
+
+
+def runs_of(blocks: Iterable[Block]) -> list[Run]:
+    """The runs that blocks belong to, in order of appearance."""
+    runs: dict[int, Run] = {}
+    for block in blocks:
+        if block.run is not None:
+            runs.setdefault(block.run.number, block.run)
+    return list(runs.values())

@@ -8,24 +8,16 @@ All methods belong to one event loop; only SSD reads and writes happen elsewhere
 from __future__ import annotations
 
 import asyncio
-import enum
 import itertools
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from trireme.errors import InvalidRequest
 from trireme.kvcache.arena import Arena
 from trireme.kvcache.block_codec import (
-    HASH_BYTES,
-    MAX_PAYLOAD_BYTES,
     BlockKey,
-    block_key,
     block_keys,
-    image_bytes,
-    namespace_digest,
-    tenant_label,
 )
 from trireme.kvcache.block_table import BlockTable
 from trireme.kvcache.dram_tier import DramTier, Lease
@@ -33,24 +25,19 @@ from trireme.kvcache.evictions import Evictions, MoveCounters
 from trireme.kvcache.fetches import Fetch, Fetches
 from trireme.kvcache.look_ahead import LookAhead
 from trireme.kvcache.residency_index import ResidencyWriter
+from trireme.kvcache.saves import Saves
 from trireme.kvcache.segment_files import SegmentFiles
-from trireme.kvcache.segment_sidecar import FoundRun
 from trireme.kvcache.sessions import Sessions
+from trireme.kvcache.ssd_books import SsdBooks
 from trireme.kvcache.ssd_tier import SsdTier
-from trireme.kvcache.stored_blocks import MAX_RUN_BYTES, Block, Run, cut_into_runs
+from trireme.kvcache.stored_blocks import Block, Run, runs_of
 from trireme.kvcache.tenant_ledger import Shares, TenantLedger
 from trireme.policies.kv_items import State
 from trireme.runtime.clock import Clock
 
-RESERVATION_S = 30.0
-"""A writer that has not committed by then is taken for dead."""
 MAX_LEASE_S = 30.0
 MAX_DEADLINE_S = 30.0
 SWEEP_S = 0.25
-_ROOM_S = 0.25
-"""A writer waits no longer for older blocks to be written to SSD; then they are dropped."""
-_RUNS_IN_DRAM = 32
-"""A run takes at most this part of DRAM."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,21 +47,6 @@ class Limits:
     ttl_s: float = 3600.0
     """Blocks that nobody used or waited for, for so long, are deleted."""
     shares: Shares = field(default_factory=Shares)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewBlock:
-    """A block to be saved."""
-
-    block_hash: bytes
-    payload_bytes: int
-
-
-class Refusal(enum.Enum):
-    """Why no room was reserved."""
-
-    PRESENT = "present"
-    NO_SPACE = "no_space"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +68,6 @@ class Counters:
     ssd_hits: int = 0
     misses: int = 0
     late: int = 0
-    committed: int = 0
 
 
 class TieredStore:
@@ -121,6 +92,9 @@ class TieredStore:
         self.look_ahead = LookAhead(
             self.table, self.dram, self.fetches, self.evictions, lambda: self.ssd, clock=clock
         )
+        self.saves = Saves(
+            self.table, self.dram, self.evictions, self.look_ahead, leading=self.leading, clock=clock
+        )
         self.sessions = Sessions(ttl_s=limits.ttl_s)
         self.counters = Counters()
         self.peers = 0
@@ -128,7 +102,6 @@ class TieredStore:
         self.last_sweep_s = clock.monotonic_s()
         self._clock = clock
         self._limits = limits
-        self._most_run_bytes = min(MAX_RUN_BYTES, self.dram.capacity_bytes // _RUNS_IN_DRAM)
 
     @classmethod
     @asynccontextmanager
@@ -146,7 +119,7 @@ class TieredStore:
         if files is None:
             yield store
             return
-        ssd = store.ssd = SsdTier(files, quota_bytes=ssd_bytes, clock=clock, owner=store)
+        ssd = store.ssd = SsdTier(files, quota_bytes=ssd_bytes, clock=clock, owner=store._books())
         store.table.segments = ssd.segments
         async with ssd.in_use():
             try:
@@ -180,99 +153,6 @@ class TieredStore:
                 break
             here.append(block)
         return here
-
-    async def prepare_room(self, blocks: Sequence[NewBlock]) -> None:
-        """Wait a moment for room where blocks come in faster than the disk takes older ones."""
-        size_bytes = sum(image_bytes(block.payload_bytes) for block in blocks)
-        if size_bytes > self.dram.free_bytes:
-            await self.evictions.prepare(size_bytes, deadline_s=_ROOM_S)
-
-    def reserve(self, namespace: str, tenant: str, blocks: Sequence[NewBlock]) -> list[Block | Refusal]:
-        """Room for each block, or why there is none.
-
-        Raises:
-            InvalidRequest: a hash has not 16 bytes, or a payload none or too many.
-        """
-        for block in blocks:
-            if len(block.block_hash) != HASH_BYTES:
-                raise InvalidRequest(
-                    f"a block hash has {len(block.block_hash)} bytes instead of {HASH_BYTES}",
-                    param="block_hash",
-                )
-            if not 0 < block.payload_bytes <= MAX_PAYLOAD_BYTES:
-                raise InvalidRequest(
-                    f"a payload has {block.payload_bytes} bytes, which is not in 1..{MAX_PAYLOAD_BYTES}",
-                    param="payload_bytes",
-                )
-        digest, label = namespace_digest(namespace), tenant_label(tenant)
-        expires_s = self._clock.monotonic_s() + RESERVATION_S
-        keys = [block_key(digest, block.block_hash) for block in blocks]
-        # What is here is used now; noted first, or room for the rest would be made from it.
-        present = [found for key in keys for found in self.leading([key])]
-        self.table.touch_chain(_runs_of(present))
-        held = {block.key for block in present}
-        outcomes: list[Block | Refusal] = []
-        for key, wanted in zip(keys, blocks, strict=True):
-            if key in held or self.dram.is_being_written(key):
-                outcomes.append(Refusal.PRESENT)
-            else:
-                block_room = self.reserve_key(key, label, wanted.payload_bytes, expires_s)
-                outcomes.append(block_room or Refusal.NO_SPACE)
-        self.look_ahead.note_room()
-        return outcomes
-
-    def reserve_key(self, key: BlockKey, tenant: str, payload_bytes: int, expires_s: float) -> Block | None:
-        """Room for one block that is neither here nor being written; None where there is none."""
-        block = Block(key, payload_bytes, 0)
-        if not self.evictions.make_share(tenant, block.image_bytes) or not self.evictions.place(block):
-            return None
-        self.table.dram_ledger.grow(tenant, block.image_bytes)
-        self.dram.reserve(block, tenant=tenant, expires_s=expires_s)
-        return block
-
-    def commit(self, generations: Sequence[int], checksums: Sequence[int]) -> int:
-        """Make reserved blocks readable, first of the chain first; returns how many still were reserved.
-
-        Raises:
-            InvalidRequest: there are not as many checksums as generations.
-        """
-        if len(generations) != len(checksums):
-            raise InvalidRequest(
-                f"{len(generations)} generations come with {len(checksums)} checksums", param="checksums"
-            )
-        by_tenant: dict[str, list[Block]] = {}
-        for generation, checksum in zip(generations, checksums, strict=True):
-            reservation = self.dram.end_reservation(generation)
-            if reservation is None:
-                continue
-            block = reservation.block
-            block.checksum = checksum
-            self.table.dram_ledger.shrink(reservation.tenant, block.image_bytes)
-            by_tenant.setdefault(reservation.tenant, []).append(block)
-        saved_unix_s = self._clock.unix_s()
-        runs: list[Run] = []
-        for tenant, blocks in by_tenant.items():
-            for part in cut_into_runs(blocks, max_run_bytes=self._most_run_bytes):
-                runs.append(self.table.make_run(tenant, part, saved_unix_s=saved_unix_s))
-        for run in reversed(runs):
-            for position, block in enumerate(run.blocks):
-                self.dram.seal(block, position=position)
-            self.table.add(run, used_s=self.table.now_s())
-            self.table.enter_dram(run)
-        committed = sum(len(run.blocks) for run in runs)
-        self.counters.committed += committed
-        return committed
-
-    def abort(self, generations: Sequence[int]) -> int:
-        """Give reserved room back; returns how many still were reserved."""
-        aborted = 0
-        for generation in generations:
-            reservation = self.dram.end_reservation(generation)
-            if reservation is not None:
-                self.table.dram_ledger.shrink(reservation.tenant, reservation.block.image_bytes)
-                self.dram.displace(reservation.block)
-                aborted += 1
-        return aborted
 
     async def acquire(
         self, namespace: str, block_hashes: bytes, *, deadline_s: float, lease_s: float
@@ -308,7 +188,7 @@ class TieredStore:
             self.release(lease.lease_id)
             return Acquired([], 0, 0.0)
         blocks = [lease.blocks[key] for key in found]
-        self.table.touch_chain(_runs_of(blocks))
+        self.table.touch_chain(runs_of(blocks))
         lease.expires_s = self._clock.monotonic_s() + lease_s
         return Acquired(blocks, lease.lease_id, lease_s)
 
@@ -337,7 +217,7 @@ class TieredStore:
         keys = block_keys(namespace, block_hashes)
         now_s = self._clock.monotonic_s()
         applied = self.sessions.note(tenant, session_id, namespace, keys, version=version, now_s=now_s)
-        self.table.touch_chain(_runs_of(self.leading(keys)))
+        self.table.touch_chain(runs_of(self.leading(keys)))
         return applied
 
     def sweep(self) -> None:
@@ -346,7 +226,7 @@ class TieredStore:
         leases, generations = self.dram.outlived(self.last_sweep_s)
         for lease_id in leases:
             self.release(lease_id)
-        self.abort(generations)
+        self.saves.abort(generations)
         self.dram.expired += len(leases) + len(generations)
         self.sessions.expire(self.last_sweep_s)
         self.arena.beat(time.monotonic_ns(), peers=self.peers)
@@ -385,43 +265,8 @@ class TieredStore:
         runs = [run for run in self.table.runs.values() if run.in_dram]
         return sorted(runs, key=lambda run: -run.use_s)
 
-    def adopt(self, found: FoundRun) -> Run | None:
-        """A run lay on the disk at start: it lives on if its time is not over and it is not here already."""
-        # The clock that counts uses starts anew with the machine, and the other one may have been set: what
-        # is said to be used in the future was used now.
-        idle_s = max(0.0, self._clock.unix_s() - found.used_unix_s)
-        if idle_s >= self._limits.ttl_s:
-            return None
-        blocks = []
-        for key, payload_bytes, checksum, offset in found.blocks:
-            older = self.table.blocks.get(key)
-            if older is not None and older.in_dram:
-                continue
-            block = Block(key, payload_bytes, checksum)
-            block.ssd_offset = offset
-            blocks.append(block)
-        if not blocks:
-            return None
-        run = self.table.make_run(found.tenant, blocks, saved_unix_s=found.saved_unix_s)
-        self.table.add(run, used_s=self._clock.monotonic_s() - idle_s)
-        return run
-
-    def ssd_adopted(self, runs: Sequence[Run]) -> None:
-        """The tier has noted where adopted runs lie."""
-        self.table.enter_ssd_at_start(runs)
-
-    def ssd_lost(self, run: Run) -> None:
-        """A run's copy is no longer on SSD."""
-        self.table.leave_ssd(run)
-
-    def block_is_corrupt(self, block: Block) -> None:
-        """A block's bytes in DRAM were not sound when they were to be written."""
-        self.moved.dram_corrupt += 1
-        self.table.drop_block(block)
-
-    def ssd_turned(self, is_on: bool) -> None:
-        """Workers look at what is on SSD only while it can be read."""
-        self.arena.show_ssd(is_on)
+    def _books(self) -> SsdBooks:
+        return SsdBooks(self.table, self.arena, self.moved, ttl_s=self._limits.ttl_s, clock=self._clock)
 
     def _fetch_for(self, lease: Lease, blocks: Sequence[Block]) -> list[Fetch]:
         fetches: list[Fetch] = []
@@ -446,14 +291,6 @@ class TieredStore:
             fetch.leases.append((lease, [block.key for block in run_blocks]))
             fetches.append(fetch)
         return fetches
-
-
-def _runs_of(blocks: Iterable[Block]) -> list[Run]:
-    runs: dict[int, Run] = {}
-    for block in blocks:
-        if block.run is not None:
-            runs.setdefault(block.run.number, block.run)
-    return list(runs.values())
 
 
 async def _wait_for(fetches: Sequence[Fetch], deadline_s: float) -> int:

@@ -20,8 +20,9 @@ from trireme.kvcache.block_codec import (
     read_generation,
     tenant_label,
 )
+from trireme.kvcache.saves import RESERVATION_S
 from trireme.kvcache.stored_blocks import MAX_RUN_BLOCKS, MAX_RUN_BYTES, Block
-from trireme.kvcache.tiered_store import RESERVATION_S, TieredStore
+from trireme.kvcache.tiered_store import TieredStore
 from trireme.wire.kvstore.v1 import kvstore_pb2 as pb
 
 PART_BYTES = 2**20
@@ -141,7 +142,7 @@ class Receiver:
             self.stored += 1
         elif not self._store.dram.is_being_written(key):
             expires_s = self._store.now_s() + RESERVATION_S
-            self._block = self._store.reserve_key(
+            self._block = self._store.saves.reserve_key(
                 key, tenant_label(head.tenant), head.payload_bytes, expires_s
             )
 
@@ -157,7 +158,7 @@ class Receiver:
             checksum = await asyncio.to_thread(payload_checksum, payload)
         if checksum != head.checksum:
             self._counters.corrupt += 1
-            self._store.abort([block.generation])
+            self._store.saves.abort([block.generation])
             return
         block.checksum = checksum
         self._whole.append(block)
@@ -166,7 +167,7 @@ class Receiver:
             self._commit()
 
     def _commit(self) -> None:
-        stored = self._store.commit(
+        stored = self._store.saves.commit(
             [block.generation for block in self._whole], [block.checksum for block in self._whole]
         )
         self.stored += stored
@@ -175,5 +176,5 @@ class Receiver:
 
     def _drop_unfinished(self) -> None:
         if self._block is not None:
-            self._store.abort([self._block.generation])
+            self._store.saves.abort([self._block.generation])
         self._block, self._head = None, None

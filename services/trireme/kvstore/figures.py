@@ -29,7 +29,7 @@ def stats_of(store: TieredStore, transfers: TransferCounters, *, node: str) -> p
         hits=counters.matched,
         misses=counters.misses,
         late=counters.late,
-        committed=counters.committed,
+        committed=store.saves.committed_blocks,
         promoted=moved.promoted,
         write_behind_bytes=store.evictions.writing_bytes,
         write_behind_blocks=store.evictions.writing_blocks,

@@ -30,7 +30,7 @@ async def set_aside_blocks(store: TieredStore) -> None:
         gc.freeze()
         await asyncio.sleep(_PERIOD_S)
         counters, now_s = store.counters, time.monotonic()
-        if (now := counters.lookups + counters.committed + counters.dram_hits) != asked:
+        if (now := counters.lookups + store.saves.committed_blocks + counters.dram_hits) != asked:
             asked, asked_s = now, now_s
         if now_s - asked_s >= _QUIET_S and now_s - thorough_s >= _THOROUGH_S:
             gc.unfreeze()

@@ -11,8 +11,9 @@ import grpc
 
 from trireme.errors import InvalidRequest, Overloaded
 from trireme.kvcache.block_codec import HASH_BYTES, block_keys
+from trireme.kvcache.saves import RESERVATION_S, NewBlock, Refusal
 from trireme.kvcache.stored_blocks import Block
-from trireme.kvcache.tiered_store import MAX_DEADLINE_S, RESERVATION_S, NewBlock, Refusal, TieredStore
+from trireme.kvcache.tiered_store import MAX_DEADLINE_S, TieredStore
 from trireme.kvstore.block_streams import Receiver, send_chain
 from trireme.kvstore.figures import stats_of
 from trireme.kvstore.peers import Peers
@@ -57,8 +58,8 @@ class KvStoreServicer(rpc.KvStoreServicer):
             NewBlock(block_hash=block.block_hash, payload_bytes=block.payload_bytes)
             for block in request.blocks
         ]
-        await self._store.prepare_room(blocks)
-        outcomes = self._store.reserve(request.namespace, request.tenant, blocks)
+        await self._store.saves.prepare_room(blocks)
+        outcomes = self._store.saves.reserve(request.namespace, request.tenant, blocks)
         return pb.ReserveResponse(
             arena=self._arena,
             blocks=[self._reserved(outcome) for outcome in outcomes],
@@ -68,12 +69,12 @@ class KvStoreServicer(rpc.KvStoreServicer):
     async def Commit(self, request: pb.CommitRequest, context: Context) -> pb.CommitResponse:
         if not self._is_ours(request.arena_id):
             return pb.CommitResponse()
-        return pb.CommitResponse(committed=self._store.commit(request.generations, request.checksums))
+        return pb.CommitResponse(committed=self._store.saves.commit(request.generations, request.checksums))
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         if not self._is_ours(request.arena_id):
             return pb.AbortResponse()
-        return pb.AbortResponse(aborted=self._store.abort(request.generations))
+        return pb.AbortResponse(aborted=self._store.saves.abort(request.generations))
 
     async def Acquire(self, request: pb.AcquireRequest, context: Context) -> pb.AcquireResponse:
         _check_count(len(request.block_hashes) // HASH_BYTES)
