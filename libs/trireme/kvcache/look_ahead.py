@@ -28,7 +28,7 @@ LOW_FREE = 0.10
 DROP_LOW_FREE = 0.01
 """The same where what leaves DRAM is lost at once, so that little is gained by letting it leave early."""
 BATCH_FREE = 0.05
-BATCH_BYTES = 16 * 2**20
+BATCH_BYTES = 8 * 2**20
 """Evicting goes on for this share of DRAM and this many bytes at most, so that no plan is long."""
 LEAST_S = 0.005
 """Between two plans, however fast the queue changes."""

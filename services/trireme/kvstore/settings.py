@@ -67,13 +67,21 @@ def sizes_of(settings: Settings) -> Sizes:
         raise InvalidConfiguration(
             f"dram_mib={dram_mib} must be at least 1 and ssd_mib={ssd_mib} at least 0", param="dram_mib"
         )
+    ttl_s = section.ttl_s if settings.ttl_s is None else settings.ttl_s
+    tenant_share = section.tenant_share if settings.tenant_share is None else settings.tenant_share
+    if ttl_s <= 0:
+        raise InvalidConfiguration(f"ttl_s={ttl_s} must be above 0", param="ttl_s")
+    if not 0 < tenant_share <= 1:
+        raise InvalidConfiguration(
+            f"tenant_share={tenant_share} must be above 0 and at most 1", param="tenant_share"
+        )
     return Sizes(
         dram_bytes=dram_mib * 2**20,
         ssd_bytes=ssd_mib * 2**20,
         limits=Limits(
-            ttl_s=section.ttl_s if settings.ttl_s is None else settings.ttl_s,
+            ttl_s=ttl_s,
             shares=Shares(
-                default=section.tenant_share if settings.tenant_share is None else settings.tenant_share,
+                default=tenant_share,
                 by_tenant={tenant_label(tenant): share for tenant, share in section.tenant_shares.items()},
             ),
         ),
