@@ -35,6 +35,8 @@ class Choice:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[PositionLogprobs] = field(default_factory=list)
     finished: Finished | None = None
+    dropped_tokens: int = 0
+    """Oldest ones, of prompt and answer, that have gone because the context was full."""
     sent: int = 0
     """Tokens given to the present gateway's stream."""
     finish_sent: bool = False
@@ -85,9 +87,12 @@ class LiveRequest:
 
     def usage(self) -> Usage:
         """What it used so far, in this attempt; delivered tokens of earlier ones count as answer."""
+        truncation = self.assignment.request.truncation
+        dropped_tokens = truncation.cuts[-1] - truncation.head_tokens if truncation.cuts else 0
         return Usage(
             prompt_tokens=len(self.assignment.request.prompt_token_ids),
             cached_prompt_tokens=self.cached_prompt_tokens,
+            truncated_tokens=dropped_tokens + sum(choice.dropped_tokens for choice in self.choices),
             completion_tokens=sum(choice.first_index + len(choice.token_ids) for choice in self.choices),
             engine_s=self.engine_s,
             joules=self.joules,
