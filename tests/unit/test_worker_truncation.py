@@ -18,6 +18,7 @@ from trireme.runtime.fleet import PublicPrefix
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, Assignment, RequestKind
 from trireme.worker.billing import Biller
 from trireme.worker.live_requests import LiveRequest
+from trireme.worker.request_chains import RequestChains, prompt_hashes
 from trireme.worker.request_table import RequestTable, new_choices
 from trireme.worker.sequence_requests import sequences_of
 from trireme.worker.served_engine import ResidencyLog, ServedEngine
@@ -160,3 +161,15 @@ def test_tenants_find_each_others_public_blocks_alone(worker: Worker) -> None:
         found.setdefault(tenant, []).append(live.usage().cached_prompt_tokens)
     everything = (len(prompt) - 1) // SIZE * SIZE
     assert found == {"a": [0], "b": [shared, everything]} and shared < everything
+
+
+def test_the_worker_names_an_answers_blocks_behind_a_public_prompt_as_the_engine_does(worker: Worker) -> None:
+    model = public_model(PublicPrefix(text="def add(a, b):\n    return a + b\n" * 8))
+    declared = list(model.public_prefixes[0])
+    prompt = declared[: len(declared) // SIZE * SIZE]
+    live = worker.answer(submit(OLDEST, prompt=prompt, max_tokens=50, model=model))
+    chains = RequestChains()
+    chains.follow(live, prompt_hashes(live.assignment.request, SIZE), SIZE)
+    (names,) = chains.end(live)
+    assert len(names) == (len(prompt) + 49) // SIZE > len(prompt) // SIZE
+    assert all(worker.engine.export_block(name) is not None for name in names)

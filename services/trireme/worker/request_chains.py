@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from trireme.kvcache.block_identity import extend_hashes
+from trireme.kvcache.block_identity import HashChain
 from trireme.policies.prefix_index import split_hashes
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest
 from trireme.worker.live_requests import LiveRequest
@@ -18,7 +18,12 @@ def prompt_hashes(request: AdmittedRequest, block_tokens: int) -> list[bytes]:
     """Hashes of the full blocks of a request's prompt."""
     if request.prefix_hashes:
         return split_hashes(request.prefix_hashes)
-    return list(extend_hashes(request.kv_salt, request.prompt_token_ids, block_tokens))
+    return chain_of(request).extend((), request.prompt_token_ids, block_tokens)
+
+
+def chain_of(request: AdmittedRequest) -> HashChain:
+    """How the hashes of a request's blocks hang together, until it is cut while it is answered."""
+    return HashChain(request.kv_salt, tuple([(joint.block, joint.parent) for joint in request.kv_joints]))
 
 
 def reusable_blocks(request: AdmittedRequest, block_tokens: int) -> int:
@@ -41,10 +46,8 @@ class _Chain:
         total = len(request.prompt_token_ids) + choice.first_index + len(choice.token_ids) - 1
         if total // block_tokens <= known:
             return []
-        parent = self.answer[-1] if self.answer else self.prompt[-1] if self.prompt else request.kv_salt
-        fresh = list(
-            extend_hashes(parent, _tokens_from(live, number, known * block_tokens)[:-1], block_tokens)
-        )
+        tokens = _tokens_from(live, number, known * block_tokens)[:-1]
+        fresh = chain_of(request).extend([*self.prompt, *self.answer], tokens, block_tokens)
         self.answer += fresh
         return fresh
 
