@@ -201,6 +201,7 @@ def main() -> None:
     figures = {
         "variant": arguments.variant,
         "threads": arguments.threads,
+        "layers": model.config.num_layers,
         "kv_bytes_per_token": kv_bytes // BLOCK_TOKENS,
         "copy_bytes_per_s": round(copy_bytes_per_s()),
         "fit": errors_of(samples, seed=0),

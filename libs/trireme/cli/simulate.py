@@ -74,6 +74,11 @@ def simulate(
     swapping: Annotated[
         SwappingChoice, typer.Option(help="Copy KV of preempted sequences ahead, on demand, or drop it.")
     ] = SwappingChoice.PROACTIVE,
+    dram_gb: Annotated[
+        float, typer.Option(min=0, help="DRAM for KV that is found again; needs a trace with prefix blocks.")
+    ] = 0.0,
+    ssd_gb: Annotated[float, typer.Option(min=0, help="SSD below it.")] = 0.0,
+    disk_gb_per_s: Annotated[float, typer.Option(help="Of the SSD, each direction.")] = 3.0,
     seed: int = 0,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("simulation"),
 ) -> None:
@@ -84,6 +89,7 @@ def simulate(
 
         trireme simulate --trace azure-conv --rate 4 --compare fcfs,mlfq,srpt
         trireme simulate --trace sharegpt-like --requests 20000 --rate 8 --workers 2 --cv 4
+        trireme simulate --trace mooncake-conversation --dram-gb 100 --ssd-gb 1000 --kv-blocks 8192
         trireme simulate --profile benchmarks/results/iteration_profile.json --answer-factor 0.2 --rate 1
     """
     try:
@@ -129,7 +135,10 @@ def simulate(
     runs: dict[str, Result] = {}
     for name in names:
         started_s = time.perf_counter()
-        runs[name] = scenario.simulate(workload, config, model, name)
+        reuse = scenario.tiers_of(
+            workload, model, dram_gb=dram_gb, ssd_gb=ssd_gb, disk_gb_per_s=disk_gb_per_s
+        )
+        runs[name] = scenario.simulate(workload, config, model, name, reuse=reuse)
         seconds = time.perf_counter() - started_s
         typer.echo(
             f"{name}: {len(workload)} requests, {runs[name].makespan_s:,.0f} s simulated in {seconds:.1f} s "
@@ -146,13 +155,22 @@ def _show(runs: dict[str, Result]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from trireme.simulator.report import COLUMNS, shown
+    from trireme.simulator.report import shown
 
+    columns = (
+        ("JCT mean", "jct_s_mean", "s"),
+        ("JCT p99", "jct_s_p99", "s"),
+        ("TTFT mean", "ttft_s_mean", "s"),
+        ("TTFT p99", "ttft_s_p99", "s"),
+        ("per token", "per_token_s_mean", "ms"),
+        ("cached", "cached_token_share", "%"),
+        ("tokens/s", "answer_tokens_per_s", ""),
+    )
     table = Table()
     table.add_column("policy")
-    for heading, _, unit in COLUMNS:
+    for heading, _, unit in columns:
         table.add_column(f"{heading}\n{unit}", justify="right")
     for name, run in runs.items():
         figures = run.figures()
-        table.add_row(name, *(shown(figures[key], unit) for _, key, unit in COLUMNS))
+        table.add_row(name, *(shown(figures[key], unit) for _, key, unit in columns))
     Console().print(table)

@@ -33,7 +33,9 @@ from trireme.policies.iteration import (
 from trireme.policies.mlfq import MlfqScheduler
 from trireme.simulator.engine_model import EngineModel
 from trireme.simulator.events import ITERATION, Call, Link
+from trireme.simulator.requests import on_tick
 from trireme.simulator.result import Counters
+from trireme.simulator.reuse import Reuse
 from trireme.simulator.sequences import Pools, Sequence
 
 _NO_ENDS: NDArray[np.float64] = np.empty(0)
@@ -94,6 +96,7 @@ class Engine:
         model: the time of an iteration.
         scheduler: a live iteration scheduler of its own.
         on_end: called with each sequence when its last token is there.
+        find: called when one starts: what lower tiers give it; `kv_arrived` must follow if not ready.
         on_first_token: called when its first is.
     """
 
@@ -105,6 +108,7 @@ class Engine:
         scheduler: IterationScheduler,
         *,
         on_end: Callable[[Sequence], None],
+        find: Callable[[Sequence], Reuse] | None = None,
     ) -> None:
         self.env = env
         self.config = config
@@ -120,6 +124,7 @@ class Engine:
         self._block_bytes = max(1, config.block_tokens * model.kv_bytes_per_token)
         self._watermark_blocks = int(config.watermark * config.num_blocks)
         self._on_end = on_end
+        self._find = find
         self._keeps_reserve = bool(config.host_blocks) and config.swapping is Swapping.PROACTIVE
         """The scheduler counts decisions for its reserve of blocks, so that each charge must follow one."""
         self._runs: tuple[Run, ...] = ()
@@ -156,6 +161,7 @@ class Engine:
                 param="--kv-blocks",
             )
         self.sequences[sequence.sequence_id] = sequence
+        sequence.computed = sequence.cached_tokens
         job = Job(
             sequence_id=sequence.sequence_id,
             arrival_s=sequence.arrival_s,
@@ -257,14 +263,15 @@ class Engine:
         decision = self.scheduler.decide(self._budget(), self._view, now_s=self.env.now)
         self.counters.decisions += 1
         self._move(decision)
-        if not decision.runs:
+        runs, stall_s = self._started(decision)
+        if not runs:
             # A copy that ends, or an arrival, wakes it.
             assert self._copies or decision.evicted, f"the scheduler runs nobody: {decision.reason}"
             self._waits_since_s = self.env.now
             if not self._copies:
                 self._wake()
             return
-        self._compute(decision)
+        self._compute(runs, stall_s)
 
     def _budget(self) -> Budget:
         pools = self.pools
@@ -281,20 +288,50 @@ class Engine:
             link_blocks_per_s=self.model.link_bytes_per_s / self._block_bytes,
         )
 
-    def _compute(self, decision: IterationDecision) -> None:
+    def _started(self, decision: IterationDecision) -> tuple[tuple[Run, ...], float]:
+        """Those that run, without those whose KV has to come first; and the wait for what is loaded."""
+        if not decision.admitted:
+            return decision.runs, 0.0
+        runs: list[Run] = []
+        stall_s = 0.0
+        for sequence_id, count in decision.runs:
+            sequence = self.sequences[sequence_id]
+            if sequence_id in decision.admitted:
+                assert sequence.location is Location.NONE
+                sequence.location = Location.DEVICE
+                if self._find is not None and not sequence.preemptions:
+                    found = self._find(sequence)
+                    sequence.cached_tokens = sequence.computed = sequence.most_computed = found.tokens
+                    count = min(count, sequence.target - found.tokens)
+                    stall_s = max(stall_s, on_tick(found.stall_s))
+                    if not found.is_ready:
+                        self._await(sequence)
+                        continue
+            runs.append(Run(sequence_id, count))
+        return tuple(runs), stall_s
+
+    def _await(self, sequence: Sequence) -> None:
+        """It holds its blocks while its KV comes from below."""
+        sequence.location = Location.MOVING
+        sequence.blocks = self._blocks_for(sequence.target)
+        self.pools.device_free -= sequence.blocks
+        self._copies += 1
+
+    def kv_arrived(self, sequence: Sequence) -> None:
+        """What a sequence waited for is on the device."""
+        self._copies -= 1
+        sequence.location = Location.DEVICE
+        self._wake()
+
+    def _compute(self, runs: tuple[Run, ...], stall_s: float) -> None:
         """Take the model's time for the batch, or for as many iterations of it as are sure to be alike."""
-        runs = decision.runs
         sequences = self.sequences
         size = self.config.block_tokens
         new_tokens = kv_tokens = pairs = taken = 0
-        stall_s = 0.0
         longest = LONGEST_RUN if self.config.fast_forward else 1
         # Written out: this loop is most of the simulator's own time.
         for sequence_id, count in runs:
             sequence = sequences[sequence_id]
-            if sequence.location is not Location.DEVICE:
-                assert sequence.location is Location.NONE and sequence_id in decision.admitted
-                stall_s = max(stall_s, self._admit(sequence))
             start, target = sequence.computed, sequence.target
             end = start + count
             blocks = -(-target // size)
@@ -399,14 +436,6 @@ class Engine:
             "the scheduler gave out blocks that are not there"
         )
         return self.link_out.free_s - self.env.now if pools.device_free < 0 else 0.0
-
-    def _admit(self, sequence: Sequence) -> float:
-        """Its KV begins; returns the wait for what is loaded."""
-        sequence.location = Location.DEVICE
-        if sequence.preemptions:
-            return 0.0
-        sequence.computed = sequence.most_computed = sequence.cached_tokens
-        return sequence.stall_s
 
     def _view(self, sequence_id: str) -> SequenceView:
         sequence = self.sequences[sequence_id]

@@ -16,7 +16,7 @@ import json
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,6 +105,8 @@ class EngineModel:
     """For swapping over a link."""
     link_bytes_per_s: float = 25e9
     """Device to host, each direction."""
+    layers: int = 1
+    """Of which each can be loaded while the one before it computes."""
     _linear_s: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -180,21 +182,16 @@ class EngineModel:
 
     def slowed(self, *, per_iteration_s: float = 0.0, factor: float = 1.0) -> EngineModel:
         """The same engine with a fixed cost added to each iteration, and all times multiplied."""
-        return EngineModel(
-            name=self.name,
-            knot_tokens=self.knot_tokens,
+        return replace(
+            self,
             knot_s=tuple(max(0.0, factor * seconds + per_iteration_s) for seconds in self.knot_s),
             per_sequence_s=factor * self.per_sequence_s,
             per_kv_token_s=factor * self.per_kv_token_s,
             per_pair_s=factor * self.per_pair_s,
-            kv_bytes_per_token=self.kv_bytes_per_token,
-            link_bytes_per_s=self.link_bytes_per_s,
         )
 
 
-def fitted(
-    samples: Sequence[Sample], *, name: str, kv_bytes_per_token: int = 0, link_bytes_per_s: float = 25e9
-) -> EngineModel:
+def fitted(samples: Sequence[Sample], *, name: str) -> EngineModel:
     """The model that comes closest to measured iterations, in relative error.
 
     Least squares with all coefficients at or above 0: what comes out negative is left out, most negative
@@ -222,8 +219,6 @@ def fitted(
         per_sequence_s=float(weights[-3]),
         per_kv_token_s=float(weights[-2]),
         per_pair_s=float(weights[-1]),
-        kv_bytes_per_token=kv_bytes_per_token,
-        link_bytes_per_s=link_bytes_per_s,
     )
 
 
@@ -281,13 +276,11 @@ def from_file(path: Path) -> EngineModel:
     """
     samples, document = read_samples(path)
     try:
-        bytes_per_token = int(document.get("kv_bytes_per_token", 0))
-        link_bytes_per_s = float(document.get("copy_bytes_per_s", 25e9))
+        return replace(
+            fitted(samples, name=str(document.get("variant", path.stem))),
+            kv_bytes_per_token=int(document.get("kv_bytes_per_token", 0)),
+            link_bytes_per_s=float(document.get("copy_bytes_per_s", 25e9)),
+            layers=int(document.get("layers", 1)),
+        )
     except (TypeError, ValueError) as error:
         raise InvalidConfiguration(f"{path}: {error}", param="--profile") from error
-    return fitted(
-        samples,
-        name=str(document.get("variant", path.stem)),
-        kv_bytes_per_token=bytes_per_token,
-        link_bytes_per_s=link_bytes_per_s,
-    )

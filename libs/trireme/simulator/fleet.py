@@ -20,10 +20,10 @@ from trireme.policies.routing import RoutedRequest, WorkerView, choose_worker
 from trireme.simulator import sequences
 from trireme.simulator.engine import Engine, EngineConfig
 from trireme.simulator.engine_model import EngineModel
-from trireme.simulator.events import ARRIVAL, Call
-from trireme.simulator.requests import Request, checked, on_tick
+from trireme.simulator.events import ARRIVAL, COPIED, Call
+from trireme.simulator.requests import TICK_S, Request, checked, on_tick
 from trireme.simulator.result import Moment, Result
-from trireme.simulator.reuse import NO_REUSE, KvReuse
+from trireme.simulator.reuse import KvReuse, Reuse
 
 RemainingS = Callable[[str], float]
 """Seconds that a sequence still computes if it decodes in a full batch: what an oracle knows."""
@@ -69,7 +69,7 @@ class Fleet:
     Args:
         requests: in any order.
         scheduler_factory: called once per worker.
-        reuse: what prefix caches and lower tiers give a request.
+        reuse: what lower tiers give a request; None: every prompt is computed.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Fleet:
         model: EngineModel,
         scheduler_factory: SchedulerFactory,
         *,
-        reuse: KvReuse = NO_REUSE,
+        reuse: KvReuse | None = None,
     ) -> None:
         self.env = Environment()
         self.config = config
@@ -87,7 +87,14 @@ class Fleet:
         self.reuse = reuse
         self._full_decode_s = model.decode_s(config.engine.max_sequences, NOMINAL_CONTEXT_TOKENS)
         self.engines = [
-            Engine(self.env, config.engine, model, scheduler_factory(self._remaining_s), on_end=self._ended)
+            Engine(
+                self.env,
+                config.engine,
+                model,
+                scheduler_factory(self._remaining_s),
+                on_end=self._ended,
+                find=None if reuse is None else self._find,
+            )
             for _ in range(config.workers)
         ]
         self._requests = checked(requests)
@@ -105,6 +112,8 @@ class Fleet:
         self._prefill_tokens_per_s = 1 / model.prefill_s(config.engine.token_budget)
         self._prefill_tokens_per_s *= config.engine.token_budget
         self._overhead_in_s = on_tick(config.request_overhead_s / 2)
+        self._tiers_s = math.inf
+        """When the tiers will be advanced next."""
         self._ended_count = 0
         self._timeline: list[Moment] = []
 
@@ -162,12 +171,12 @@ class Fleet:
                 return False
             place = 0
         else:
-            views = [self._view(index, request) for index in range(self.config.workers)]
-            expected = self._expected_answer or float(request.answer_tokens)
+            views = [self._view(index) for index in range(self.config.workers)]
+            answer = self._expected_answer or float(request.answer_tokens)
             routed = RoutedRequest(
                 request_id=request.request_id,
                 prompt_tokens=request.prompt_tokens,
-                expected_answer_tokens=min(expected, request.answer_tokens),
+                expected_answer_tokens=min(answer, request.answer_tokens),
                 choices=1,
                 urgency=1,
             )
@@ -178,13 +187,14 @@ class Fleet:
         sequence.worker = place
         self._assigned[place] += 1
         self._assigned_tokens[place] += request.prompt_tokens + request.answer_tokens
-        found = self.reuse.arrived(request, worker=place, now_s=self.env.now)
-        sequence.cached_tokens = min(found.tokens, request.prompt_tokens - 1)
-        sequence.stall_s = on_tick(found.stall_s)
+        if self.reuse is not None:
+            expected = self.reuse.arrived(request, now_s=self.env.now)
+            sequence.cached_tokens, sequence.stall_s = expected.tokens, expected.stall_s
+            self._follow_tiers()
         self.engines[place].submit(sequence)
         return True
 
-    def _view(self, place: int, request: Request) -> WorkerView:
+    def _view(self, place: int) -> WorkerView:
         engine = self.engines[place]
         config = self.config.engine
         limit = self.config.queue_limit
@@ -198,7 +208,7 @@ class Fleet:
             queue_limit=len(self._requests) if limit is None else limit,
             prefill_tokens_per_s=self._prefill_tokens_per_s,
             decode_tokens_per_s=1 / self.model.decode_s(max(1, engine.running), NOMINAL_CONTEXT_TOKENS),
-            cached_tokens=self.reuse.resident_tokens(request, worker=place),
+            cached_tokens=0,  # the tiers are behind all workers alike
         )
 
     def _ended(self, sequence: sequences.Sequence) -> None:
@@ -210,7 +220,9 @@ class Fleet:
         answer = float(request.answer_tokens)
         known = self._expected_answer or answer
         self._expected_answer = (1 - ANSWER_SMOOTHING) * known + ANSWER_SMOOTHING * answer
-        self.reuse.ended(request, worker=place, now_s=self.env.now)
+        if self.reuse is not None:
+            self.reuse.ended(request, now_s=self.env.now)
+            self._follow_tiers()
         sequence.finish_s += self._overhead_in_s
         sequence.first_token_s += self._overhead_in_s
         for follower in self._followers.pop(request.request_id, ()):
@@ -218,6 +230,30 @@ class Fleet:
             Call(self.env, delay_s, lambda follower=follower: self._arrive(follower), priority=ARRIVAL)  # type: ignore[misc]
         while self._held and self._assign(self._held[0]):
             self._held.popleft()
+
+    # Lower tiers.
+
+    def _find(self, sequence: sequences.Sequence) -> Reuse:
+        assert self.reuse is not None
+        found = self.reuse.started(sequence.request, now_s=self.env.now)
+        self._follow_tiers()
+        return found
+
+    def _follow_tiers(self) -> None:
+        """Be there when the tiers' next transfer ends."""
+        assert self.reuse is not None
+        next_s = self.reuse.next_event_s()
+        if next_s < self._tiers_s:
+            self._tiers_s = max(self.env.now, math.ceil(next_s / TICK_S) * TICK_S)
+            Call(self.env, self._tiers_s - self.env.now, self._advance_tiers, priority=COPIED)
+
+    def _advance_tiers(self) -> None:
+        assert self.reuse is not None
+        self._tiers_s = math.inf
+        for request_id in self.reuse.advance(self.env.now):
+            sequence = self._sequences[request_id]
+            self.engines[sequence.worker].kv_arrived(sequence)
+        self._follow_tiers()
 
     # What plots show.
 
@@ -233,7 +269,7 @@ class Fleet:
                 running=sum(engine.running for engine in engines),
                 device_blocks=sum(engine.pools.device_held for engine in engines),
                 host_blocks=sum(engine.pools.host_held for engine in engines),
-                tiers=self.reuse.levels(),
+                tiers={} if self.reuse is None else self.reuse.levels(),
             )
         )
         if self._ended_count < len(self._requests):

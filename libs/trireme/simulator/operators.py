@@ -119,6 +119,7 @@ def published(name: str) -> EngineModel:
         per_pair_s=flops_per_pair / (COMPUTE_SHARE * gpu.flops),
         kv_bytes_per_token=kv_bytes_per_token,
         link_bytes_per_s=gpu.link_bytes_per_s,
+        layers=model.layers,
     )
 
 

@@ -26,11 +26,13 @@ COLUMNS: Final = (
     ("per token mean", "per_token_s_mean", "ms"),
     ("p95", "per_token_s_p95", "ms"),
     ("answer tokens/s", "answer_tokens_per_s", ""),
+    ("prompt cached", "cached_token_share", "%"),
     ("preempted requests", "preempted_requests", ""),
     ("recomputed tokens", "recomputed_tokens", ""),
 )
 """Heading, figure, unit."""
 
+_MORE_IS_BETTER = ("answer_tokens_per_s", "cached_token_share")
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -111,7 +113,7 @@ def write_report(
 
 def shown(value: float, unit: str) -> str:
     """A figure as a person reads it: three digits, thousands apart."""
-    scaled = 1000 * value if unit == "ms" else value
+    scaled = value * {"ms": 1000, "%": 100}.get(unit, 1)
     if unit and abs(scaled) < 100:
         return f"{scaled:.3g}"
     return f"{scaled:,.0f}"
@@ -119,9 +121,9 @@ def shown(value: float, unit: str) -> str:
 
 def _rows(figures: Mapping[str, Mapping[str, float]]) -> list[dict[str, object]]:
     best = {
-        key: (max if key == "answer_tokens_per_s" else min)(found[key] for found in figures.values())
+        key: (max if key in _MORE_IS_BETTER else min)(found[key] for found in figures.values())
         for _, key, unit in COLUMNS
-        if unit or key == "answer_tokens_per_s"
+        if unit or key in _MORE_IS_BETTER
     }
     return [
         {

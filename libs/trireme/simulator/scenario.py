@@ -9,15 +9,17 @@ from pathlib import Path
 
 from trireme.errors import InvalidConfiguration
 from trireme.policies.iteration import IterationScheduler
+from trireme.policies.kv_tiering import Capacity
 from trireme.policies.mlfq import MlfqSettings
 from trireme.policies.schedulers import POLICIES, make_scheduler
 from trireme.simulator import operators, traces, workloads
 from trireme.simulator.engine import Swapping
 from trireme.simulator.engine_model import EngineModel, from_file
 from trireme.simulator.fleet import Fleet, FleetConfig, RemainingS
+from trireme.simulator.kv_tiers import LOOK_AHEAD, LRU, KvTiers, TierSpec
 from trireme.simulator.requests import Request, rescaled
 from trireme.simulator.result import Result
-from trireme.simulator.reuse import NO_REUSE, KvReuse
+from trireme.simulator.reuse import KvReuse, TierReuse
 
 GENERATED_REQUESTS = 2000
 
@@ -114,7 +116,7 @@ def simulate(
     policy: str,
     *,
     settings: MlfqSettings | None = None,
-    reuse: KvReuse = NO_REUSE,
+    reuse: KvReuse | None = None,
 ) -> Result:
     """Play the requests under one policy.
 
@@ -135,6 +137,43 @@ def simulate(
         return make_scheduler(policy, profile, settings=settings, remaining=remaining)
 
     return Fleet(requests, config, model, scheduler_of, reuse=reuse).run()
+
+
+def tiers_of(
+    requests: Sequence[Request],
+    model: EngineModel,
+    *,
+    dram_gb: float,
+    ssd_gb: float,
+    disk_gb_per_s: float,
+    sees_queue: bool = True,
+) -> KvReuse | None:
+    """DRAM and SSD behind the workers, for one simulation; None where there is no DRAM.
+
+    Args:
+        sees_queue: fetch and evict by looking ahead in the queue; else least recently used.
+
+    Raises:
+        InvalidConfiguration: a size is negative, the disk has no speed, or the trace names no prefix blocks.
+    """
+    if dram_gb < 0 or ssd_gb < 0 or disk_gb_per_s <= 0:
+        raise InvalidConfiguration(
+            "tiers must not be smaller than 0 and the disk must have a speed", param="--dram-gb"
+        )
+    if not dram_gb:
+        return None
+    if not all(request.block_tokens for request in requests) or not model.kv_bytes_per_token:
+        raise InvalidConfiguration(
+            "tiers need a trace that names prefix blocks (mooncake-conversation, agentic) and a profile that "
+            "tells the bytes of a token's KV",
+            param="--dram-gb",
+        )
+    spec = TierSpec(
+        capacity=Capacity(dram_bytes=int(1e9 * dram_gb), ssd_bytes=int(1e9 * ssd_gb)),
+        disk_read_bytes_s=1e9 * disk_gb_per_s,
+        disk_write_bytes_s=1e9 * disk_gb_per_s,
+    )
+    return TierReuse(requests, KvTiers(spec, LOOK_AHEAD if sees_queue else LRU), model)
 
 
 def facts_of(

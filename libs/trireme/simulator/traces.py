@@ -18,7 +18,7 @@ DATA = Path(__file__).resolve().parents[3] / "benchmarks" / "data" / "traces"
 SHIPPED = {
     "azure-conv": "azure2023_conv_10min.csv",
     "azure-code": "azure2023_code_10min.csv.gz",
-    "mooncake-conversation": "mooncake_conversation_10min.jsonl.gz",
+    "mooncake-conversation": "mooncake_conversation_40min.jsonl.gz",
     "agentic": "agentic_sessions.jsonl.gz",
 }
 """Traces that the repository ships, by name, under `benchmarks/data/traces`."""

@@ -1,0 +1,199 @@
+"""The simulator against the fleet: the same small trace through both on this machine.
+
+    python -m benchmarks.iteration_profile && python -m benchmarks.simulator_calibration [--policy fcfs,mlfq]
+
+The engine's iterations come from the measured profile. What the fleet adds to them is not in it: the
+engine shares the cores with gateway, scheduler and client. That is measured first, on probes that are not the
+trace: batches of several sizes that decode together tell how much longer an iteration takes (a factor and
+a constant), and lone requests of one token tell the time of a request outside the engine. Then the trace
+is played: 150 requests with Poisson arrivals and the lengths of the Azure conversation trace, cut to what
+a small model can do. The bar: mean and p99 of the completion time within 15 % of the fleet's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.fleet import MODEL, RESULTS, fleet_document, running, write_result
+from trireme.load.drivers import Driver, grpc_driver
+from trireme.load.plan import Lengths, PlannedRequest, closed
+from trireme.load.report import percentile
+from trireme.load.run import run_closed_loop, run_open_loop
+from trireme.simulator import scenario
+from trireme.simulator.engine import EngineConfig
+from trireme.simulator.engine_model import EngineModel, from_file
+from trireme.simulator.fleet import FleetConfig
+from trireme.simulator.requests import Request
+
+VOCABULARY = 4000
+MAX_SEQUENCES = 8
+TOKEN_BUDGET = 256
+KV_MIB = 256
+PROMPT_FACTOR = 0.125
+ANSWER_FACTOR = 0.25
+PROBE_BATCHES = (1, 2, 4, 8)
+PROBE_PROMPT = 64
+PROBE_ANSWER = 96
+BAR = 0.15
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overhead:
+    """What the fleet adds to the engine's own times."""
+
+    factor: float
+    per_iteration_s: float
+    per_request_s: float
+
+
+async def probe(driver: Driver, model: EngineModel) -> Overhead:
+    """Measure the fleet's overhead with loads that are unlike the trace."""
+    measured, modelled = [], []
+    for batch in PROBE_BATCHES:
+        lengths = Lengths(prompt_tokens=PROBE_PROMPT, answer_tokens=PROBE_ANSWER)
+        plan = closed(count=3 * batch, lengths=lengths, vocabulary=VOCABULARY, seed=100 + batch)
+        run = await run_closed_loop(plan, driver, concurrency=batch)
+        measured.append(statistics.median(outcome.tpot_s or 0.0 for outcome in run.outcomes))
+        modelled.append(model.decode_s(batch, PROBE_PROMPT + PROBE_ANSWER // 2))
+    factor, per_iteration_s = np.polyfit(modelled, measured, 1)
+    if factor < 1 or per_iteration_s < 0:
+        factor, per_iteration_s = max(1.0, float(np.mean(np.divide(measured, modelled)))), 0.0
+    lone = closed(
+        count=30,
+        lengths=Lengths(prompt_tokens=PROBE_PROMPT, answer_tokens=1),
+        vocabulary=VOCABULARY,
+        seed=99,
+    )
+    alone = await run_closed_loop(lone, driver, concurrency=1)
+    slowed = model.slowed(factor=float(factor), per_iteration_s=float(per_iteration_s))
+    outside_s = statistics.median(o.e2e_s for o in alone.outcomes) - slowed.prefill_s(PROBE_PROMPT)
+    return Overhead(
+        factor=float(factor), per_iteration_s=float(per_iteration_s), per_request_s=max(0.0, outside_s)
+    )
+
+
+def trace_of(count: int, rate_rps: float, seed: int) -> list[Request]:
+    """The requests that both play."""
+    spec = scenario.WorkloadSpec(
+        trace="azure-conv",
+        requests=count,
+        rate_rps=rate_rps,
+        cv=1.0,
+        prompt_factor=PROMPT_FACTOR,
+        answer_factor=ANSWER_FACTOR,
+        seed=seed,
+    )
+    return scenario.workload_of(spec)
+
+
+def planned(requests: list[Request]) -> list[PlannedRequest]:
+    """The same, with random tokens for prompts."""
+    rng = random.Random(7)
+    return [
+        PlannedRequest(
+            index=index,
+            at_s=request.arrival_s,
+            prompt=tuple(rng.randrange(16, VOCABULARY) for _ in range(request.prompt_tokens)),
+            max_tokens=request.answer_tokens,
+        )
+        for index, request in enumerate(requests)
+    ]
+
+
+def simulated(requests: list[Request], model: EngineModel, overhead: Overhead, policy: str) -> list[float]:
+    """Completion times in the simulator, seconds."""
+    config = FleetConfig(
+        request_overhead_s=overhead.per_request_s,
+        engine=EngineConfig(
+            num_blocks=KV_MIB * 2**20 // (16 * model.kv_bytes_per_token),
+            host_blocks=KV_MIB * 2**20 // (16 * model.kv_bytes_per_token),
+            max_sequences=MAX_SEQUENCES,
+            token_budget=TOKEN_BUDGET,
+        ),
+    )
+    slowed = model.slowed(factor=overhead.factor, per_iteration_s=overhead.per_iteration_s)
+    return [float(seconds) for seconds in scenario.simulate(requests, config, slowed, policy).jct_s]
+
+
+def saturation_rps(model: EngineModel, overhead: Overhead) -> float:
+    """What FCFS completes per second in the simulator while it never lacks requests."""
+    backlog = trace_of(800, 1e6, seed=1)
+    return len(backlog) / max(simulated(backlog, model, overhead, "fcfs"))
+
+
+async def live_and_simulated(
+    policy: str, model: EngineModel, *, count: int, load: float, seed: int
+) -> dict[str, object]:
+    """One policy through a fleet of its own and through the simulator."""
+    document = fleet_document(
+        workers=1,
+        policy=policy,
+        max_sequences=MAX_SEQUENCES,
+        max_batch_tokens=TOKEN_BUDGET,
+        kv_mib=KV_MIB,
+    )
+    document["kvstore"] = {"enabled": False}
+    with running(document) as fleet:
+        async with grpc_driver(fleet.grpc, model=MODEL) as driver:
+            warm = closed(count=8, lengths=Lengths(), vocabulary=VOCABULARY, seed=1)
+            await run_closed_loop(warm, driver, concurrency=4)
+            overhead = await probe(driver, model)
+            rate = load * saturation_rps(model, overhead)
+            requests = trace_of(count, rate, seed)
+            run = await run_open_loop(planned(requests), driver)
+    failed = [outcome.error for outcome in run.outcomes if outcome.error is not None]
+    if failed:
+        raise SystemExit(f"{len(failed)} requests failed: {failed[0]}")
+    live_s = sorted(outcome.e2e_s for outcome in run.outcomes)
+    model_s = sorted(simulated(requests, model, overhead, policy))
+    figures: dict[str, object] = {
+        "requests": count,
+        "rate_rps": round(rate, 3),
+        "load": load,
+        "overhead": {name: round(value, 6) for name, value in asdict(overhead).items()},
+    }
+    is_within = True
+    for name, of in (("mean", statistics.fmean), ("p50", lambda s: percentile(s, 0.5)), ("p99", p99)):
+        live, sim = of(live_s), of(model_s)
+        figures[f"live_jct_s_{name}"] = round(live, 4)
+        figures[f"simulated_jct_s_{name}"] = round(sim, 4)
+        figures[f"simulated_over_live_{name}"] = round(sim / live, 3)
+        is_within &= name == "p50" or abs(sim / live - 1) <= BAR
+    figures["within_15_percent"] = is_within
+    return figures
+
+
+def p99(ordered: list[float]) -> float:
+    """The 99th percentile."""
+    return percentile(ordered, 0.99)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--profile", type=Path, default=RESULTS / "iteration_profile.json")
+    parser.add_argument("--policy", default="fcfs,mlfq")
+    parser.add_argument("--requests", type=int, default=150)
+    parser.add_argument("--load", type=float, default=0.8, help="share of what the engine can do")
+    parser.add_argument("--seed", type=int, default=5)
+    arguments = parser.parse_args()
+    model = from_file(arguments.profile)
+    figures: dict[str, object] = {"variant": model.name}
+    for policy in arguments.policy.split(","):
+        figures[policy] = asyncio.run(
+            live_and_simulated(
+                policy, model, count=arguments.requests, load=arguments.load, seed=arguments.seed
+            )
+        )
+        print(policy, figures[policy], flush=True)
+    print(write_result("simulator_calibration", figures))
+
+
+if __name__ == "__main__":
+    main()
