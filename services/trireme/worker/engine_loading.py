@@ -12,6 +12,7 @@ from trireme.loading.whole import load_model
 from trireme.models.checkpoint import Checkpoint
 from trireme.models.null import NullModel
 from trireme.worker.engine_messages import Loaded
+from trireme.worker.preload_rule import PreloadRule
 from trireme.worker.variant_plan import VariantPlan
 
 NULL_BLOCKS = 65536
@@ -19,8 +20,8 @@ NULL_CONTEXT_TOKENS = 131072
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def build(plan: VariantPlan, tier: KvTier) -> Engine:
-    """Read the checkpoint and put an engine around it.
+def build(plan: VariantPlan, tier: KvTier) -> tuple[Engine, PreloadRule | None]:
+    """Read the checkpoint and put an engine around it; the rule is to be told what its steps take.
 
     Raises:
         InvalidCheckpoint: its files cannot be read.
@@ -33,13 +34,19 @@ def build(plan: VariantPlan, tier: KvTier) -> Engine:
             host_blocks=NULL_BLOCKS if plan.swap_bytes else 0,
             max_model_len=NULL_CONTEXT_TOKENS,
         )
-        return Engine(NullModel(), settings, tier, eos_token_ids=frozenset(), model_key="null")
+        engine = Engine(NullModel(), settings, tier, eos_token_ids=frozenset(), model_key="null")
+        return engine, None
     device = plan.device.partition("/")[0]
     dtype = _DTYPES.get(plan.dtype) or (torch.float32 if device == "cpu" else torch.bfloat16)
     with Checkpoint(plan.checkpoint) as checkpoint:
         per_block = block_bytes(checkpoint.config, block_size=plan.block_tokens, dtype=dtype)
         model = load_model(checkpoint, device=device, dtype=dtype)
-        return Engine(
+        rule = PreloadRule(
+            num_layers=checkpoint.config.num_layers,
+            bytes_per_token=per_block / plan.block_tokens,
+            bytes_per_s=lambda: engine.stats().host_in_bytes_per_s,
+        )
+        engine = Engine(
             model,
             _settings(
                 plan,
@@ -49,7 +56,9 @@ def build(plan: VariantPlan, tier: KvTier) -> Engine:
             tier,
             eos_token_ids=checkpoint.eos_token_ids,
             model_key=checkpoint.fingerprint(),
+            preload_layers=rule,
         )
+        return engine, rule
 
 
 def warm_up(engine: Engine, *, beat: Callable[[], None]) -> None:

@@ -37,6 +37,7 @@ from trireme.worker.engine_messages import (
     Unload,
 )
 from trireme.worker.frames import FrameCutter, FrameKind, frame, message, opened
+from trireme.worker.preload_rule import PreloadRule
 from trireme.worker.served_engine import ResidencyLog, ServedEngine
 from trireme.worker.shared_blocks import SharedBlocks, checksums
 from trireme.worker.step_news import pack
@@ -191,25 +192,27 @@ class EngineLoop:
         """On a thread of its own; the loop takes the engine over."""
         residency = ResidencyLog()
         try:
-            engine = engine_loading.build(plan, residency)
+            engine, rule = engine_loading.build(plan, residency)
         except Exception as error:
             failure = error
             self._hand_over(lambda: self._answer(call_id, lambda: _raise(failure)))
         else:
             self._hand_over(
-                lambda: self._answer(call_id, lambda: self._install(plan.variant, engine, residency))
+                lambda: self._answer(call_id, lambda: self._install(plan.variant, engine, residency, rule))
             )
 
     def _hand_over(self, action: Callable[[], None]) -> None:
         self._built.put(action)
         os.eventfd_write(self._wake_fd, 1)
 
-    def _install(self, variant: str, engine: Engine, residency: ResidencyLog) -> object:
+    def _install(
+        self, variant: str, engine: Engine, residency: ResidencyLog, rule: PreloadRule | None
+    ) -> object:
         if variant in self._engines:
             raise RequestConflict(f"variant {variant!r} is loaded already", param="variant")
         engine_loading.warm_up(engine, beat=self._beat)
         residency.take()  # nobody else's prompt is the probe's
-        served = ServedEngine(variant, engine, residency, patience_s=self._patience_s)
+        served = ServedEngine(variant, engine, residency, rule, patience_s=self._patience_s)
         self._engines[variant] = served
         return engine_loading.describe(engine), served.standing().figures
 

@@ -15,6 +15,8 @@ _COUNTERS: tuple[tuple[str, str, Callable[[LoadedVariant], float]], ...] = (
     ("trireme_engine_prefill_tokens", "Prompt tokens computed.", lambda v: v.stats.prefill_tokens),
     ("trireme_engine_decode_tokens", "Answer tokens computed.", lambda v: v.stats.decode_tokens),
     ("trireme_engine_cached_tokens", "Prompt tokens found in a cache.", lambda v: v.stats.prefix_hit_tokens),
+    ("trireme_engine_preloaded_blocks", "KV blocks loaded from the store.", lambda v: v.stats.preload_blocks),
+    ("trireme_engine_preloads_cut", "Loads that met a wrong block.", lambda v: v.stats.preload_corrupt),
     ("trireme_engine_preemptions", "Sequences preempted.", lambda v: v.stats.preemptions),
     ("trireme_engine_recomputed_tokens", "Tokens computed again.", lambda v: v.stats.recomputed_tokens),
     ("trireme_engine_evictions", "Preemptions that gave the KV up.", lambda v: v.stats.evictions),

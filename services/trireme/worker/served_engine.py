@@ -13,6 +13,7 @@ from trireme.errors import TriremeError
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest
 from trireme.worker.awaited_prefixes import AwaitedPrefixes
 from trireme.worker.engine_messages import Awaited
+from trireme.worker.preload_rule import PreloadRule
 from trireme.worker.sequence_requests import sequences_of
 from trireme.worker.step_news import Ending, EngineFigures, Output, StepNews, Turn, Work
 
@@ -51,15 +52,23 @@ class ServedEngine:
     """An engine whose sequences the worker knows by handles.
 
     Args:
+        rule: told what its steps take.
         patience_s: how long a sequence whose turn is near waits for stored blocks that were announced.
     """
 
     def __init__(
-        self, variant: str, engine: Engine, residency: ResidencyLog, *, patience_s: float = 0.5
+        self,
+        variant: str,
+        engine: Engine,
+        residency: ResidencyLog,
+        rule: PreloadRule | None = None,
+        *,
+        patience_s: float = 0.5,
     ) -> None:
         self.variant = variant
         self.engine = engine
         self._residency = residency
+        self._rule = rule
         self._awaited = AwaitedPrefixes(patience_s=patience_s)
         self.is_stuck = False
         """It has work, but its last step had nothing that could run."""
@@ -183,6 +192,8 @@ class ServedEngine:
             if cost.sequence_id not in plain and cost.sequence_id in handles:
                 work.append(Work(handles[cost.sequence_id], cost.seconds))
         turns = self._turns(result) if result.events else ()
+        if self._rule is not None:
+            self._rule.note(prefill_tokens, prefill_s)
         endings = self._endings(result)
         for end in outputs:
             if end.finish_reason is not None:
