@@ -82,7 +82,7 @@ def frequencies() -> dict[str, np.ndarray[Any, Any]]:
 
 
 def engine_of(model: Model, *, window: int = WINDOW, **changes: Any) -> Engine:
-    return Engine(Watched(model, window), settings(max_model_len=window, **changes))  # type: ignore[arg-type]
+    return Engine(Watched(model, window), settings(max_model_len=window, **changes))
 
 
 class ByHand:
@@ -182,7 +182,7 @@ def next_turn(
     """The request that a gateway makes of a conversation."""
     rule = TruncationRule(window=window, block_size=BLOCK)
     plan = plan_truncation(rule, len(whole), reserved_tokens=max_tokens)
-    chain, supplies = HashChain(SALT), ()
+    chain, supplies = HashChain(SALT), tuple[Supply, ...]()
     if plan.cuts:
         prefix = truncated_prefix(whole, BLOCK, chain, head=plan.head, cuts=plan.cuts, window=window)
         chain, supplies = prefix.chain, prefix.supplies

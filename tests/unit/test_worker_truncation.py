@@ -155,7 +155,7 @@ def test_tenants_find_each_others_public_blocks_alone(worker: Worker) -> None:
     shared = len(declared) // SIZE * SIZE
     assert shared >= 2 * SIZE
     prompt = declared + [9] * 60
-    found = {}
+    found: dict[str, list[int]] = {}
     for tenant in ("a", "b", "b"):
         live = worker.answer(submit(OLDEST, prompt=prompt, max_tokens=3, model=model), tenant)
         found.setdefault(tenant, []).append(live.usage().cached_prompt_tokens)
