@@ -60,4 +60,4 @@ def test_a_wrong_bound_is_named(tmp_path: Path, line: str, key: str) -> None:
 def test_own_bounds_are_checked_too() -> None:
     for wrong in ({"ttl_s": 0.0}, {"tenant_share": 0.0}, {"tenant_share": 2.0}, {"dram_mib": 0}):
         with pytest.raises(InvalidConfiguration, match=next(iter(wrong))):
-            sizes_of(Settings(redis_url="", **wrong)) 
+            sizes_of(Settings(redis_url="", **wrong))
