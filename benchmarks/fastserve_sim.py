@@ -28,7 +28,7 @@ from dataclasses import replace
 from benchmarks.fleet import write_result
 from trireme.policies.mlfq import MlfqSettings
 from trireme.simulator import operators, scenario, traces, workloads
-from trireme.simulator.engine import EngineConfig, Swapping
+from trireme.simulator.engine_config import EngineConfig, Swapping
 from trireme.simulator.engine_model import EngineModel
 from trireme.simulator.fleet import FleetConfig
 from trireme.simulator.result import Result

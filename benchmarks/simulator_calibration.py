@@ -27,7 +27,7 @@ from trireme.load.plan import Lengths, PlannedRequest, closed
 from trireme.load.report import percentile
 from trireme.load.run import run_closed_loop, run_open_loop
 from trireme.simulator import scenario
-from trireme.simulator.engine import EngineConfig
+from trireme.simulator.engine_config import EngineConfig
 from trireme.simulator.engine_model import EngineModel, from_file
 from trireme.simulator.fleet import FleetConfig
 from trireme.simulator.requests import Request

@@ -14,7 +14,7 @@ from trireme.errors import InvalidConfiguration
 from trireme.policies.mlfq import MlfqSettings
 from trireme.policies.schedulers import POLICIES, make_scheduler
 from trireme.simulator import scenario, workloads
-from trireme.simulator.engine import EngineConfig, Swapping
+from trireme.simulator.engine_config import EngineConfig, Swapping
 from trireme.simulator.engine_model import EngineModel
 from trireme.simulator.fleet import Fleet, FleetConfig
 from trireme.simulator.requests import Request, on_tick

@@ -6,7 +6,7 @@ import pytest
 
 from trireme.errors import InvalidConfiguration
 from trireme.simulator import scenario
-from trireme.simulator.engine import EngineConfig
+from trireme.simulator.engine_config import EngineConfig
 from trireme.simulator.engine_model import EngineModel
 from trireme.simulator.fleet import FleetConfig
 from trireme.simulator.requests import Request

@@ -101,7 +101,7 @@ def simulate(
         ) from error
 
     from trireme.simulator import scenario
-    from trireme.simulator.engine import EngineConfig, Swapping
+    from trireme.simulator.engine_config import EngineConfig, Swapping
     from trireme.simulator.fleet import FleetConfig
     from trireme.simulator.report import write_report
 

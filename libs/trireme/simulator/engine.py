@@ -12,9 +12,7 @@ decision at times that the model gives. They are played as one event and charged
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +29,10 @@ from trireme.policies.iteration import (
     SequenceView,
 )
 from trireme.policies.mlfq import MlfqScheduler
+from trireme.simulator.block_moves import BlockMoves
+from trireme.simulator.engine_config import EngineConfig, Swapping
 from trireme.simulator.engine_model import EngineModel
-from trireme.simulator.events import ITERATION, Call, Link
+from trireme.simulator.events import ITERATION, Call
 from trireme.simulator.requests import on_tick
 from trireme.simulator.result import Counters
 from trireme.simulator.reuse import Reuse
@@ -41,51 +41,6 @@ from trireme.simulator.sequences import Pools, Sequence
 _NO_ENDS: NDArray[np.float64] = np.empty(0)
 LONGEST_RUN = 4096
 """Iterations played as one event, at most: bounds the arrays."""
-
-
-class Swapping(enum.Enum):
-    """What happens to the KV of a preempted sequence whose blocks are needed."""
-
-    PROACTIVE = "proactive"
-    """Copied to the host while the engine computes, ahead of need."""
-    REACTIVE = "reactive"
-    """Copied to the host while the engine waits."""
-    RECOMPUTE = "recompute"
-    """Dropped, and computed again."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """Sizes of one engine.
-
-    Raises:
-        InvalidConfiguration: a value is out of range.
-    """
-
-    num_blocks: int = 4096
-    """KV blocks on the device."""
-    host_blocks: int = 0
-    """KV blocks for swapped-out sequences."""
-    block_tokens: int = 16
-    max_sequences: int = 32
-    token_budget: int = 512
-    """Tokens of one iteration."""
-    watermark: float = 0.01
-    max_passes: int = 64
-    swapping: Swapping = Swapping.PROACTIVE
-    fast_forward: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("num_blocks", "block_tokens", "max_sequences"):
-            if getattr(self, name) < 1:
-                raise InvalidConfiguration(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.host_blocks < 0 or not 0 <= self.watermark < 1:
-            raise InvalidConfiguration("host_blocks must not be negative and watermark be in [0, 1)")
-        if self.token_budget < self.max_sequences:
-            raise InvalidConfiguration(
-                f"token_budget is {self.token_budget}; every one of {self.max_sequences} sequences must get "
-                "a token per iteration"
-            )
 
 
 class Engine:
@@ -119,9 +74,17 @@ class Engine:
         self.sequences: dict[str, Sequence] = {}
         self.running = 0
         """Members of the present batch."""
-        bandwidth = model.link_bytes_per_s
-        self.link_out, self.link_in = Link(env, bandwidth), Link(env, bandwidth)
-        self._block_bytes = max(1, config.block_tokens * model.kv_bytes_per_token)
+        block_bytes = max(1, config.block_tokens * model.kv_bytes_per_token)
+        self._moves = BlockMoves(
+            env,
+            self.pools,
+            self.counters,
+            block_tokens=config.block_tokens,
+            block_bytes=block_bytes,
+            link_bytes_per_s=model.link_bytes_per_s,
+            on_moved=self._wake,
+        )
+        self._link_blocks_per_s = model.link_bytes_per_s / block_bytes
         self._watermark_blocks = int(config.watermark * config.num_blocks)
         self._on_end = on_end
         self._find = find
@@ -141,8 +104,6 @@ class Engine:
         self._iterations = 0
         self._pending: Call | None = None
         """The end of what computes now; None: idle."""
-        self._copies = 0
-        """In flight."""
         self._waits_since_s: float | None = None
         """Somebody is here and nobody can run before a copy ends."""
 
@@ -262,13 +223,13 @@ class Engine:
             self._waits_since_s = None
         decision = self.scheduler.decide(self._budget(), self._view, now_s=self.env.now)
         self.counters.decisions += 1
-        self._move(decision)
+        self._moves.carry_out(decision, self.sequences)
         runs, stall_s = self._started(decision)
         if not runs:
             # A copy that ends, or an arrival, wakes it.
-            assert self._copies or decision.evicted, f"the scheduler runs nobody: {decision.reason}"
+            assert self._moves.in_flight or decision.evicted, f"the scheduler runs nobody: {decision.reason}"
             self._waits_since_s = self.env.now
-            if not self._copies:
+            if not self._moves.in_flight:
                 self._wake()
             return
         self._compute(runs, stall_s)
@@ -285,7 +246,7 @@ class Engine:
             host_blocks=pools.host_blocks,
             watermark_blocks=self._watermark_blocks,
             max_passes=config.max_passes,
-            link_blocks_per_s=self.model.link_bytes_per_s / self._block_bytes,
+            link_blocks_per_s=self._link_blocks_per_s,
         )
 
     def _started(self, decision: IterationDecision) -> tuple[tuple[Run, ...], float]:
@@ -305,23 +266,14 @@ class Engine:
                     count = min(count, sequence.target - found.tokens)
                     stall_s = max(stall_s, on_tick(found.stall_s))
                     if not found.is_ready:
-                        self._await(sequence)
+                        self._moves.await_kv(sequence)
                         continue
             runs.append(Run(sequence_id, count))
         return tuple(runs), stall_s
 
-    def _await(self, sequence: Sequence) -> None:
-        """It holds its blocks while its KV comes from below."""
-        sequence.location = Location.MOVING
-        sequence.blocks = self._blocks_for(sequence.target)
-        self.pools.device_free -= sequence.blocks
-        self._copies += 1
-
     def kv_arrived(self, sequence: Sequence) -> None:
         """What a sequence waited for is on the device."""
-        self._copies -= 1
-        sequence.location = Location.DEVICE
-        self._wake()
+        self._moves.arrived(sequence)
 
     def _compute(self, runs: tuple[Run, ...], stall_s: float) -> None:
         """Take the model's time for the batch, or for as many iterations of it as are sure to be alike."""
@@ -354,12 +306,12 @@ class Engine:
         self._runs = self._charged_runs = runs
         self._charged = 0
         self.running = len(runs)
-        wait_s = max(stall_s, self._draining_s())
-        if self.config.swapping is Swapping.REACTIVE and self._copies:
-            wait_s = max(wait_s, self.link_in.free_s - self.env.now, self.link_out.free_s - self.env.now)
+        wait_s = max(stall_s, self._moves.draining_s())
+        if self.config.swapping is Swapping.REACTIVE:
+            wait_s = max(wait_s, self._moves.copying_s())
         self.counters.stalled_s += wait_s
         self._started_s = self.env.now + wait_s
-        if longest > 1 and not self._copies:
+        if longest > 1 and not self._moves.in_flight:
             ends_s = self._alike_ends_s(runs, kv_tokens, longest)
             if len(ends_s) > 1:
                 self._ends_s = self._run_ends_s = ends_s
@@ -429,14 +381,6 @@ class Engine:
                 exceeds = middle
         return fits
 
-    def _draining_s(self) -> float:
-        """Wait for copies that still read blocks which were given out already."""
-        pools = self.pools
-        assert pools.device_free + pools.device_draining >= 0, (
-            "the scheduler gave out blocks that are not there"
-        )
-        return self.link_out.free_s - self.env.now if pools.device_free < 0 else 0.0
-
     def _view(self, sequence_id: str) -> SequenceView:
         sequence = self.sequences[sequence_id]
         held = sequence.blocks if sequence.location is Location.DEVICE else 0
@@ -449,67 +393,6 @@ class Engine:
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.config.block_tokens)
-
-    # What the decision moves.
-
-    def _move(self, decision: IterationDecision) -> None:
-        self.counters.paused += len(decision.paused)
-        for sequence_id, _ in decision.evicted:
-            self._evict(self.sequences[sequence_id])
-        for sequence_id, _ in decision.swap_out:
-            self._swap_out(self.sequences[sequence_id])
-        for sequence_id in decision.swap_in:
-            self._swap_in(self.sequences[sequence_id])
-
-    def _evict(self, sequence: Sequence) -> None:
-        self.counters.evicted += 1
-        if sequence.location is Location.HOST:
-            self.pools.host_free += sequence.blocks
-        else:
-            self.pools.device_free += sequence.blocks
-        sequence.preemptions += 1
-        sequence.blocks = 0
-        sequence.computed = 0
-        sequence.location = Location.NONE
-
-    def _swap_out(self, sequence: Sequence) -> None:
-        blocks = sequence.blocks
-        assert sequence.location is Location.DEVICE and self.pools.host_free >= blocks
-        self.counters.swapped_out += 1
-        self.pools.device_draining += blocks
-        self.pools.host_free -= blocks
-        sequence.preemptions += 1
-        sequence.location = Location.MOVING
-        self._copies += 1
-        self.link_out.copy(blocks * self._block_bytes, lambda: self._swapped_out(sequence, blocks))
-
-    def _swapped_out(self, sequence: Sequence, blocks: int) -> None:
-        self._copies -= 1
-        self.pools.device_draining -= blocks
-        self.pools.device_free += blocks
-        sequence.location = Location.HOST
-        self._wake()
-
-    def _swap_in(self, sequence: Sequence) -> None:
-        blocks = sequence.blocks
-        needed = self._blocks_for(sequence.target)
-        assert sequence.location is Location.HOST
-        self.counters.swapped_in += 1
-        self.pools.device_free -= needed
-        sequence.blocks = needed
-        sequence.location = Location.MOVING
-        self._copies += 1
-        self.link_in.copy(
-            blocks * self._block_bytes,
-            lambda: self._swapped_in(sequence, blocks),
-            not_before_s=self.env.now + self._draining_s(),
-        )
-
-    def _swapped_in(self, sequence: Sequence, host_blocks: int) -> None:
-        self._copies -= 1
-        self.pools.host_free += host_blocks
-        sequence.location = Location.DEVICE
-        self._wake()
 
 
 def _reordered(runs: tuple[Run, ...], scheduler: MlfqScheduler, demoted: set[str]) -> tuple[Run, ...]:

@@ -18,7 +18,8 @@ from trireme.errors import InvalidConfiguration
 from trireme.policies.iteration import IterationScheduler
 from trireme.policies.routing import RoutedRequest, WorkerView, choose_worker
 from trireme.simulator import sequences
-from trireme.simulator.engine import Engine, EngineConfig
+from trireme.simulator.engine import Engine
+from trireme.simulator.engine_config import EngineConfig
 from trireme.simulator.engine_model import EngineModel
 from trireme.simulator.events import ARRIVAL, COPIED, Call
 from trireme.simulator.requests import TICK_S, Request, checked, on_tick

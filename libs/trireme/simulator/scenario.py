@@ -13,7 +13,7 @@ from trireme.policies.kv_tiering import Capacity
 from trireme.policies.mlfq import MlfqSettings
 from trireme.policies.schedulers import POLICIES, make_scheduler
 from trireme.simulator import operators, traces, workloads
-from trireme.simulator.engine import Swapping
+from trireme.simulator.engine_config import Swapping
 from trireme.simulator.engine_model import EngineModel, from_file
 from trireme.simulator.fleet import Fleet, FleetConfig, RemainingS
 from trireme.simulator.kv_tiers import LOOK_AHEAD, LRU, KvTiers, TierSpec
