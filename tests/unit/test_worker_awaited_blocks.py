@@ -18,8 +18,9 @@ from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, Assignment, RequestKi
 from trireme.wire.inference.v1.inference_pb2 import SamplingParameters, TokenIds
 from trireme.worker.awaited_prefixes import NEAR, PERIOD_S, AwaitedPrefixes
 from trireme.worker.block_loads import BlockLoads
-from trireme.worker.engine_messages import Loaded, Offer
+from trireme.worker.engine_messages import Awaited, Loaded, Offer
 from trireme.worker.live_requests import LiveRequest
+from trireme.worker.queue_hints import DESCRIBE_AGAIN_S, REPEAT_S, QueueHints
 from trireme.worker.request_chains import RequestChains, prompt_hashes
 from trireme.worker.request_table import new_choices
 from trireme.worker.served_engine import ResidencyLog, ServedEngine
@@ -215,3 +216,33 @@ def test_over_a_slow_link_or_disk_the_newest_history_is_computed() -> None:
     disk = awaited_tokens(available=25, in_dram=10, disk=250_000.0, rate=1000.0, link=1e9)
     assert 40 <= disk < 100, "what is in DRAM is loaded, and part of what is on disk"
     assert awaited_tokens(available=25, in_dram=0, disk=1000.0, rate=1000.0, link=1e9) <= 4
+
+
+def test_the_store_is_told_the_engines_order_and_each_chain_once() -> None:
+    loaded = loaded_variant(rate=1000.0, link=1e9)
+    variants = cast(Any, SimpleNamespace(find=lambda name: loaded))
+    store = cast(StoreClient, FakeStore(25, 25))
+    loads = BlockLoads(store, variants, lambda what: None, deadline_s=1.0)
+    loads._begin = lambda expected: None  # type: ignore[method-assign]  # nobody's turn comes
+    hints = QueueHints("w", loads, cast(Any, None), is_here=lambda live: live.request_id != "r0")
+    requests = [admitted(f"r{number}", [1] * 101) for number in range(3)]
+    for number, request in enumerate(requests):
+        assert loads.expect(live_of(request, number), loaded, prompt_hashes(request, BLOCK))
+    assert hints.next_hint(now_s=0.0) is None, "the engine has not said its order yet"
+    loads.on_awaited(Awaited("v", ((2, 0.1), (0, 0.2), (7, 0.3), (1, float("inf")))))
+    hint = hints.next_hint(now_s=0.0)
+    assert hint is not None and list(hint.request_ids) == ["r2", "r0", "r1"]
+    assert list(hint.start_in_s) == pytest.approx([0.1, 0.2, 3600.0])
+    assert [each.block_hashes for each in hint.described] == [
+        b"".join(prompt_hashes(requests[number], BLOCK)) for number in (2, 0, 1)
+    ]
+    assert hints.next_hint(now_s=0.1) is None
+    loads.on_awaited(Awaited("v", ((1, 0.1), (0, 0.2), (2, 0.3))))
+    hint = hints.next_hint(now_s=0.2)
+    assert hint is not None and list(hint.request_ids) == ["r1", "r0", "r2"] and not hint.described
+    loads.forget_ended(lambda live: live.request_id != "r0")
+    hint = hints.next_hint(now_s=0.25)
+    assert hint is not None and list(hint.request_ids) == ["r1", "r2"]
+    assert hints.next_hint(now_s=0.25 + REPEAT_S) is not None, "a source that says nothing counts as dead"
+    again = hints.next_hint(now_s=0.25 + REPEAT_S + DESCRIBE_AGAIN_S)
+    assert again is not None and len(again.described) == 2
