@@ -595,6 +595,32 @@ def test_a_load_that_breaks_under_a_running_sequence_is_computed_instead(
     assert all(o.finish_reason is not FinishReason.ERROR for r in results for o in r.outputs)
 
 
+def test_a_load_that_breaks_before_its_sequence_has_run_is_computed_instead(
+    model: Model, alone: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = prompt_of(8, 43)
+    engine = Engine(model, settings(block_size=4), preload_layers=0)
+    gate = threading.Event()
+
+    def broken(*args: Any) -> None:
+        gate.wait(30)
+        raise OSError("the first layer is lost")
+
+    monkeypatch.setattr(engine._cache.memory, "scatter_layer", broken)
+    wanted = request("late", prompt, greedy(8), salt=SALT)
+    engine.add(wanted, stored=stored_for(model, prompt, Releases()))
+    (sequence,) = engine._requests["late"]
+    engine._preloads.start([sequence], reserve=0)
+    until(engine, lambda: sequence.location is Location.NONE)
+    assert engine._cache.admit(sequence)
+    assert sequence.num_computed == 40
+    gate.set()
+    until(engine, lambda: is_quiet(engine))
+    assert sequence.location is Location.NONE and sequence.num_computed == 0
+    assert engine._cache.pool.num_free == 256
+    assert tokens_of(run(engine))["late"] == alone(wanted)
+
+
 # Saving.
 
 

@@ -128,7 +128,11 @@ class KvPreloads:
         cache.counters.preload_blocks += intact
         if sequence.load is load:
             sequence.load = None
-            if not load.is_joined:
+            if load.is_joined and not copy.is_complete:
+                # Admitted, but not run since: no step has met the layer that will never be there.
+                cache.counters.lost_sequences += 1
+                cache.release(sequence)
+            elif not load.is_joined:
                 for block_id, name in zip(load.blocks[:intact], load.hashes, strict=False):
                     cache.pool.cache(block_id, name)
                 cache.release(sequence)
