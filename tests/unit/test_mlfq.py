@@ -17,9 +17,7 @@ NEVER = MlfqSettings(alpha_s=math.inf)
 
 
 def mlfq(**knobs: object) -> MlfqScheduler:
-    """With the page's quanta."""
-    settings = MlfqSettings(**{"learns_quanta": False, **knobs})  # type: ignore[arg-type]
-    return MlfqScheduler(linear_profile(), settings)
+    return MlfqScheduler(linear_profile(), MlfqSettings(**knobs))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,10 @@ def complete(*services_s: float) -> list[Demand]:
     return [Demand(service_s, is_complete=True) for service_s in services_s]
 
 
+def learning() -> MlfqScheduler:
+    return MlfqScheduler(linear_profile(), MlfqSettings(alpha_s=math.inf, learns_quanta=True))
+
+
 def played(services_s: list[float], ends_s: tuple[float, ...], *, rate: float, seed: int) -> float:
     """Mean time in a feedback queue of one server, preemptive, FIFO inside levels."""
     rng = random.Random(seed)
@@ -105,7 +109,7 @@ def test_any_sample_gives_ascending_thresholds(
 
 def test_jobs_alike_are_no_longer_interleaved_once_the_queue_knows_them() -> None:
     """Two jobs of 30 iterations: the page's quanta share the server, learned ones let the first end first."""
-    world = World(MlfqScheduler(linear_profile(), MlfqSettings(alpha_s=math.inf)), max_sequences=1)
+    world = World(learning(), max_sequences=1)
     for number in range(40):
         world.add(f"known-{number}", 1, 30)
         world.run()
@@ -119,7 +123,7 @@ def test_jobs_alike_are_no_longer_interleaved_once_the_queue_knows_them() -> Non
 
 
 def test_an_outlier_still_lets_others_pass() -> None:
-    world = World(MlfqScheduler(linear_profile(), MlfqSettings(alpha_s=math.inf)), max_sequences=1)
+    world = World(learning(), max_sequences=1)
     for number in range(40):
         world.add(f"known-{number}", 1, 5)
         world.run()

@@ -11,6 +11,7 @@ import typer
 
 from trireme.cli.failing import failing_clearly
 from trireme.errors import InvalidConfiguration
+from trireme.policies.mlfq import MlfqSettings
 
 if TYPE_CHECKING:
     from trireme.simulator.result import Result
@@ -22,6 +23,13 @@ class SwappingChoice(StrEnum):
     PROACTIVE = "proactive"
     REACTIVE = "reactive"
     RECOMPUTE = "recompute"
+
+
+class LevelChoice(StrEnum):
+    """Where the levels of mlfq lie."""
+
+    DOUBLING = "doubling"
+    DEMAND = "demand"
 
 
 @failing_clearly
@@ -74,6 +82,9 @@ def simulate(
     swapping: Annotated[
         SwappingChoice, typer.Option(help="Copy KV of preempted sequences ahead, on demand, or drop it.")
     ] = SwappingChoice.PROACTIVE,
+    mlfq_levels: Annotated[
+        LevelChoice, typer.Option(help="Quanta of mlfq, as in a fleet's file.")
+    ] = LevelChoice.DOUBLING,
     dram_gb: Annotated[
         float, typer.Option(min=0, help="DRAM for KV that is found again; needs a trace with prefix blocks.")
     ] = 0.0,
@@ -132,13 +143,14 @@ def simulate(
             swapping=Swapping(swapping.value),
         ),
     )
+    settings = MlfqSettings(learns_quanta=mlfq_levels is LevelChoice.DEMAND)
     runs: dict[str, Result] = {}
     for name in names:
         started_s = time.perf_counter()
         reuse = scenario.tiers_of(
             workload, model, dram_gb=dram_gb, ssd_gb=ssd_gb, disk_gb_per_s=disk_gb_per_s
         )
-        runs[name] = scenario.simulate(workload, config, model, name, reuse=reuse)
+        runs[name] = scenario.simulate(workload, config, model, name, settings=settings, reuse=reuse)
         seconds = time.perf_counter() - started_s
         typer.echo(
             f"{name}: {len(workload)} requests, {runs[name].makespan_s:,.0f} s simulated in {seconds:.1f} s "

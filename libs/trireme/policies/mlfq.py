@@ -16,9 +16,8 @@ for more than alpha, go to the front of level 1 with a new quantum, if their KV 
 (Promoting whoever waits longer than alpha, at every iteration, makes level 1 a round-robin and the link the
 bottleneck as soon as the load is high.)
 
-Quanta: those of the page until enough jobs have ended; then the levels end where `quanta` says that they
-serve the recent demand best, which may be nowhere: first come, first served. `learns_quanta=False`, or a
-`quantum_s`, keeps the page's.
+With `learns_quanta` these quanta hold until enough jobs have ended; then the levels end where `quanta` says
+that they serve the recent demand best, which may be nowhere: first come, first served.
 
 Source: FastServe, arXiv 2305.05920 and NSDI 2026, sections 4.1-4.3. Our own choices where the sources differ:
 demotion by one level, alpha of seconds, the limit on promotions, `used` reset by a promotion, and an ENST
@@ -65,7 +64,7 @@ class MlfqSettings:
     """q_1 while there is no profile."""
     quantum_s: float | None = None
     """q_1; None: the profile's 10th percentile of decode iterations at batch 1."""
-    learns_quanta: bool = True
+    learns_quanta: bool = False
     """Choose the levels by the demand that jobs show, where `quantum_s` is None."""
     skip_join: bool = True
     """False: everybody joins level 1 and pays for its prefill there (naive MLFQ)."""

@@ -45,7 +45,7 @@ def make_scheduler(
         case "mlfq":
             return MlfqScheduler(profile, settings)
         case "naive":
-            return MlfqScheduler(profile, replace(settings, skip_join=False, learns_quanta=False))
+            return MlfqScheduler(profile, replace(settings, skip_join=False))
         case "fixed":
             return KnownOrderScheduler(_input_tokens, proactive=settings.proactive)
         case "srpt":

@@ -85,6 +85,9 @@ class WorkerGroup(_Section):
     """Host memory per variant for the KV of sequences that make way, MiB; 0: they compute it again."""
     policy: Literal["fcfs", "priority", "mlfq"] = "fcfs"
     """Who runs first: the earliest, the most important, or (mlfq) the shortest as far as can be told."""
+    mlfq_levels: Literal["doubling", "demand"] = "doubling"
+    """Quanta of mlfq: each twice the one above, which favours first tokens; or where finished requests say
+    that levels pay, which favours ends where answers are of similar length."""
 
 
 class Gateway(_Section):

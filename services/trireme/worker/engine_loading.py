@@ -11,6 +11,7 @@ from trireme.engine.kv_memory import block_bytes
 from trireme.loading.whole import load_model
 from trireme.models.checkpoint import Checkpoint
 from trireme.models.null import NullModel
+from trireme.policies.mlfq import MlfqSettings
 from trireme.worker.engine_messages import Loaded
 from trireme.worker.preload_rule import PreloadRule
 from trireme.worker.variant_plan import VariantPlan
@@ -104,4 +105,5 @@ def _settings(
         max_batch_tokens=plan.max_batch_tokens,
         max_model_len=max_model_len,
         policy=plan.policy,  # type: ignore[arg-type]  # the settings refuse what they do not know
+        mlfq=MlfqSettings(learns_quanta=plan.learns_quanta),
     )

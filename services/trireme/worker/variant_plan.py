@@ -30,6 +30,8 @@ class VariantPlan:
     max_batch_tokens: int
     policy: str
     """The engine's iteration policy."""
+    learns_quanta: bool = False
+    """Of mlfq: its levels follow the demand."""
     swap_bytes: int = 0
     """Host memory for the KV of preempted sequences."""
 
@@ -64,6 +66,7 @@ def plans_of(fleet: Fleet, group: WorkerGroup) -> list[VariantPlan]:
                 max_sequences=sequences,
                 max_batch_tokens=max(group.max_batch_tokens, sequences),
                 policy=group.policy,
+                learns_quanta=group.mlfq_levels == "demand",
                 swap_bytes=group.swap_mib * 2**20,
             )
         )
@@ -95,5 +98,6 @@ def plan_from_request(
         max_sequences=sequences,
         max_batch_tokens=max(group.max_batch_tokens, sequences),
         policy=group.policy,
+        learns_quanta=group.mlfq_levels == "demand",
         swap_bytes=group.swap_mib * 2**20,
     )
