@@ -17,9 +17,10 @@ MAX_BATCH_BYTES = 4 * 2**20
 `MAX_MESSAGE_BYTES`, since one request's part of it is bounded too."""
 ROW_BYTES = 20
 """A plain token at most: three numbers of variable length."""
-PACE_S = 0.005
-"""Least time between two messages of which the second only goes on with answers. A first token, an
-end and whatever else is news goes at once, and an engine slower than this is never waited for."""
+PACE_S = 0.02
+"""Least time between two messages of which the second only goes on with answers: as long as a gateway
+merges them for its clients, who lose nothing. A first token, an end and whatever else is news goes at
+once, and an engine slower than this is never waited for."""
 
 
 class Outbox:
