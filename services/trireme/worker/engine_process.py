@@ -20,8 +20,6 @@ log = logging.getLogger(__name__)
 
 EXIT_ENGINE_BROKEN = 70
 """Exit status after an error that no fault barrier caught: what was in flight counts a crash."""
-ENGINE_NICE = 10
-"""Scheduling priority; the event loops of all processes stay at 0."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -62,10 +60,7 @@ def main() -> None:
         from trireme.worker.engine_loop import EngineLoop
 
         link = socket.socket(fileno=arguments.link)
-        loop = EngineLoop(link, threads=arguments.threads, patience_s=arguments.patience)
-        # Whoever carries tokens must not wait for a core behind those who compute the next ones.
-        os.setpriority(os.PRIO_PROCESS, 0, ENGINE_NICE)
-        loop.run()
+        EngineLoop(link, threads=arguments.threads, patience_s=arguments.patience).run()
     except BaseException:
         log.critical("engine_broken", exc_info=True)
         logging.shutdown()
