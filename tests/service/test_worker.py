@@ -52,10 +52,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class FakeGateway:
-    """Speaks the worker's protocol as a gateway does, and remembers what it got."""
+    """Speaks the worker's protocol as a gateway does, and remembers what it got.
+
+    With `confirms` it confirms each answer once it has it whole; a worker that nobody confirms to soon
+    takes no more requests.
+    """
 
     address: str
     gateway_id: str = "g1"
+    confirms: bool = False
     tokens: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     finished: dict[tuple[str, int], pb.Finished] = field(default_factory=dict)
     last: dict[str, pb.SequenceUpdate] = field(default_factory=dict)
@@ -89,6 +94,13 @@ class FakeGateway:
                 have[update.first_index :] = list(update.token_ids)
                 if update.HasField("finished"):
                     self.finished[key] = update.finished
+                    if self.confirms:
+                        received = [len(have)]
+                        await self.send(
+                            confirm=pb.Confirm(
+                                request_id=update.request_id, received=received, complete=True
+                            )
+                        )
                 self.last[update.request_id] = update
                 self.lanes[update.lane] = key
             for lane, index, token_id in zip(batch.lanes, batch.indices, batch.token_ids, strict=True):

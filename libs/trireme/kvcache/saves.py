@@ -27,7 +27,7 @@ from trireme.kvcache.look_ahead import LookAhead
 from trireme.kvcache.stored_blocks import MAX_RUN_BYTES, Block, Run, cut_into_runs, runs_of
 from trireme.runtime.clock import Clock
 
-RESERVATION_S = 30.0
+RESERVATION_S = 10.0
 """A writer that has not committed by then is taken for dead."""
 _ROOM_S = 0.25
 """A writer waits no longer for older blocks to be written to SSD; then they are dropped."""
