@@ -109,6 +109,8 @@ class NothingIsEverWrong(RuleBasedStateMachine):
     def flip_on_ssd(self, seed: int) -> None:
         pick = random.Random(seed)
         files = sorted(Path(self.directory.name, "ssd").glob("segment-*"))
+        # One that a disk thread is making is renamed at any moment.
+        files = [path for path in files if path.suffix != ".new"]
         if files:
             path = pick.choice(files)
             size = path.stat().st_size
