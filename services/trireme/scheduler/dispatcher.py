@@ -100,6 +100,7 @@ class Dispatcher:
                 SCHEDULERS, self._scheduler_id, count=min(room, READ_BATCH), block_ms=500
             )
             self.hold(entries)
+            await asyncio.sleep(0)  # What is held goes out before more is asked for.
             await self._look_back()
 
     async def _look_back(self) -> None:
@@ -142,7 +143,8 @@ class Dispatcher:
             if not self._held:
                 self._arrived.clear()
                 try:
-                    await asyncio.wait_for(self._arrived.wait(), timeout=0.5)
+                    async with asyncio.timeout(0.5):
+                        await self._arrived.wait()
                 except TimeoutError:
                     continue
             try:
