@@ -6,10 +6,12 @@ level down, first in, first out inside a level. Every member is charged each ite
 has used more than its quantum goes to the tail of a lower level, any other keeps its place, which is the
 front: ahead of it stand only those that could not run.
 
-Chunked prompts: chunks are charged like any iteration, but until its first token is there a job's charge
-stops at the quantum, so a prompt is never demoted for its own prefill, however many chunks it takes and
-whoever shares them. That holds for the level it joined and below. A job that was promoted above it is
-charged in full: its prompt may hold level 1 for one chunk, not for all.
+Prompts: the level that a job joins has its prefill for a price, so a prompt's chunks are not charged, however
+many they are and whoever shares them; the quantum is for the answer. (Charged, a prefill leaves nothing of
+the quantum, and short answers to long prompts go down with their first token.) That holds for the level it
+joined and below. A job that was promoted above it is charged in full: its prompt may hold level 1 for one
+chunk, not for all. A member that decodes beside chunks is charged what decoding alone would have taken:
+where prompts are long it would else go down for the prompts of others, and short answers with it.
 
 Starvation: every `promote_period` iterations at most `promote_max` jobs, those that ran longest ago and wait
 for more than alpha, go to the front of level 1 with a new quantum, if their KV can come back in time.
@@ -20,8 +22,9 @@ With `learns_quanta` these quanta hold until enough jobs have ended; then the le
 that they serve the recent demand best, which may be nowhere: first come, first served.
 
 Source: FastServe, arXiv 2305.05920 and NSDI 2026, sections 4.1-4.3. Our own choices where the sources differ:
-demotion by one level, alpha of seconds, the limit on promotions, `used` reset by a promotion, and an ENST
-that orders as the levels do but for the next few promotions.
+what prompts and those beside them are charged, demotion by one level, alpha of seconds, the limit on
+promotions, `used` reset by a promotion, and an ENST that orders as the levels do but for the next few
+promotions.
 """
 
 from __future__ import annotations
@@ -230,13 +233,14 @@ class MlfqScheduler:
         prefilling = self._queue.prefilling
         is_refined = self.settings.enst_v2
         demand = self._demand
+        decode_s = self._beside_chunks_s(billed, seconds) if prefilling else seconds
         for entry, count in billed:
             entry.last_s = now_s
             entry.computed_tokens += count
             level = int(entry.key[0])
-            charged_s = seconds
-            if prefilling and entry.key[2] in prefilling and self._is_protected(entry):
-                charged_s = max(0.0, min(seconds, quanta_s[level] - entry.used_s))
+            charged_s = decode_s
+            if prefilling and entry.key[2] in prefilling:
+                charged_s = 0.0 if self._is_protected(entry) else seconds
             entry.used_s += charged_s
             if demand is not None:
                 demand.charge(entry, seconds, len(billed))
@@ -338,6 +342,17 @@ class MlfqScheduler:
     def _leave(self, entry: Entry) -> None:
         self._load.leave(entry.level, entry.used_s if self.settings.enst_v2 else 0.0)
         self._num_left[entry.level] += 1
+
+    def _beside_chunks_s(self, billed: Sequence[tuple[Entry, int]], seconds: float) -> float:
+        """What an iteration that has chunks in it costs its members that decode."""
+        if self._profile is None or not self.settings.skip_join:
+            return seconds
+        prefilling = self._queue.prefilling
+        contexts = [entry.computed_tokens for entry, _ in billed if entry.key[2] not in prefilling]
+        if not contexts or len(contexts) == len(billed):
+            return seconds
+        decode_s = self._profile.decode_s(len(contexts), max(1, sum(contexts) // len(contexts)))
+        return seconds if decode_s is None else min(seconds, decode_s)
 
     def _capped_s(self, billed: Sequence[tuple[Entry, int]], seconds: float, iterations: int) -> float:
         if self._profile is None or not billed:
