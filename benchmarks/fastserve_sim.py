@@ -203,7 +203,7 @@ def experiment_4(bench: Bench) -> dict[str, object]:
         for moment in run.timeline
     )
     figures: dict[str, object] = {"demand_blocks": demand}
-    for share, link_gb_s in ((4, 25.0), (8, 25.0), (4, 8.0)):
+    for share, link_gb_s in ((4, 25.0), (8, 25.0), (4, 8.0), (8, 8.0)):
         model = replace(MODEL, link_bytes_per_s=1e9 * link_gb_s)
         device_blocks = max(demand // share, LONGEST_BLOCKS)
         row: dict[str, float] = {"device_blocks": device_blocks}

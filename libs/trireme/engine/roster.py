@@ -231,8 +231,8 @@ class Roster:
         if not self._cache.admit(sequence):
             return False
         self._preloads.withdraw(sequence)
-        self._swapped.discard(sequence.sequence_id)  # a copy may have lost what it had
-        self._arriving.discard(sequence.sequence_id)
+        for states in (self._paused, self._swapped, self._arriving):
+            states.discard(sequence.sequence_id)  # a copy may have lost what it had
         found = sequence.num_computed
         self._tally.prefix_query_tokens += sequence.reusable_tokens
         self._tally.prefix_hit_tokens += found

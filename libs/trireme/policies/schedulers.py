@@ -16,6 +16,8 @@ LIVE_POLICIES = ("fcfs", "priority", "mlfq")
 """What a worker can be configured to use."""
 POLICIES = (*LIVE_POLICIES, "naive", "fixed", "srpt")
 """All: those of a worker and those that they are compared with."""
+PREEMPTIVE_POLICIES = frozenset({"mlfq", "naive", "srpt"})
+"""A long request that runs does not hold up the short ones that come after it."""
 
 
 def make_scheduler(

@@ -50,6 +50,8 @@ class FleetConfig:
 
     engine: EngineConfig = field(default_factory=EngineConfig)
     workers: int = 1
+    is_preemptive: bool = False
+    """What routing is told of the workers' policy."""
     queue_limit: int | None = None
     """Requests that a worker may hold beyond its batch; None: as many as come."""
     request_overhead_s: float = 0.0
@@ -209,6 +211,7 @@ class Fleet:
             queue_limit=len(self._requests) if limit is None else limit,
             prefill_tokens_per_s=self._prefill_tokens_per_s,
             decode_tokens_per_s=1 / self.model.decode_s(max(1, engine.running), NOMINAL_CONTEXT_TOKENS),
+            preemptive=self.config.is_preemptive,
             cached_tokens=0,  # the tiers are behind all workers alike
         )
 

@@ -11,7 +11,7 @@ from trireme.errors import InvalidConfiguration
 from trireme.policies.iteration import IterationScheduler
 from trireme.policies.kv_tiering import Capacity
 from trireme.policies.mlfq import MlfqSettings
-from trireme.policies.schedulers import POLICIES, make_scheduler
+from trireme.policies.schedulers import POLICIES, PREEMPTIVE_POLICIES, make_scheduler
 from trireme.simulator import operators, traces, workloads
 from trireme.simulator.engine_config import Swapping
 from trireme.simulator.engine_model import EngineModel, from_file
@@ -136,6 +136,7 @@ def simulate(
     def scheduler_of(remaining: RemainingS) -> IterationScheduler:
         return make_scheduler(policy, profile, settings=settings, remaining=remaining)
 
+    config = replace(config, is_preemptive=policy in PREEMPTIVE_POLICIES)
     return Fleet(requests, config, model, scheduler_of, reuse=reuse).run()
 
 

@@ -11,6 +11,7 @@ from typing import Protocol, cast
 
 from trireme.errors import ModelNotFound, RequestConflict
 from trireme.policies.prefix_index import split_hashes
+from trireme.policies.schedulers import PREEMPTIVE_POLICIES
 from trireme.wire.bus.v1.facts_pb2 import VariantStatus
 from trireme.worker.engine_messages import Load, Loaded, Question, Unload
 from trireme.worker.step_news import EngineFigures, StepNews
@@ -102,7 +103,7 @@ class LoadedVariant:
             decode_tokens_total=stats.decode_tokens,
             cached_tokens_total=stats.prefix_hit_tokens,
             queue_limit=self.plan.queue_limit,
-            preemptive=self.plan.policy == "mlfq",
+            preemptive=self.plan.policy in PREEMPTIVE_POLICIES,
         )
 
 
