@@ -173,7 +173,7 @@ def main() -> None:
         "rate_rps": round(rate_rps, 2),
         "runs": runs,
     }
-    print(write_result("fastserve_live", figures).read_text(encoding="utf-8"))
+    print(write_result("fastserve_live", figures, case=arguments.mix).read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

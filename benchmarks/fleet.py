@@ -69,8 +69,8 @@ def running(document: dict[str, object]) -> Iterator[RunningFleet]:
             subprocess.run(down, check=True, env=environ, stdout=subprocess.DEVNULL)
 
 
-def write_result(name: str, figures: dict[str, object]) -> Path:
-    """Write the figures of a benchmark with when, where and how they were measured."""
+def write_result(name: str, figures: dict[str, object], *, case: str = "") -> Path:
+    """Write the figures of a benchmark, or of one case of it, with when, where and how they were measured."""
     document = {
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
@@ -81,7 +81,7 @@ def write_result(name: str, figures: dict[str, object]) -> Path:
         **figures,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    path = RESULTS / f"{name}{case and f'_{case}'}.json"
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return path
 

@@ -83,7 +83,7 @@ class Node:
             )
         )
 
-    def start_worker(self, index: int = 0) -> subprocess.Popen[bytes]:
+    def start_worker(self, index: int = 0, **more: object) -> subprocess.Popen[bytes]:
         return self.stack.enter_context(
             service(
                 "worker",
@@ -92,6 +92,7 @@ class Node:
                 fleet=self.fleet,
                 bus_prefix="test",
                 index=index,
+                **more,
             )
         )
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from trireme.kvcache.direct_copies import HeldChain
 from trireme.kvcache.store_client import StoreClient
 from trireme.policies.kv_load import is_worth_asking, tokens_to_recompute
+from trireme.policies.routing import UNMEASURED_PREFILL_TOKENS_PER_S
 from trireme.worker.awaited_prefixes import NEAR
 from trireme.worker.engine_messages import Awaited, Command, LetGo, Offer, StoredChain
 from trireme.worker.live_requests import LiveRequest
@@ -215,8 +216,8 @@ class BlockLoads:
             return None
         available, in_dram = self._store.match_local_tiers(loaded.kv_namespace, missing)
         new_tokens = len(expected.live.assignment.request.prompt_token_ids) - (here + available) * size
-        if available < len(missing) and self._store.has_peers and rate > 0:
-            missing_s = (len(missing) - available) * size / rate
+        if available < len(missing) and self._store.has_peers:
+            missing_s = (len(missing) - available) * size / (rate or UNMEASURED_PREFILL_TOKENS_PER_S)
             if missing_s > REMOTE_GAIN * self.speeds.remote_s:
                 return Plan(missing, len(hashes) * size, available - in_dram, True)
         if not available:
