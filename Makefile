@@ -13,7 +13,7 @@ PEERS := .tools/peers
 CONFIG ?=
 
 .PHONY: help setup demo up down status test test-unit check lint types imports proto clean \
-        bench-engine bench-floor bench-overhead bench-scaling bench-kvstore bench-peers
+        bench bench-engine bench-floor bench-overhead bench-scaling bench-kvstore bench-peers
 
 help: ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -54,6 +54,9 @@ imports: setup ## the import directions of the house
 
 proto: setup ## fail if libs/trireme/wire differs from what proto/ generates
 	.ci/generate_proto.sh --check
+
+bench: setup ## any script of benchmarks/ (NAME=fastserve_sim)
+	$(VENV)/bin/python -m benchmarks.$(or $(NAME),$(error say which: make bench NAME=fastserve_sim))
 
 bench-engine: setup ## the engine against transformers, in process
 	$(VENV)/bin/python -m benchmarks.engine

@@ -244,6 +244,7 @@ def readme_blocks() -> list[tuple[str, str]]:
 def test_the_readmes_examples_run(fleet: Fleet, language: str, code: str, tmp_path: Path) -> None:
     code = code.replace("127.0.0.1:8000", fleet.http[0]).replace("127.0.0.1:9000", fleet.grpc[0])
     code = code.replace('"trireme-py"', '"py"')
+    code = code.replace(".venv/bin/trireme", f"{sys.executable} -m trireme.cli")
     environ = {**os.environ, "PYTHONPATH": f"{REPOSITORY}/libs:{REPOSITORY}/services"}
     if language == "sh" and shutil.which("curl") is None:
         pytest.skip("curl is not installed")

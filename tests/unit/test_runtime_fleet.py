@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,13 @@ def test_a_file_that_is_no_yaml_is_refused(tmp_path: Path) -> None:
         load_fleet(tmp_path / "absent.yaml")
     with pytest.raises(InvalidConfiguration, match="cannot read"):
         load_fleet(tmp_path)
+
+
+def test_the_readmes_fleet_is_one(tmp_path: Path) -> None:
+    readme = Path(__file__).resolve().parents[2] / "README.md"
+    (block,) = re.findall(r"```yaml\n(.*?)```", readme.read_text(encoding="utf-8"), flags=re.DOTALL)
+    path = tmp_path / "fleet.yaml"
+    path.write_text(block, encoding="utf-8")
+    fleet = load_fleet(path)
+    assert [(group.policy, group.replicas, group.swap_mib) for group in fleet.workers] == [("mlfq", 2, 256)]
+    assert fleet.kvstore.ssd_mib == 4096
