@@ -1,0 +1,168 @@
+"""A weight matrix to codes and scales, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from trireme.errors import InvalidCheckpoint
+from trireme.quant.formats import WeightFormat
+
+_SMALLEST_SCALE: Final = torch.finfo(torch.float32).tiny
+"""Scales below the normal range of float32 would lose their own bits."""
+_BLOCK_ELEMENTS: Final = 1 << 22
+"""Worked on at a time in float64, whatever the size of the matrix."""
+_ACCEPTED: Final = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class QuantizedWeight:
+    """One matrix of M output and K input channels; canonical: one code per element."""
+
+    form: WeightFormat
+    codes: Tensor
+    """(M, K) uint8. Integers are stored as u: value = (u - zero) * scale; symmetric: zero = 2**(bits - 1)."""
+    scales: Tensor
+    """float32, finite and positive: (M,) for a scale per row, (M, K / group_size) for groups."""
+    zeros: Tensor | None = None
+    """(M, K / group_size) uint8, below 2**bits; only in formats that have zero points."""
+
+
+def quantize(weight: Tensor, form: WeightFormat, *, name: str = "weight") -> QuantizedWeight:
+    """Round a matrix to a format: to nearest even, saturating, scaled to the largest magnitude that it has.
+
+    A scale is `max |w|` over the largest magnitude of the format (28 in fp6_e3m2, 127 in int8_ch, 7 in
+    symmetric int4), or with zero points the range, zero included, over 15; computed in float64, rounded to
+    float32, and codes are chosen for the rounded scale. A row or group of zeros has scale 1.
+
+    Args:
+        weight: (M, K) float32, bfloat16 or float16, on the CPU.
+        form: the format.
+        name: what errors call the matrix.
+
+    Raises:
+        InvalidCheckpoint: a weight is NaN or infinite (names the index), the matrix is not of two dimensions
+            or is empty, its type is another, or groups do not fill its rows.
+
+    Source: Xia et al., Quant-LLM, USENIX ATC 2024, section 2.1 (a scale per output channel).
+    """
+    check_shape(tuple(weight.shape), form, name=name)
+    if weight.dtype not in _ACCEPTED:
+        raise InvalidCheckpoint(
+            f"{name} is of type {weight.dtype}; only float32, bfloat16 and float16 weights can be quantized"
+        )
+    _check_finite(weight, name)
+    out_channels, in_channels = weight.shape
+    groups = form.groups(in_channels)
+    codes = torch.empty((out_channels, in_channels), dtype=torch.uint8)
+    scales = torch.empty((out_channels, groups), dtype=torch.float32)
+    zeros = torch.empty((out_channels, groups), dtype=torch.uint8) if form.has_zeros else None
+    for rows in row_blocks(out_channels, in_channels):
+        grouped = weight[rows].double().view(-1, groups, in_channels // groups)
+        scale = _scales(grouped, form)
+        scaled = grouped / scale.double()[..., None]
+        zero = _zeros(scaled) if form.has_zeros else None
+        codes[rows] = _encode(scaled, zero, form).view(-1, in_channels)
+        scales[rows] = scale
+        if zeros is not None and zero is not None:
+            zeros[rows] = zero.to(torch.uint8)
+    return QuantizedWeight(
+        form=form, codes=codes, scales=scales[:, 0] if form.group_size is None else scales, zeros=zeros
+    )
+
+
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The matrix that codes and scales stand for: (M, K) of `dtype`, computed in float64 and rounded.
+
+    float64 is exact; narrower types than float32 are rounded by way of float32.
+    """
+    out = torch.empty(weight.codes.shape, dtype=dtype)
+    for rows in row_blocks(*out.shape):
+        out[rows] = dequantize_rows(weight, rows)
+    return out
+
+
+def dequantize_rows(weight: QuantizedWeight, rows: slice) -> Tensor:
+    """Some rows of `dequantize`: (rows, K) float64, exact."""
+    form, codes = weight.form, weight.codes[rows]
+    in_channels = codes.shape[1]
+    groups = form.groups(in_channels)
+    grouped = codes.view(-1, groups, in_channels // groups)
+    if form.minifloat is not None:
+        values = form.minifloat.decode(grouped)
+    else:
+        zero: Tensor | int = 1 << (form.bits - 1)
+        if weight.zeros is not None:
+            zero = weight.zeros[rows].double()[..., None]
+        values = grouped.double() - zero
+    scale = weight.scales[rows].double().view(-1, groups, 1)
+    return (values * scale).view(-1, in_channels)
+
+
+def row_blocks(out_channels: int, in_channels: int) -> Iterator[slice]:
+    """Slices that cover the rows, each of a bounded number of elements."""
+    step = max(1, _BLOCK_ELEMENTS // in_channels)
+    for first in range(0, out_channels, step):
+        yield slice(first, min(first + step, out_channels))
+
+
+def check_shape(shape: tuple[int, ...], form: WeightFormat, *, name: str) -> None:
+    """Refuse what cannot be a matrix of the format.
+
+    Raises:
+        InvalidCheckpoint: `shape` has not two dimensions, is empty, or groups do not fill its rows.
+    """
+    if len(shape) != 2 or 0 in shape:
+        raise InvalidCheckpoint(f"{name} has shape {shape}; only non-empty matrices can be quantized")
+    if form.group_size is not None and shape[1] % form.group_size:
+        raise InvalidCheckpoint(
+            f"{name} has {shape[1]} input channels, no multiple of the group size {form.group_size} of "
+            f"{form.name}; take a smaller group, or a format with a scale per row"
+        )
+
+
+def _check_finite(weight: Tensor, name: str) -> None:
+    for rows in row_blocks(*weight.shape):
+        is_bad = ~torch.isfinite(weight[rows])
+        if is_bad.any():
+            row, column = (int(index) for index in is_bad.nonzero()[0])
+            value = float(weight[rows][row, column])
+            raise InvalidCheckpoint(
+                f"{name}[{rows.start + row}, {column}] is {value}; weights must be finite to be quantized"
+            )
+
+
+def _scales(grouped: Tensor, form: WeightFormat) -> Tensor:
+    """(rows, groups, size) float64 to (rows, groups) float32."""
+    if form.has_zeros:
+        low, high = grouped.amin(-1).clamp(max=0.0), grouped.amax(-1).clamp(min=0.0)
+        extent, largest = high - low, float(2**form.bits - 1)
+    else:
+        extent = grouped.abs().amax(-1)
+        largest = form.minifloat.max_value if form.minifloat else float(2 ** (form.bits - 1) - 1)
+    wanted = (extent / largest).clamp(min=_SMALLEST_SCALE)
+    scale = wanted.float()
+    if form.has_zeros:
+        # Rounded down, so that the highest value never misses the last code by a hair.
+        scale = torch.where(scale > wanted, torch.nextafter(scale, torch.zeros_like(scale)), scale)
+    return torch.where(extent == 0, torch.ones_like(scale), scale)
+
+
+def _zeros(scaled: Tensor) -> Tensor:
+    """The code of value 0 in each group: (rows, groups) float64 integers."""
+    # Half up, not to even: so the lowest value gets code 0 and the highest the last, ties too.
+    return torch.floor(0.5 - scaled.amin(-1).clamp(max=0.0))
+
+
+def _encode(scaled: Tensor, zero: Tensor | None, form: WeightFormat) -> Tensor:
+    if form.minifloat is not None:
+        return form.minifloat.encode(scaled)
+    last = 2**form.bits - 1
+    if zero is not None:
+        return (scaled + zero[..., None]).round().clamp(0, last).to(torch.uint8)
+    half = (last + 1) // 2
+    return (scaled.round() + half).clamp(1, last).to(torch.uint8)
