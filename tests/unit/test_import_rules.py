@@ -27,7 +27,7 @@ ALLOWED = {
     "kvcache": COMMON | {"policies"},
     "engine": COMMON | {"loading", "models", "kernels", "quant", "policies", "kvcache"},
     "client": COMMON,
-    "cli": COMMON | {"client", "policies", "devices", "kvcache", "load", "simulator"},
+    "cli": COMMON | {"client", "policies", "devices", "kvcache", "load", "quant", "simulator"},
     "load": COMMON | {"client"},
     "simulator": COMMON | {"policies"},
     "parallel": COMMON | {"kernels"},

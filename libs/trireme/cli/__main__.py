@@ -11,13 +11,14 @@ from trireme.cli.down import down
 from trireme.cli.explain import explain
 from trireme.cli.generate import generate
 from trireme.cli.models import models
+from trireme.cli.quantize import quantize
 from trireme.cli.scale import scale
 from trireme.cli.simulate import simulate
 from trireme.cli.status import status
 from trireme.cli.top import top
 from trireme.cli.up import up
 
-COMMANDS = (demo, up, status, down, generate, chat, models, scale, explain, top, bench, simulate)
+COMMANDS = (demo, up, status, down, generate, chat, models, scale, explain, top, bench, simulate, quantize)
 
 app = typer.Typer(
     name="trireme",

@@ -155,13 +155,13 @@ def _scales(grouped: Tensor, form: WeightFormat) -> Tensor:
 def _zeros(scaled: Tensor) -> Tensor:
     """The code of value 0 in each group: (rows, groups) float64 integers."""
     # Half up, not to even: so the lowest value gets code 0 and the highest the last, ties too.
-    return torch.floor(0.5 - scaled.amin(-1).clamp(max=0.0))
+    return torch.floor(scaled.amin(-1).clamp(max=0.0).neg() + 0.5)
 
 
 def _encode(scaled: Tensor, zero: Tensor | None, form: WeightFormat) -> Tensor:
     if form.minifloat is not None:
         return form.minifloat.encode(scaled)
-    last = 2**form.bits - 1
+    last = (1 << form.bits) - 1
     if zero is not None:
         return (scaled + zero[..., None]).round().clamp(0, last).to(torch.uint8)
     half = (last + 1) // 2
