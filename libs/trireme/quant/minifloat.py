@@ -1,6 +1,6 @@
 """Floats of a few bits: sign, exponent, mantissa; every code is a finite value.
 
-Source: Xia et al., Quant-LLM, USENIX ATC 2024, section 2 (formats without infinity and NaN).
+Source: Xia et al., Quant-LLM, USENIX ATC 2024; its FP6 and FP5 have no infinity and no NaN.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def quantize(weight: Tensor, form: WeightFormat, *, name: str = "weight") -> Qua
         InvalidCheckpoint: a weight is NaN or infinite (names the index), the matrix is not of two dimensions
             or is empty, its type is another, or groups do not fill its rows.
 
-    Source: Xia et al., Quant-LLM, USENIX ATC 2024, section 2.1 (a scale per output channel).
+    Source: Xia et al., Quant-LLM, USENIX ATC 2024 (a scale per output channel).
     """
     check_shape(tuple(weight.shape), form, name=name)
     if weight.dtype not in _ACCEPTED:

@@ -1,0 +1,143 @@
+"""Device layouts: each bit against the closed form, decoding as a kernel does it, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trireme.errors import InvalidCheckpoint
+from trireme.quant.device_layouts import DIRECT, INTERLEAVED, pack_for_device, unpack_from_device
+from trireme.quant.direct_layout import pack_direct
+from trireme.quant.formats import FORMATS, weight_format
+from trireme.quant.interleaved_layout import pack_interleaved
+from trireme.quant.minifloat import FP6_E3M2
+from trireme.quant.quantization import QuantizedWeight
+
+
+def random_weight(rows: int, columns: int, name: str, seed: int = 0) -> QuantizedWeight:
+    generator = torch.Generator().manual_seed(seed)
+    form = weight_format(name)
+    codes = torch.randint(0, 2**form.bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    return QuantizedWeight(form=form, codes=codes, scales=torch.rand(rows, generator=generator) + 0.1)
+
+
+def segments(code: int, bits: int) -> Iterator[tuple[int, int]]:
+    """(width, value), from the top of the code's digits."""
+    digits = f"{code:0{bits}b}"
+    for width in (1, 2, 4):
+        if bits & width:
+            yield width, int(digits[:width], 2)
+            digits = digits[width:]
+
+
+def interleaved_one_by_one(codes: list[list[int]], bits: int) -> list[int]:
+    """Element by element, as the kernels' page defines it."""
+    rows, columns = len(codes), len(codes[0])
+    words = {width: [0] * (rows * columns * width // 32) for width in (1, 2, 4) if bits & width}
+    for m in range(rows):
+        for k in range(columns):
+            i, r, j = m // 64, m % 64, k // 16
+            block, h, l = r // 16, r % 16 // 8, r % 8  # noqa: E741  the definition's names
+            g, t, p = k % 16 // 8, k % 8 // 2, k % 2
+            lane, v, s = 4 * l + t, 4 * g + 2 * h + p, i * (columns // 16) + j
+            q = 8 * block + v
+            for width, value in segments(codes[m][k], bits):
+                per = 32 // width
+                word, x = divmod(q, per)
+                turn, y = divmod(x, 4)
+                shift = 32 - 8 * (2, 0, 3, 1)[y] - width * (turn + 1)
+                words[width][(s * width + word) * 32 + lane] |= value << shift
+    return [word for width in sorted(words) for word in words[width]]
+
+
+@pytest.mark.parametrize("name", ["fp6_e3m2", "fp5_e2m2"])
+def test_interleaved_words_are_those_of_the_closed_form(name: str) -> None:
+    weight = random_weight(128, 64, name)
+    packed = pack_interleaved(weight.codes, weight.form.bits)
+    wanted = interleaved_one_by_one(weight.codes.tolist(), weight.form.bits)
+    assert (packed.long() & 0xFFFFFFFF).tolist() == wanted
+
+
+def test_direct_words_decode_by_shift_and_mask_to_halves() -> None:
+    """Every register of every lane, decoded as a kernel does, in numpy."""
+    codes = random_weight(128, 192, "fp6_e3m2").codes
+    words = pack_direct(codes).numpy().view(np.uint32)
+    slices = 2 * 12
+    tops = words[: slices * 64].reshape(slices, 2, 32)
+    nibbles = words[slices * 64 :].reshape(slices, 4, 32)
+    values = FP6_E3M2.decode(codes).numpy()
+    lane = np.arange(32)
+    for s in range(slices):
+        for block in range(4):
+            for register in range(4):
+                w2, w4, which = tops[s, block // 2], nibbles[s, block], 4 * (block % 2) + register
+                if which == 7:
+                    t = (w2 << 13) & 0x80008000 | (w2 << 11) & 0x10001000
+                else:
+                    t = (w2 << (0, 1, 2, 6, 7, 8, 12)[which]) & 0x90009000
+                x = (w4, w4 >> 4, w4 << 4, w4 << 8)[register]
+                halves = (x & 0x0F000F00 | t).astype(np.uint32).view(np.float16).reshape(32, 2)
+                row = s // 12 * 64 + block * 16 + register % 2 * 8 + lane // 4
+                column = s % 12 * 16 + register // 2 * 8 + lane % 4 * 2
+                for pair in range(2):
+                    wanted = values[row, column + pair]
+                    found = halves[:, pair].astype(np.float64) * 4096
+                    assert (found == wanted).all()
+                    assert (np.signbit(found) == np.signbit(wanted)).all()
+
+
+@pytest.mark.parametrize(
+    "layout, name",
+    [(INTERLEAVED, "fp6_e3m2"), (INTERLEAVED, "fp6_e2m3"), (INTERLEAVED, "fp5_e2m2"), (DIRECT, "fp6_e3m2")],
+)
+@settings(deadline=None, max_examples=30)
+@given(rows=st.integers(1, 150), columns=st.integers(1, 150), seed=st.integers(0, 999))
+def test_codes_and_scales_come_back_from_any_shape(
+    layout: str, name: str, rows: int, columns: int, seed: int
+) -> None:
+    weight = random_weight(rows, columns, name, seed)
+    packed = pack_for_device(weight, layout)
+    tiles = -(-rows // 64) * -(-columns // 64)
+    assert packed.words.nbytes == tiles * 64 * 64 * weight.form.bits // 8
+    back = unpack_from_device(packed)
+    assert torch.equal(back.codes, weight.codes) and torch.equal(back.scales, weight.scales)
+
+
+@pytest.mark.parametrize("layout", [INTERLEAVED, DIRECT])
+def test_padding_is_code_zero_and_scale_one(layout: str) -> None:
+    weight = random_weight(1, 1, "fp6_e3m2")
+    packed = pack_for_device(weight, layout)
+    assert (packed.scales[1:] == 1).all() and len(packed.scales) == 64
+    assert len(packed.words.nonzero()) <= 2  # the two words that hold the one code
+
+
+@pytest.mark.parametrize(
+    "layout, name",
+    [
+        ("dense_v1", "fp6_e3m2"),
+        ("direct_v2", "fp6_e3m2"),
+        (DIRECT, "fp5_e2m2"),
+        (DIRECT, "fp6_e2m3"),
+        (INTERLEAVED, "int8_ch"),
+        (DIRECT, "int4_g64"),
+    ],
+)
+def test_layouts_refuse_what_they_do_not_take(layout: str, name: str) -> None:
+    assert name in FORMATS
+    with pytest.raises(InvalidCheckpoint, match=layout):
+        pack_for_device(random_weight(64, 64, name), layout)
+
+
+@pytest.mark.parametrize("layout", [INTERLEAVED, DIRECT])
+def test_another_number_of_words_is_refused(layout: str) -> None:
+    packed = pack_for_device(random_weight(64, 64, "fp6_e3m2"), layout)
+    cut = type(packed)(
+        layout=layout, form=packed.form, shape=(64, 65), words=packed.words, scales=packed.scales
+    )
+    with pytest.raises(InvalidCheckpoint, match="1536 words"):
+        unpack_from_device(cut)
