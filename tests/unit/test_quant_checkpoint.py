@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trireme.errors import InvalidCheckpoint, InvalidConfiguration
+from trireme.quant import writing
 from trireme.quant.bit_packing import packed_bytes
 from trireme.quant.formats import FORMATS, WeightFormat, weight_format
 from trireme.quant.quantization import dequantize, quantize
@@ -294,6 +296,19 @@ def test_weights_that_cannot_be_quantized_leave_nothing_behind(
 def test_a_quantized_checkpoint_is_not_quantized_again(written: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidCheckpoint, match="quantized already"):
         quantize_checkpoint(written, tmp_path / "again", weight_format("int8_ch"))
+
+
+def test_a_disk_that_does_not_take_the_file_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise SafetensorError("no space left")
+
+    source = tiny(tmp_path / "source")
+    monkeypatch.setattr(writing, "save_file", refuse)
+    with pytest.raises(OSError, match=r"model\.safetensors cannot be written: no space left"):
+        quantize_checkpoint(source, tmp_path / "out", weight_format("int8_ch"))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_a_directory_in_use_is_left_alone(tmp_path: Path) -> None:

@@ -105,6 +105,12 @@ def test_signs_mirror(form: WeightFormat, weight: Tensor) -> None:
     assert torch.equal(dequantize(quantize(-weight, form)), -dequantize(quantize(weight, form)))
 
 
+@ALL
+def test_how_a_matrix_lies_in_memory_does_not_matter(form: WeightFormat) -> None:
+    weight = torch.randn((128, 5), generator=torch.Generator().manual_seed(2))
+    assert torch.equal(quantize(weight.T, form).codes, quantize(weight.T.contiguous(), form).codes)
+
+
 def test_int8_by_head() -> None:
     quantized = quantize(torch.tensor([[127.0, -127.0, 0.5, 1.5, -2.5, 3.49]]), weight_format("int8_ch"))
     assert quantized.scales.tolist() == [1.0]

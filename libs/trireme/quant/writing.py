@@ -85,6 +85,7 @@ def quantize_checkpoint(
             or nothing of `also`, or a weight that cannot be quantized: not finite, not a matrix, or not of
             whole groups.
         InvalidConfiguration: `out` is in use, or `also` names something else.
+        OSError: `out` cannot be written.
     """
     unknown = set(also) - OPTIONAL_KINDS
     if unknown:
@@ -143,8 +144,7 @@ def _write(
             reports.append(report)
             quantized_bytes += sum(part.nbytes for part in parts.values())
         bytes_after += sum(tensor.nbytes for tensor in written.values())
-        save_file(written, directory / file.name, metadata={"format": "pt"})
-        (directory / file.name).chmod(0o644)
+        _save(written, directory / file.name)
         weight_map |= dict.fromkeys(written, file.name)
     missing = set(also) - {report.kind for report in reports}
     if missing or not reports:
@@ -186,6 +186,14 @@ def _parts(name: str, weight: QuantizedWeight) -> Mapping[str, Tensor]:
     bits = weight.form.bits
     parts = {name + CODES: pack(weight.codes, bits), name + SCALES: weight.scales.contiguous()}
     return parts if weight.zeros is None else parts | {name + ZEROS: pack(weight.zeros, bits)}
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    path.chmod(0o644)  # safetensors leaves it to its owner
 
 
 def _kind(name: str) -> str:
