@@ -4,11 +4,12 @@
 
 The engine's iterations come from the measured profile. What the fleet adds to them is not in it: the
 engine shares the cores with gateway, scheduler and client. That is measured on probes that are not the
-trace: batches of several sizes that decode together tell how much longer an iteration takes (a factor and
-a constant), and lone requests of one token tell the time of a request outside the engine. They run once
-before and once after the trace, since a machine's speed drifts, and the mean counts. In between the trace
-is played: 150 requests with Poisson arrivals and the lengths of the Azure conversation trace, cut to what a
-small model can do. The bar: mean and p99 of the completion time within 15 % of the fleet's.
+trace: a backlog of equal requests tells how much longer iterations take (a factor), and lone requests of one
+token tell the time of a request outside the engine. They run once before and once after the trace, since a
+machine's speed drifts: the mean counts, and where the two differ by more than a tenth the machine did
+something else, and the run does not count. In between the trace is played: 150 requests with Poisson
+arrivals and the lengths of the Azure conversation trace, cut to what a small model can do. The bar: mean and
+p99 of the completion time within 15 % of the fleet's, at the median of the runs.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ import random
 import statistics
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from benchmarks.fleet import MODEL, RESULTS, fleet_document, running, write_result
 from trireme.load.drivers import Driver, grpc_driver
@@ -39,10 +39,11 @@ TOKEN_BUDGET = 256
 KV_MIB = 256
 PROMPT_FACTOR = 0.125
 ANSWER_FACTOR = 0.25
-PROBE_BATCHES = (1, 2, 4, 8)
-PROBE_PROMPT = 64
-PROBE_ANSWER = 96
+PROBE_REQUESTS = 64
+PROBE_PROMPT = 96
+PROBE_ANSWER = 32
 BAR = 0.15
+DRIFT = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,41 +51,35 @@ class Overhead:
     """What the fleet adds to the engine's own times."""
 
     factor: float
-    per_iteration_s: float
     per_request_s: float
 
 
-async def probe(driver: Driver, model: EngineModel) -> Overhead:
-    """Measure the fleet's overhead with loads that are unlike the trace."""
-    measured, modelled = [], []
-    for batch in PROBE_BATCHES:
-        lengths = Lengths(prompt_tokens=PROBE_PROMPT, answer_tokens=PROBE_ANSWER)
-        plan = closed(count=3 * batch, lengths=lengths, vocabulary=VOCABULARY, seed=100 + batch)
-        run = await run_closed_loop(plan, driver, concurrency=batch)
-        measured.append(statistics.median(outcome.tpot_s or 0.0 for outcome in run.outcomes))
-        modelled.append(model.decode_s(batch, PROBE_PROMPT + PROBE_ANSWER // 2))
-    factor, per_iteration_s = np.polyfit(modelled, measured, 1)
-    if factor < 1 or per_iteration_s < 0:
-        factor, per_iteration_s = max(1.0, float(np.mean(np.divide(measured, modelled)))), 0.0
-    lone = closed(
-        count=30,
-        lengths=Lengths(prompt_tokens=PROBE_PROMPT, answer_tokens=1),
-        vocabulary=VOCABULARY,
-        seed=99,
-    )
+async def probe(driver: Driver, model: EngineModel, policy: str, *, seed: int) -> Overhead:
+    """Measure the fleet's overhead with loads that are unlike the trace.
+
+    Each time with another seed: prompts that were asked before would be found.
+    """
+    lengths = Lengths(prompt_tokens=PROBE_PROMPT, answer_tokens=PROBE_ANSWER)
+    plan = closed(count=PROBE_REQUESTS, lengths=lengths, vocabulary=VOCABULARY, seed=seed)
+    live = await run_closed_loop(plan, driver, concurrency=PROBE_REQUESTS)
+    backlog = [
+        Request(request_id=str(n), arrival_s=0.0, prompt_tokens=PROBE_PROMPT, answer_tokens=PROBE_ANSWER)
+        for n in range(PROBE_REQUESTS)
+    ]
+    factor = live.duration_s / max(simulated(backlog, model, Overhead(factor=1.0, per_request_s=0.0), policy))
+    lengths = Lengths(prompt_tokens=PROBE_PROMPT, answer_tokens=1)
+    lone = closed(count=30, lengths=lengths, vocabulary=VOCABULARY, seed=seed + 1)
     alone = await run_closed_loop(lone, driver, concurrency=1)
-    slowed = model.slowed(factor=float(factor), per_iteration_s=float(per_iteration_s))
-    outside_s = statistics.median(o.e2e_s for o in alone.outcomes) - slowed.prefill_s(PROBE_PROMPT)
-    return Overhead(
-        factor=float(factor), per_iteration_s=float(per_iteration_s), per_request_s=max(0.0, outside_s)
-    )
+    prefill_s = factor * model.prefill_s(PROBE_PROMPT)
+    outside_s = statistics.median(outcome.e2e_s for outcome in alone.outcomes) - prefill_s
+    return Overhead(factor=factor, per_request_s=max(0.0, outside_s))
 
 
 def mean_of(one: Overhead, other: Overhead) -> Overhead:
     """Half way between two measurements."""
     pairs = zip(astuple(one), astuple(other), strict=True)
-    factor, per_iteration_s, per_request_s = ((a + b) / 2 for a, b in pairs)
-    return Overhead(factor=factor, per_iteration_s=per_iteration_s, per_request_s=per_request_s)
+    factor, per_request_s = ((a + b) / 2 for a, b in pairs)
+    return Overhead(factor=factor, per_request_s=per_request_s)
 
 
 def rounded(overhead: Overhead) -> dict[str, float]:
@@ -131,7 +126,7 @@ def simulated(requests: list[Request], model: EngineModel, overhead: Overhead, p
             token_budget=TOKEN_BUDGET,
         ),
     )
-    slowed = model.slowed(factor=overhead.factor, per_iteration_s=overhead.per_iteration_s)
+    slowed = model.slowed(factor=overhead.factor, per_iteration_s=0.0)
     return [float(seconds) for seconds in scenario.simulate(requests, config, slowed, policy).jct_s]
 
 
@@ -143,7 +138,7 @@ def saturation_rps(model: EngineModel, overhead: Overhead) -> float:
 
 async def live_and_simulated(
     policy: str, model: EngineModel, *, count: int, load: float, seed: int
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """One policy through a fleet of its own and through the simulator."""
     document = fleet_document(
         workers=1,
@@ -157,32 +152,30 @@ async def live_and_simulated(
         async with grpc_driver(fleet.grpc, model=MODEL) as driver:
             warm = closed(count=8, lengths=Lengths(), vocabulary=VOCABULARY, seed=1)
             await run_closed_loop(warm, driver, concurrency=4)
-            before = await probe(driver, model)
+            before = await probe(driver, model, policy, seed=1000)
             rate = load * saturation_rps(model, before)
             requests = trace_of(count, rate, seed)
             run = await run_open_loop(planned(requests), driver)
-            after = await probe(driver, model)
+            after = await probe(driver, model, policy, seed=2000)
     overhead = mean_of(before, after)
     failed = [outcome.error for outcome in run.outcomes if outcome.error is not None]
     if failed:
         raise SystemExit(f"{len(failed)} requests failed: {failed[0]}")
     live_s = sorted(outcome.e2e_s for outcome in run.outcomes)
     model_s = sorted(simulated(requests, model, overhead, policy))
-    figures: dict[str, object] = {
+    figures: dict[str, Any] = {
         "requests": count,
         "rate_rps": round(rate, 3),
         "load": load,
         "overhead_before": rounded(before),
         "overhead_after": rounded(after),
+        "drift": round(abs(before.factor / after.factor - 1), 3),
     }
-    is_within = True
     for name, of in (("mean", statistics.fmean), ("p50", lambda s: percentile(s, 0.5)), ("p99", p99)):
         live, sim = of(live_s), of(model_s)
         figures[f"live_jct_s_{name}"] = round(live, 4)
         figures[f"simulated_jct_s_{name}"] = round(sim, 4)
         figures[f"simulated_over_live_{name}"] = round(sim / live, 3)
-        is_within &= name == "p50" or abs(sim / live - 1) <= BAR
-    figures["within_15_percent"] = is_within
     return figures
 
 
@@ -198,16 +191,29 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=150)
     parser.add_argument("--load", type=float, default=0.8, help="share of what the engine can do")
     parser.add_argument("--seed", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     model = from_file(arguments.profile)
     figures: dict[str, object] = {"variant": model.name}
     for policy in arguments.policy.split(","):
-        figures[policy] = asyncio.run(
-            live_and_simulated(
-                policy, model, count=arguments.requests, load=arguments.load, seed=arguments.seed
+        kept: list[dict[str, Any]] = []
+        for _ in range(2 * arguments.repeats):
+            found = asyncio.run(
+                live_and_simulated(
+                    policy, model, count=arguments.requests, load=arguments.load, seed=arguments.seed
+                )
             )
-        )
-        print(policy, figures[policy], flush=True)
+            print(policy, found, flush=True)
+            if found["drift"] <= DRIFT:
+                kept.append(found)
+            if len(kept) == arguments.repeats:
+                break
+        ratios = {
+            name: statistics.median(run[f"simulated_over_live_{name}"] for run in kept)
+            for name in ("mean", "p50", "p99")
+        }
+        is_within = all(abs(ratios[name] - 1) <= BAR for name in ("mean", "p99"))
+        figures[policy] = {"runs": kept, "median_simulated_over_live": ratios, "within_15_percent": is_within}
     print(write_result("simulator_calibration", figures))
 
 
