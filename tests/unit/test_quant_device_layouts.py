@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,16 +15,27 @@ from trireme.errors import InvalidCheckpoint
 from trireme.quant.device_layouts import DIRECT, INTERLEAVED, pack_for_device, unpack_from_device
 from trireme.quant.direct_layout import pack_direct
 from trireme.quant.formats import FORMATS, weight_format
+from trireme.quant.integer_layout import pack_integers
 from trireme.quant.interleaved_layout import pack_interleaved
 from trireme.quant.minifloat import FP6_E3M2
-from trireme.quant.quantization import QuantizedWeight
+from trireme.quant.quantization import QuantizedWeight, dequantize
 
 
 def random_weight(rows: int, columns: int, name: str, seed: int = 0) -> QuantizedWeight:
     generator = torch.Generator().manual_seed(seed)
     form = weight_format(name)
-    codes = torch.randint(0, 2**form.bits, (rows, columns), generator=generator, dtype=torch.uint8)
-    return QuantizedWeight(form=form, codes=codes, scales=torch.rand(rows, generator=generator) + 0.1)
+    per_scale = (rows, form.groups(columns)) if form.group_size else (rows,)
+    scales = torch.rand(per_scale, generator=generator) + 0.1
+
+    def below(limit: int, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randint(0, limit, shape, generator=generator, dtype=torch.uint8)
+
+    return QuantizedWeight(
+        form=form,
+        codes=below(2**form.bits, (rows, columns)),
+        scales=scales,
+        zeros=below(2**form.bits, per_scale) if form.has_zeros else None,
+    )
 
 
 def segments(code: int, bits: int) -> Iterator[tuple[int, int]]:
@@ -108,6 +120,46 @@ def test_codes_and_scales_come_back_from_any_shape(
     assert torch.equal(back.codes, weight.codes) and torch.equal(back.scales, weight.scales)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_integer_words_decode_by_mask_to_halves(bits: int) -> None:
+    """Every register of every lane, or-ed into the float16 1024 as a kernel does, in numpy."""
+    codes = random_weight(128, 64, "int8_ch" if bits == 8 else "int4_g64").codes
+    words = pack_integers(codes, bits, fill=0).numpy().view(np.uint32).reshape(8, 4, bits // 4, 32)
+    wanted = codes.numpy().astype(np.float64)
+    lane = np.arange(32)
+    for s in range(8):
+        for block in range(4):
+            for register in range(4):
+                if bits == 4:
+                    x = words[s, block, 0] >> 4 * register & 0x000F000F
+                else:
+                    two = words[s, block, register // 2] >> 16 * (register % 2)
+                    x = two & 0xFF | (two & 0xFF00) << 8
+                halves = (x | 0x64006400).astype(np.uint32).view(np.float16).reshape(32, 2)
+                row = s // 4 * 64 + block * 16 + register % 2 * 8 + lane // 4
+                column = s % 4 * 16 + register // 2 * 8 + lane % 4 * 2
+                for pair in range(2):
+                    assert (halves[:, pair].astype(np.float64) - 1024 == wanted[row, column + pair]).all()
+
+
+@pytest.mark.parametrize("name", ["int4_g32", "int4_g128", "int4_g32_zeros", "int8_ch"])
+@settings(deadline=None, max_examples=20)
+@given(rows=st.integers(1, 150), groups=st.integers(1, 5), seed=st.integers(0, 999))
+def test_integers_come_back_with_scales_and_zero_points(name: str, rows: int, groups: int, seed: int) -> None:
+    weight = random_weight(rows, groups * (weight_format(name).group_size or 7), name, seed)
+    back = unpack_from_device(pack_for_device(weight, DIRECT))
+    assert torch.equal(back.codes, weight.codes) and torch.equal(back.scales, weight.scales)
+    assert torch.equal(dequantize(back), dequantize(weight))
+
+
+@pytest.mark.parametrize("name", ["fp6_e3m2", "int8_ch", "int4_g32", "int4_g32_zeros"])
+def test_padding_has_value_zero(name: str) -> None:
+    packed = pack_for_device(random_weight(1, 32, name), DIRECT)
+    tile = dataclasses.replace(packed, shape=(64, 64))
+    values = dequantize(unpack_from_device(tile))
+    assert (values[1:] == 0).all() and (values[:, 32:] == 0).all() and (values[0, :32] != 0).any()
+
+
 @pytest.mark.parametrize("layout", [INTERLEAVED, DIRECT])
 def test_padding_is_code_zero_and_scale_one(layout: str) -> None:
     weight = random_weight(1, 1, "fp6_e3m2")
@@ -124,7 +176,7 @@ def test_padding_is_code_zero_and_scale_one(layout: str) -> None:
         (DIRECT, "fp5_e2m2"),
         (DIRECT, "fp6_e2m3"),
         (INTERLEAVED, "int8_ch"),
-        (DIRECT, "int4_g64"),
+        (INTERLEAVED, "int4_g64"),
     ],
 )
 def test_layouts_refuse_what_they_do_not_take(layout: str, name: str) -> None:
@@ -136,8 +188,6 @@ def test_layouts_refuse_what_they_do_not_take(layout: str, name: str) -> None:
 @pytest.mark.parametrize("layout", [INTERLEAVED, DIRECT])
 def test_another_number_of_words_is_refused(layout: str) -> None:
     packed = pack_for_device(random_weight(64, 64, "fp6_e3m2"), layout)
-    cut = type(packed)(
-        layout=layout, form=packed.form, shape=(64, 65), words=packed.words, scales=packed.scales
-    )
+    cut = dataclasses.replace(packed, shape=(64, 65))
     with pytest.raises(InvalidCheckpoint, match="1536 words"):
         unpack_from_device(cut)

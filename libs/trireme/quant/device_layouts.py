@@ -9,13 +9,18 @@ import torch
 from torch import Tensor
 
 from trireme.errors import InvalidCheckpoint
-from trireme.quant import direct_layout, interleaved_layout
-from trireme.quant.direct_layout import DIRECT, pack_direct, unpack_direct
+from trireme.quant.direct_layout import pack_direct, unpack_direct
 from trireme.quant.formats import WeightFormat
 from trireme.quant.fragment_order import padded
-from trireme.quant.interleaved_layout import INTERLEAVED, pack_interleaved, unpack_interleaved
+from trireme.quant.integer_layout import pack_integers, unpack_integers
+from trireme.quant.interleaved_layout import pack_interleaved, unpack_interleaved
+from trireme.quant.minifloat import FP6_E3M2
 from trireme.quant.quantization import QuantizedWeight
 
+INTERLEAVED: Final = "interleaved_v1"
+"""fp6 and fp5, in the order of the FP6-LLM kernels."""
+DIRECT: Final = "direct_v1"
+"""fp6_e3m2 and integers, decoded by shift and mask."""
 LAYOUTS: Final = (INTERLEAVED, DIRECT)
 
 
@@ -28,9 +33,11 @@ class PackedWeight:
     shape: tuple[int, int]
     """(M, K) without padding."""
     words: Tensor
-    """(words,) int32, of M and K padded to multiples of 64 with code 0."""
+    """(words,) int32, of M and K padded to multiples of 64 with a code of value 0."""
     scales: Tensor
-    """(M padded,) float32; 1 where there is no row."""
+    """float32, 1 in the padding: (M padded,), or (M padded, ceil(K padded / group_size)) for groups."""
+    zeros: Tensor | None = None
+    """uint8 of the shape of `scales`, 0 in the padding; only in formats that have zero points."""
 
 
 def pack_for_device(weight: QuantizedWeight, layout: str) -> PackedWeight:
@@ -39,14 +46,26 @@ def pack_for_device(weight: QuantizedWeight, layout: str) -> PackedWeight:
     Raises:
         InvalidCheckpoint: the layout is unknown or does not take the weight's format.
     """
-    _check_layout(layout, weight.form)
+    form = weight.form
+    _check_layout(layout, form)
     rows, columns = weight.codes.shape
-    packed = (
-        pack_direct(weight.codes) if layout == DIRECT else pack_interleaved(weight.codes, weight.form.bits)
+    if layout == INTERLEAVED:
+        words = pack_interleaved(weight.codes, form.bits)
+    elif form.minifloat is not None:
+        words = pack_direct(weight.codes)
+    else:
+        fill = 0 if form.has_zeros else 1 << (form.bits - 1)
+        words = pack_integers(weight.codes, form.bits, fill=fill)
+    return PackedWeight(
+        layout=layout,
+        form=form,
+        shape=(rows, columns),
+        words=words,
+        scales=_padded_to(weight.scales, _scales_shape((padded(rows), padded(columns)), form), fill=1),
+        zeros=None
+        if weight.zeros is None
+        else _padded_to(weight.zeros, _scales_shape((padded(rows), padded(columns)), form), fill=0),
     )
-    scales = torch.ones(padded(rows))
-    scales[:rows] = weight.scales
-    return PackedWeight(layout=layout, form=weight.form, shape=(rows, columns), words=packed, scales=scales)
 
 
 def unpack_from_device(weight: PackedWeight) -> QuantizedWeight:
@@ -56,28 +75,42 @@ def unpack_from_device(weight: PackedWeight) -> QuantizedWeight:
         InvalidCheckpoint: the layout is unknown or does not take the format, or there are more or fewer words
             than the shape needs.
     """
-    _check_layout(weight.layout, weight.form)
-    is_direct = weight.layout == DIRECT
-    wanted = (
-        direct_layout.num_words(weight.shape)
-        if is_direct
-        else interleaved_layout.num_words(weight.shape, weight.form.bits)
-    )
+    form, shape = weight.form, weight.shape
+    _check_layout(weight.layout, form)
+    wanted = padded(shape[0]) * padded(shape[1]) * form.bits // 32
     if weight.words.shape != (wanted,):
         raise InvalidCheckpoint(
-            f"{weight.layout} of {weight.shape} has {wanted} words, not {tuple(weight.words.shape)}"
+            f"{weight.layout} of {shape} has {wanted} words, not {tuple(weight.words.shape)}"
         )
-    codes = (
-        unpack_direct(weight.words, weight.shape)
-        if is_direct
-        else unpack_interleaved(weight.words, weight.form.bits, weight.shape)
+    if weight.layout == INTERLEAVED:
+        codes = unpack_interleaved(weight.words, form.bits, shape)
+    elif form.minifloat is not None:
+        codes = unpack_direct(weight.words, shape)
+    else:
+        codes = unpack_integers(weight.words, form.bits, shape)
+    kept = tuple(slice(size) for size in _scales_shape(shape, form))
+    return QuantizedWeight(
+        form=form,
+        codes=codes,
+        scales=weight.scales[kept].clone(),
+        zeros=None if weight.zeros is None else weight.zeros[kept].clone(),
     )
-    return QuantizedWeight(form=weight.form, codes=codes, scales=weight.scales[: weight.shape[0]].clone())
+
+
+def _scales_shape(shape: tuple[int, int], form: WeightFormat) -> tuple[int, ...]:
+    rows, columns = shape
+    return (rows,) if form.group_size is None else (rows, -(-columns // form.group_size))
+
+
+def _padded_to(tensor: Tensor, shape: tuple[int, ...], *, fill: int) -> Tensor:
+    full = torch.full(shape, fill, dtype=tensor.dtype)
+    full[tuple(slice(size) for size in tensor.shape)] = tensor
+    return full
 
 
 def _check_layout(layout: str, form: WeightFormat) -> None:
     if layout not in LAYOUTS:
         raise InvalidCheckpoint(f"layout {layout!r} is unknown; use one of {', '.join(LAYOUTS)}")
-    if form.minifloat is None or (layout == DIRECT and form.name != "fp6_e3m2"):
-        taken = "fp6_e3m2" if layout == DIRECT else "fp6_e3m2, fp6_e2m3 and fp5_e2m2"
-        raise InvalidCheckpoint(f"layout {layout} takes {taken}, not {form.name}")
+    is_taken = form.minifloat is not None if layout == INTERLEAVED else form.minifloat in (None, FP6_E3M2)
+    if not is_taken:
+        raise InvalidCheckpoint(f"layout {layout} does not take {form.name}")

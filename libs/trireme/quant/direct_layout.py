@@ -12,20 +12,14 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from trireme.quant.fragment_order import LANES, from_lanes, padded, to_lanes
+from trireme.quant.fragment_order import LANES, from_lanes, to_lanes
 
-DIRECT: Final = "direct_v1"
 SIGN_BITS: Final = (15, 14, 13, 9, 8, 7, 3, 2)
 TOP_EXPONENT_BITS: Final = (12, 11, 10, 6, 5, 4, 0, 1)
 """Bits of the first word, by 4 * (block % 2) + register. One shift serves both, except for the last register:
 the two bits that are left for it do not lie 3 apart."""
 NIBBLE_BITS: Final = (8, 12, 4, 0)
 """Lowest bit of the other four, by register."""
-
-
-def num_words(shape: tuple[int, int]) -> int:
-    """32-bit words of a matrix, padding included."""
-    return padded(shape[0]) * padded(shape[1]) * 6 // 32
 
 
 def pack_direct(codes: Tensor) -> Tensor:

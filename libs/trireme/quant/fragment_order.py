@@ -30,17 +30,18 @@ def padded(size: int) -> int:
     return -(-size // TILE) * TILE
 
 
-def to_lanes(codes: Tensor) -> Tensor:
-    """Arrange a matrix by owner, with code 0 where it does not fill its tiles.
+def to_lanes(codes: Tensor, *, fill: int = 0) -> Tensor:
+    """Arrange a matrix by owner, with code `fill` where it does not fill its tiles.
 
     Args:
         codes: (M, K) uint8.
+        fill: the code of padding, one of value 0.
 
     Returns:
         (slices, 32 lanes, 32 elements) uint8; element 8 * block + v is a_v of the lane's fragment.
     """
     rows, columns = codes.shape
-    full = torch.nn.functional.pad(codes, (0, padded(columns) - columns, 0, padded(rows) - rows))
+    full = torch.nn.functional.pad(codes, (0, padded(columns) - columns, 0, padded(rows) - rows), value=fill)
     split = full.view(padded(rows) // SLICE_ROWS, 4, 2, 8, padded(columns) // SLICE_COLUMNS, 2, 4, 2)
     return split.permute(_TO_LANES).reshape(-1, LANES, 32)
 

@@ -15,9 +15,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from trireme.quant.fragment_order import LANES, from_lanes, padded, to_lanes
+from trireme.quant.fragment_order import LANES, from_lanes, to_lanes
 
-INTERLEAVED: Final = "interleaved_v1"
 _BYTE_OF: Final = (2, 0, 3, 1)
 """Of every four elements, counted from the word's most significant byte."""
 
@@ -25,11 +24,6 @@ _BYTE_OF: Final = (2, 0, 3, 1)
 def segment_widths(bits: int) -> tuple[int, ...]:
     """Widths of the segments of a code, from its top: 2 and 4 for six bits."""
     return tuple(width for width in (1, 2, 4) if bits & width)
-
-
-def num_words(shape: tuple[int, int], bits: int) -> int:
-    """32-bit words of a matrix, padding included."""
-    return padded(shape[0]) * padded(shape[1]) * bits // 32
 
 
 def pack_interleaved(codes: Tensor, bits: int) -> Tensor:

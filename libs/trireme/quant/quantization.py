@@ -62,7 +62,7 @@ def quantize(weight: Tensor, form: WeightFormat, *, name: str = "weight") -> Qua
     scales = torch.empty((out_channels, groups), dtype=torch.float32)
     zeros = torch.empty((out_channels, groups), dtype=torch.uint8) if form.has_zeros else None
     for rows in row_blocks(out_channels, in_channels):
-        grouped = weight[rows].double().reshape(-1, groups, in_channels // groups)
+        grouped = weight[rows].double().contiguous().view(-1, groups, in_channels // groups)
         scale = _scales(grouped, form)
         scaled = grouped / scale.double()[..., None]
         zero = _zeros(scaled) if form.has_zeros else None
