@@ -228,6 +228,18 @@ def test_a_part_of_another_form_is_refused_by_name(
         checkpoint.weight(Q_PROJ)
 
 
+def test_scales_of_int4_may_be_negative_but_not_zero(tmp_path: Path) -> None:
+    quantize_checkpoint(tiny(tmp_path / "source"), tmp_path / "out", weight_format("int4_g32"))
+    with QuantizedCheckpoint(tmp_path / "out") as checkpoint:
+        assert (checkpoint.weight(Q_PROJ).scales < 0).any()
+    edit_tensors(tmp_path / "out", lambda tensors: tensors[Q_PROJ + ".scales"][2, 1].fill_(0))
+    with (
+        QuantizedCheckpoint(tmp_path / "out") as checkpoint,
+        pytest.raises(InvalidCheckpoint, match="not zero"),
+    ):
+        checkpoint.weight(Q_PROJ)
+
+
 def test_padding_that_is_not_zero_is_refused_by_name(tmp_path: Path) -> None:
     quantize_checkpoint(tiny(tmp_path / "source", columns=3), tmp_path / "out", weight_format("fp6_e3m2"))
     edit_tensors(tmp_path / "out", lambda tensors: tensors[Q_PROJ + ".codes"][:, -1].fill_(255))

@@ -47,7 +47,7 @@ def steps_at(quantized: QuantizedWeight, weight: Tensor) -> Tensor:
     scale = quantized.scales.double().view(len(weight), -1)
     scale = scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
     if form.minifloat is None:
-        return scale
+        return scale.abs()
     magnitudes = form.minifloat.values()[: form.minifloat.sign_bit]
     above = torch.searchsorted(magnitudes, (weight.double() / scale).abs()).clamp(1, len(magnitudes) - 1)
     return (magnitudes[above] - magnitudes[above - 1]) * scale
@@ -117,14 +117,16 @@ def test_int8_by_head() -> None:
     assert quantized.codes.tolist() == [[255, 1, 128, 130, 126, 131]]
 
 
-def test_symmetric_int4_by_head() -> None:
-    weight = torch.zeros(1, 64)
-    weight[0, :5] = torch.tensor([7.0, -7.0, 0.5, 1.5, -6.4])
-    weight[0, 32] = -14.0
+def test_int4_by_head() -> None:
+    weight = torch.zeros(1, 128)
+    weight[0, :5] = torch.tensor([-8.0, 7.0, 0.5, 1.5, -6.4])
+    weight[0, 32:35] = torch.tensor([16.0, -14.0, 3.2])
+    weight[0, 64:66] = torch.tensor([7.5, -7.5])
     quantized = quantize(weight, weight_format("int4_g32"))
-    assert quantized.scales.tolist() == [[1.0, 2.0]]
-    assert quantized.codes[0, :6].tolist() == [15, 1, 8, 10, 2, 8]
-    assert quantized.codes[0, 32:34].tolist() == [1, 8]
+    assert quantized.scales.tolist() == [[1.0, -2.0, 1.0, 1.0]]
+    assert quantized.codes[0, :6].tolist() == [0, 15, 8, 10, 2, 8]
+    assert quantized.codes[0, 32:36].tolist() == [0, 15, 6, 8]
+    assert quantized.codes[0, 64:67].tolist() == [15, 0, 8]
 
 
 def test_int4_with_zero_points_by_head() -> None:
@@ -156,7 +158,8 @@ def test_the_ends_of_float32_are_no_trap(form: WeightFormat) -> None:
     weight = torch.zeros(2, 128)
     weight[0, ::2], weight[0, 1::2], weight[1] = largest, -largest, least
     quantized = quantize(weight, form)
-    assert quantized.scales.isfinite().all() and (quantized.scales > 0).all()
+    assert quantized.scales.isfinite().all() and (quantized.scales != 0).all()
+    assert form.has_signed_scales or (quantized.scales > 0).all()
     assert dequantize(quantized, torch.float64).isfinite().all()
     assert float(dequantize(quantized, torch.float64)[0, 0]) == pytest.approx(largest, rel=0.07)
 

@@ -56,15 +56,14 @@ def pack_for_device(weight: QuantizedWeight, layout: str) -> PackedWeight:
     else:
         fill = 0 if form.has_zeros else 1 << (form.bits - 1)
         words = pack_integers(weight.codes, form.bits, fill=fill)
+    per_scale = _scales_shape((padded(rows), padded(columns)), form)
     return PackedWeight(
         layout=layout,
         form=form,
         shape=(rows, columns),
         words=words,
-        scales=_padded_to(weight.scales, _scales_shape((padded(rows), padded(columns)), form), fill=1),
-        zeros=None
-        if weight.zeros is None
-        else _padded_to(weight.zeros, _scales_shape((padded(rows), padded(columns)), form), fill=0),
+        scales=_padded_to(weight.scales, per_scale, fill=1),
+        zeros=None if weight.zeros is None else _padded_to(weight.zeros, per_scale, fill=0),
     )
 
 

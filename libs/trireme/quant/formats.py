@@ -28,6 +28,14 @@ class WeightFormat:
     has_zeros: bool = False
     """Whether each group has a zero point; without, integers are offset by half their range."""
 
+    @property
+    def has_signed_scales(self) -> bool:
+        """Whether a scale's sign says which sign the group's code of the largest magnitude has.
+
+        Of 16 integers one more is negative than positive; the group's largest weight takes that one.
+        """
+        return self.group_size is not None and not self.has_zeros
+
     def groups(self, in_channels: int) -> int:
         """Scales of one row."""
         return 1 if self.group_size is None else in_channels // self.group_size

@@ -27,7 +27,8 @@ class QuantizedWeight:
     codes: Tensor
     """(M, K) uint8. Integers are stored as u: value = (u - zero) * scale; symmetric: zero = 2**(bits - 1)."""
     scales: Tensor
-    """float32, finite and positive: (M,) for a scale per row, (M, K / group_size) for groups."""
+    """float32, finite: (M,) for a scale per row, (M, K / group_size) for groups. Positive, or in formats with
+    signed scales not zero."""
     zeros: Tensor | None = None
     """(M, K / group_size) uint8, below 2**bits; only in formats that have zero points."""
 
@@ -35,9 +36,11 @@ class QuantizedWeight:
 def quantize(weight: Tensor, form: WeightFormat, *, name: str = "weight") -> QuantizedWeight:
     """Round a matrix to a format: to nearest even, saturating, scaled to the largest magnitude that it has.
 
-    A scale is `max |w|` over the largest magnitude of the format (28 in fp6_e3m2, 127 in int8_ch, 7 in
-    symmetric int4), or with zero points the range, zero included, over 15; computed in float64, rounded to
-    float32, and codes are chosen for the rounded scale. A row or group of zeros has scale 1.
+    A scale is `max |w|` over the largest magnitude of the format (28 in fp6_e3m2, 127 in int8_ch), or with
+    zero points the range, zero included, over 15. In int4 without zero points its sign is such that the weight of
+    largest magnitude gets -8, and its size the least that leaves no weight more than half a step outside of
+    -8 to 7. It is computed in float64 and rounded to float32, and codes are chosen for the rounded scale. A
+    row or group of zeros has scale 1.
 
     Args:
         weight: (M, K) float32, bfloat16 or float16, on the CPU.
@@ -138,18 +141,23 @@ def _check_finite(weight: Tensor, name: str) -> None:
 
 def _scales(grouped: Tensor, form: WeightFormat) -> Tensor:
     """(rows, groups, size) float64 to (rows, groups) float32."""
+    low, high = grouped.amin(-1).clamp(max=0.0).neg(), grouped.amax(-1).clamp(min=0.0)
+    dominant, other = torch.maximum(low, high), torch.minimum(low, high)
+    half = 1 << (form.bits - 1)
     if form.has_zeros:
-        low, high = grouped.amin(-1).clamp(max=0.0), grouped.amax(-1).clamp(min=0.0)
-        extent, largest = high - low, float(2**form.bits - 1)
+        wanted = (low + high) / (2 * half - 1)
+    elif form.has_signed_scales:
+        wanted = torch.maximum(dominant / half, other / (half - 0.5))
     else:
-        extent = grouped.abs().amax(-1)
-        largest = form.minifloat.max_value if form.minifloat else float(2 ** (form.bits - 1) - 1)
-    wanted = (extent / largest).clamp(min=_SMALLEST_SCALE)
+        wanted = dominant / (form.minifloat.max_value if form.minifloat else half - 1)
+    wanted = wanted.clamp(min=_SMALLEST_SCALE)
     scale = wanted.float()
-    if form.has_zeros:
-        # Rounded down, so that the highest value never misses the last code by a hair.
+    if form.group_size is not None:
+        # Rounded down, so that the outermost weights never miss the outermost codes by a hair.
         scale = torch.where(scale > wanted, torch.nextafter(scale, torch.zeros_like(scale)), scale)
-    return torch.where(extent == 0, torch.ones_like(scale), scale)
+    if form.has_signed_scales:
+        scale = torch.where(high > low, -scale, scale)
+    return torch.where(dominant == 0, torch.ones_like(scale), scale)
 
 
 def _zeros(scaled: Tensor) -> Tensor:
@@ -165,4 +173,4 @@ def _encode(scaled: Tensor, zero: Tensor | None, form: WeightFormat) -> Tensor:
     if zero is not None:
         return (scaled + zero[..., None]).round().clamp(0, last).to(torch.uint8)
     half = (last + 1) // 2
-    return (scaled.round() + half).clamp(1, last).to(torch.uint8)
+    return (scaled.round() + half).clamp(0, last).to(torch.uint8)

@@ -58,8 +58,8 @@ class QuantizedCheckpoint:
 
         Raises:
             InvalidCheckpoint: there is none of that name, or its tensors have other shapes or types than the
-                format asks for, or hold what no quantizer writes: scales that are not finite and positive,
-                padding that is not zero.
+                format asks for, or hold what no quantizer writes: scales that are no scales, padding that is
+                not zero.
         """
         stored = self.manifest.weights.get(name)
         if stored is None:
@@ -70,8 +70,10 @@ class QuantizedCheckpoint:
         packed = self._part(name + CODES, (rows, packed_bytes(columns, form.bits)), torch.uint8)
         per_scale = (rows,) if form.group_size is None else (rows, groups)
         scales = self._part(name + SCALES, per_scale, torch.float32)
-        if not bool((torch.isfinite(scales) & (scales > 0)).all()):
-            raise InvalidCheckpoint(f"{self.directory}: {name}{SCALES} must be finite and positive")
+        sizes = scales.abs() if form.has_signed_scales else scales
+        if not bool((torch.isfinite(sizes) & (sizes > 0)).all()):
+            wanted = "not zero" if form.has_signed_scales else "positive"
+            raise InvalidCheckpoint(f"{self.directory}: {name}{SCALES} must be finite and {wanted}")
         zeros = None
         if form.has_zeros:
             packed_zeros = self._part(name + ZEROS, (rows, packed_bytes(groups, form.bits)), torch.uint8)
