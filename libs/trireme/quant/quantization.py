@@ -37,10 +37,10 @@ def quantize(weight: Tensor, form: WeightFormat, *, name: str = "weight") -> Qua
     """Round a matrix to a format: to nearest even, saturating, scaled to the largest magnitude that it has.
 
     A scale is `max |w|` over the largest magnitude of the format (28 in fp6_e3m2, 127 in int8_ch), or with
-    zero points the range, zero included, over 15. In int4 without zero points its sign is such that the weight of
-    largest magnitude gets -8, and its size the least that leaves no weight more than half a step outside of
-    -8 to 7. It is computed in float64 and rounded to float32, and codes are chosen for the rounded scale. A
-    row or group of zeros has scale 1.
+    zero points the range, zero included, over 15. In int4 without zero points its sign is such that the
+    weight of largest magnitude gets -8, and its size the least that leaves no weight more than half a step
+    outside of -8 to 7. It is computed in float64 and rounded to float32, and codes are chosen for the rounded
+    scale. A row or group of zeros has scale 1.
 
     Args:
         weight: (M, K) float32, bfloat16 or float16, on the CPU.
