@@ -81,6 +81,14 @@ class Fleet:
             assert time.monotonic() < deadline_s, f"{len(found)} of {count} workers are ready"
             await asyncio.sleep(0.1)
 
+    async def busiest_worker(self) -> ProcessRecord:
+        """The healthy worker that most requests are assigned to now."""
+        workers = await self.ready_workers(2)
+        async with open_redis(str(self.state["redis_url"])) as redis:
+            keys = Keys(str(self.state["bus_prefix"]))
+            loads = [int(await redis.hget(keys.load(worker.id), "requests") or 0) for worker in workers]
+        return workers[loads.index(max(loads))]
+
     def kill(self, name: str) -> None:
         """kill -9 a supervised process."""
         os.kill(self.pid_of(name), signal.SIGKILL)

@@ -97,10 +97,10 @@ async def test_kill_9_of_a_service(fleet: Fleet, undisturbed: list[list[int]], n
 
 
 async def test_kill_9_of_one_of_two_workers(fleet: Fleet, undisturbed: list[list[int]]) -> None:
-    victim = (await fleet.ready_workers(2))[0]
+    await fleet.ready_workers(2)
 
     async def fault() -> None:
-        os.kill(victim.pid, signal.SIGKILL)
+        os.kill((await fleet.busiest_worker()).pid, signal.SIGKILL)
 
     answers = await under_load(fleet, fault)
     check(answers, undisturbed)
@@ -111,15 +111,18 @@ async def test_kill_9_of_one_of_two_workers(fleet: Fleet, undisturbed: list[list
 
 
 async def test_kill_9_of_an_engine_process(fleet: Fleet, undisturbed: list[list[int]]) -> None:
-    victim = (await fleet.ready_workers(2))[0]
+    await fleet.ready_workers(2)
+    victim_pid = 0
 
     async def fault() -> None:
-        os.kill(engine_pid(victim.pid), signal.SIGKILL)
+        nonlocal victim_pid
+        victim_pid = (await fleet.busiest_worker()).pid
+        os.kill(engine_pid(victim_pid), signal.SIGKILL)
 
     answers = await under_load(fleet, fault)
     check(answers, undisturbed)
     assert any(answer.attempts > 1 and answer.pauses for answer in answers)
-    assert not psutil.pid_exists(victim.pid), "a worker without its engine is none"
+    assert not psutil.pid_exists(victim_pid), "a worker without its engine is none"
     await fleet.ready_workers(2)
 
 
@@ -133,11 +136,10 @@ def engine_pid(worker_pid: int) -> int:
 async def test_a_paused_workers_requests_finish_elsewhere(
     fleet: Fleet, undisturbed: list[list[int]], pid_of: Callable[[int], int]
 ) -> None:
-    victim = (await fleet.ready_workers(2))[0]
-    stopped_s = 0.0
+    await fleet.ready_workers(2)
 
     async def fault() -> None:
-        nonlocal stopped_s
+        victim = await fleet.busiest_worker()
         os.kill(pid_of(victim.pid), signal.SIGSTOP)
         stopped_s = time.monotonic()
         while victim.id in {record.id for record in await fleet.living("worker")}:
@@ -151,10 +153,10 @@ async def test_a_paused_workers_requests_finish_elsewhere(
 
 
 async def test_sigterm_drains_a_worker(fleet: Fleet, undisturbed: list[list[int]]) -> None:
-    victim = (await fleet.ready_workers(2))[0]
+    await fleet.ready_workers(2)
 
     async def fault() -> None:
-        os.kill(victim.pid, signal.SIGTERM)
+        os.kill((await fleet.busiest_worker()).pid, signal.SIGTERM)
 
     answers = await under_load(fleet, fault)
     check(answers, undisturbed)
