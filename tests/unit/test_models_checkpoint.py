@@ -232,3 +232,10 @@ def test_half_precision_answers(saved: Path) -> None:
     engine = build(saved, dtype=torch.bfloat16, settings=settings())
     assert engine.kv_layout.endswith(":bfloat16")
     assert len(answer(engine, prompt_of(1, 20), greedy(8))) == 8
+
+
+@pytest.mark.parametrize("key", ["quantization", "quantization_config"])
+def test_quantized_weights_are_refused_by_name(copy: Path, key: str) -> None:
+    edit(copy / "config.json", lambda value: value.update({key: {"format": "fp6_e3m2"}}))
+    with pytest.raises(InvalidCheckpoint, match=f"{key}, and quantized weights"):
+        load_model(copy)

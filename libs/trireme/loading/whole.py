@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from trireme.errors import InvalidConfiguration
+from trireme.errors import InvalidCheckpoint, InvalidConfiguration
 from trireme.models.checkpoint import Checkpoint
 from trireme.models.config import Family
 from trireme.models.decoder import Decoder
@@ -30,10 +30,17 @@ def load_model(
         max_positions: longest sequence to be served; None: the model's context.
 
     Raises:
-        InvalidCheckpoint: the files are missing, malformed or of an unsupported architecture.
+        InvalidCheckpoint: the files are missing, malformed, quantized or of an unsupported architecture.
         InvalidConfiguration: `max_positions` exceeds the model's context.
     """
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+    for key in ("quantization", "quantization_config"):
+        if key in opened.raw_config:
+            opened.close()
+            raise InvalidCheckpoint(
+                f"{opened.directory}: config.json has {key}, and quantized weights cannot be served yet: "
+                "name the checkpoint that they were made from"
+            )
     limit = opened.config.context_limit
     if max_positions is not None and not 1 <= max_positions <= limit:
         raise InvalidConfiguration(f"max_positions is {max_positions}, but the model's context is {limit}")
