@@ -34,13 +34,12 @@ def load_model(
         InvalidConfiguration: `max_positions` exceeds the model's context.
     """
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
-    for key in ("quantization", "quantization_config"):
-        if key in opened.raw_config:
-            opened.close()
-            raise InvalidCheckpoint(
-                f"{opened.directory}: config.json has {key}, and quantized weights cannot be served yet: "
-                "name the checkpoint that they were made from"
-            )
+    if "quantization" in opened.raw_config:
+        opened.close()
+        raise InvalidCheckpoint(
+            f"{opened.directory} is quantized and cannot be served yet: "
+            "name the checkpoint that it was made from"
+        )
     limit = opened.config.context_limit
     if max_positions is not None and not 1 <= max_positions <= limit:
         raise InvalidConfiguration(f"max_positions is {max_positions}, but the model's context is {limit}")
