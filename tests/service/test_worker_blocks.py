@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator
-from contextlib import ExitStack
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,8 +49,14 @@ class Reference:
         self._model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
 
     def answer(self, prompt: list[int]) -> list[int]:
+        ids = torch.tensor([prompt])
         out = self._model.generate(
-            torch.tensor([prompt]), max_new_tokens=ANSWER, do_sample=False, eos_token_id=None, pad_token_id=0
+            ids,
+            attention_mask=torch.ones_like(ids),  # else each token 0 is taken for padding
+            max_new_tokens=ANSWER,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )
         return [int(token) for token in out[0, len(prompt) :]]
 
@@ -156,21 +162,22 @@ class Node:
         return tokens == self.reference.answer(prompt)
 
 
-@pytest.fixture
-async def node(redis_url: str, checkpoint: Path, tmp_path: Path) -> AsyncIterator[Node]:  # noqa: F811
-    fleet = tmp_path / "fleet.yaml"
+@asynccontextmanager
+async def node_of(redis_url: str, directory: Path, checkpoint: Path, **worker: int) -> AsyncIterator[Node]:  # noqa: F811
+    """A scheduler, and what workers and stores need to be started."""
+    fleet = directory / "fleet.yaml"
     fleet.write_text(
         yaml.safe_dump(
             {
                 "models": {"small": {"variants": {"small-v": {"checkpoint": str(checkpoint)}}}},
-                "workers": [{"name": "worker", "kv_mib": 1, "max_sequences": 8, "max_batch_tokens": 32}],
+                "workers": [{"name": "worker", **worker}],
                 "block_tokens": BLOCK,
             }
         )
     )
     with ExitStack() as stack:
         stack.enter_context(
-            service("scheduler", tmp_path / "scheduler.log", redis_url=redis_url, bus_prefix="test")
+            service("scheduler", directory / "scheduler.log", redis_url=redis_url, bus_prefix="test")
         )
         async with open_redis(redis_url) as redis:
             yield Node(
@@ -178,10 +185,17 @@ async def node(redis_url: str, checkpoint: Path, tmp_path: Path) -> AsyncIterato
                 registry=Registry(redis, KEYS),
                 stack=stack,
                 redis_url=redis_url,
-                directory=tmp_path,
+                directory=directory,
                 fleet=fleet,
                 reference=Reference(checkpoint),
             )
+
+
+@pytest.fixture
+async def node(redis_url: str, checkpoint: Path, tmp_path: Path) -> AsyncIterator[Node]:  # noqa: F811
+    sizes = {"kv_mib": 1, "max_sequences": 8, "max_batch_tokens": 32}
+    async with node_of(redis_url, tmp_path, checkpoint, **sizes) as made:
+        yield made
 
 
 def stored(client: StoreClient, namespace: str, prompt: list[int], tenant: str) -> int:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import random
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import yaml
 
-from tests.service.processes import service
 from tests.service.test_kvstore_peers import until_peers
-from tests.service.test_worker import KEYS, FakeGateway
-from tests.service.test_worker_blocks import ANSWER, BLOCK, Node, Reference, until_stored
-from trireme.bus.connection import open_redis
-from trireme.bus.registry import Registry
-from trireme.bus.request_records import RequestRecords
+from tests.service.test_worker import FakeGateway
+from tests.service.test_worker_blocks import ANSWER, BLOCK, node_of, until_stored
 from trireme.kvcache.store_client import StoreClient
 
 pytestmark = pytest.mark.fleet
@@ -26,58 +19,32 @@ HISTORY = 1904
 
 
 async def test_a_conversation_moves_to_another_node_with_its_kv(tmp_path: Path, redis_url: str) -> None:
-    fleet = tmp_path / "fleet.yaml"
-    fleet.write_text(
-        yaml.safe_dump(
-            {
-                "models": {"small": {"variants": {"small-v": {"checkpoint": str(CHECKPOINT)}}}},
-                "workers": [{"name": "worker", "kv_mib": 64, "max_sequences": 4}],
-                "block_tokens": BLOCK,
-            }
-        )
-    )
-    with ExitStack() as stack:
-        stack.enter_context(
-            service("scheduler", tmp_path / "scheduler.log", redis_url=redis_url, bus_prefix="test")
-        )
-        async with open_redis(redis_url) as redis:
-            node = Node(
-                records=RequestRecords(redis, KEYS),
-                registry=Registry(redis, KEYS),
-                stack=stack,
-                redis_url=redis_url,
-                directory=tmp_path,
-                fleet=fleet,
-                reference=Reference(CHECKPOINT),
-                rng=random.Random(3),
-            )
-            stores = [
-                await node.living("kvstore", node.start_store(node=name, dram_mib=128)) for name in "ab"
-            ]
-            first_process = node.start_worker(0, node="a")
-            first = await node.living("worker", first_process)
-            prompt = node.tokens(HISTORY)
-            async with (
-                StoreClient.open(stores[0].grpc_address) as store,
-                FakeGateway(first.grpc_address, confirms=True) as node.gateway,
-            ):
-                answer, _ = await node.ask(prompt, tenant="t", session="s")
-                await until_stored(store, first.worker.variants[0].kv_namespace, prompt, "t")
-            first_process.kill()
-            first_process.wait()
+    async with node_of(redis_url, tmp_path, CHECKPOINT, kv_mib=64, max_sequences=4) as node:
+        stores = [await node.living("kvstore", node.start_store(node=name, dram_mib=128)) for name in "ab"]
+        first_process = node.start_worker(0, node="a")
+        first = await node.living("worker", first_process)
+        prompt = node.tokens(HISTORY)
+        async with (
+            StoreClient.open(stores[0].grpc_address) as store,
+            FakeGateway(first.grpc_address, confirms=True) as node.gateway,
+        ):
+            answer, _ = await node.ask(prompt, tenant="t", session="s")
+            await until_stored(store, first.worker.variants[0].kv_namespace, prompt, "t")
+        first_process.kill()
+        first_process.wait()
 
-            second = await node.living("worker", node.start_worker(1, node="b"))
-            assert second.worker.variants[0].kv_namespace == first.worker.variants[0].kv_namespace
-            turn = [*prompt, *answer, *node.tokens(24)]
-            async with (
-                StoreClient.open(stores[1].grpc_address) as store,
-                FakeGateway(second.grpc_address, confirms=True) as node.gateway,
-            ):
-                await until_peers(store)
-                tokens, found = await node.ask(turn, tenant="t", session="s")
-                assert found >= HISTORY
-                assert node.is_right(turn, tokens) and len(tokens) == ANSWER
-                stats = await store.stats()
-                assert stats is not None and stats.from_peers >= HISTORY // BLOCK
-                stranger, found = await node.ask(turn, tenant="another")
-                assert stranger == tokens and found == 0
+        second = await node.living("worker", node.start_worker(1, node="b"))
+        assert second.worker.variants[0].kv_namespace == first.worker.variants[0].kv_namespace
+        turn = [*prompt, *answer, *node.tokens(24)]
+        async with (
+            StoreClient.open(stores[1].grpc_address) as store,
+            FakeGateway(second.grpc_address, confirms=True) as node.gateway,
+        ):
+            await until_peers(store)
+            tokens, found = await node.ask(turn, tenant="t", session="s")
+            assert found >= HISTORY
+            assert node.is_right(turn, tokens) and len(tokens) == ANSWER
+            stats = await store.stats()
+            assert stats is not None and stats.from_peers >= HISTORY // BLOCK
+            stranger, found = await node.ask(turn, tenant="another")
+            assert stranger == tokens and found == 0

@@ -13,14 +13,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from trireme.errors import InvalidCheckpoint
 from trireme.models.config import ModelConfig, parse_config, token_ids
-
-_SINGLE: Final = "model.safetensors"
-_INDEX: Final = "model.safetensors.index.json"
+from trireme.quant.weight_files import CONFIG, INDEX, SINGLE, open_weights, read_object
 
 _WHOLE_BYTES: Final = 64 << 20
 """Files up to this size are hashed whole."""
@@ -40,8 +38,8 @@ class Checkpoint:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise InvalidCheckpoint(f"{self.directory} is not a directory")
-        self.raw_config = _read_json(self.directory / "config.json")
-        self.config: ModelConfig = parse_config(self.raw_config, source=str(self.directory / "config.json"))
+        self.raw_config = read_object(self.directory / CONFIG)
+        self.config: ModelConfig = parse_config(self.raw_config, source=str(self.directory / CONFIG))
         self.eos_token_ids = self._read_eos()
         self._files = _locate(self.directory)
         self._open: dict[Path, Any] = {}
@@ -108,33 +106,26 @@ class Checkpoint:
     def _handle(self, path: Path) -> Any:
         handle = self._open.get(path)
         if handle is None:
-            handle = self._open[path] = _open_weights(path)
+            handle = self._open[path] = open_weights(path)
         return handle
 
     def _read_eos(self) -> frozenset[int]:
         ids = set(self.config.eos_token_ids)
         path = self.directory / "generation_config.json"
         if path.exists():
-            ids.update(token_ids(_read_json(path).get("eos_token_id"), source=str(path)))
+            ids.update(token_ids(read_object(path).get("eos_token_id"), source=str(path)))
         return frozenset(ids)
-
-
-def _open_weights(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise InvalidCheckpoint(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def _locate(directory: Path) -> Mapping[str, Path]:
     """Which file holds each tensor."""
-    index = directory / _INDEX
-    single = directory / _SINGLE
+    index = directory / INDEX
+    single = directory / SINGLE
     if single.exists():
-        return dict.fromkeys(_open_weights(single).keys(), single)
+        return dict.fromkeys(open_weights(single).keys(), single)
     if not index.exists():
-        raise InvalidCheckpoint(f"{directory} has neither {_SINGLE} nor {_INDEX}")
-    weight_map = _read_json(index).get("weight_map")
+        raise InvalidCheckpoint(f"{directory} has neither {SINGLE} nor {INDEX}")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise InvalidCheckpoint(f"{index} has no weight_map")
     files = {str(name): directory / str(file) for name, file in weight_map.items()}
@@ -143,17 +134,5 @@ def _locate(directory: Path) -> Mapping[str, Path]:
             raise InvalidCheckpoint(f"{index} names {path.name} outside of its directory")
         if not path.exists():
             missing = next(name for name, file in files.items() if file == path)
-            raise InvalidCheckpoint(f"{path} is missing; {_INDEX} says it holds {missing}")
+            raise InvalidCheckpoint(f"{path} is missing; {INDEX} says it holds {missing}")
     return files
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InvalidCheckpoint(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise InvalidCheckpoint(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InvalidCheckpoint(f"{path} must hold a JSON object")
-    return value

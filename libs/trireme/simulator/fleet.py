@@ -50,8 +50,6 @@ class FleetConfig:
 
     engine: EngineConfig = field(default_factory=EngineConfig)
     workers: int = 1
-    is_preemptive: bool = False
-    """What routing is told of the workers' policy."""
     queue_limit: int | None = None
     """Requests that a worker may hold beyond its batch; None: as many as come."""
     request_overhead_s: float = 0.0
@@ -72,6 +70,7 @@ class Fleet:
     Args:
         requests: in any order.
         scheduler_factory: called once per worker.
+        is_preemptive: what routing is told of these schedulers.
         reuse: what lower tiers give a request; None: every prompt is computed.
     """
 
@@ -82,12 +81,14 @@ class Fleet:
         model: EngineModel,
         scheduler_factory: SchedulerFactory,
         *,
+        is_preemptive: bool = False,
         reuse: KvReuse | None = None,
     ) -> None:
         self.env = Environment()
         self.config = config
         self.model = model
         self.reuse = reuse
+        self._is_preemptive = is_preemptive
         self._full_decode_s = model.decode_s(config.engine.max_sequences, NOMINAL_CONTEXT_TOKENS)
         self.engines = [
             Engine(
@@ -211,7 +212,7 @@ class Fleet:
             queue_limit=len(self._requests) if limit is None else limit,
             prefill_tokens_per_s=self._prefill_tokens_per_s,
             decode_tokens_per_s=1 / self.model.decode_s(max(1, engine.running), NOMINAL_CONTEXT_TOKENS),
-            preemptive=self.config.is_preemptive,
+            preemptive=self._is_preemptive,
             cached_tokens=0,  # the tiers are behind all workers alike
         )
 

@@ -136,8 +136,8 @@ def simulate(
     def scheduler_of(remaining: RemainingS) -> IterationScheduler:
         return make_scheduler(policy, profile, settings=settings, remaining=remaining)
 
-    config = replace(config, is_preemptive=policy in PREEMPTIVE_POLICIES)
-    return Fleet(requests, config, model, scheduler_of, reuse=reuse).run()
+    is_preemptive = policy in PREEMPTIVE_POLICIES
+    return Fleet(requests, config, model, scheduler_of, is_preemptive=is_preemptive, reuse=reuse).run()
 
 
 def tiers_of(
