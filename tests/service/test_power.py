@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import time
 import urllib.request
@@ -53,11 +54,11 @@ class Bench:
         self.newest = b"0-0"
 
     async def record(self) -> ProcessRecord:
-        """The living power service, waiting for it."""
+        """The living power service, waiting for it; the record of a killed one outlives it by its lease."""
         found: list[ProcessRecord] = []
 
         async def there() -> bool:
-            found[:] = await self.registry.living("power")
+            found[:] = [one for one in await self.registry.living("power") if _runs(one.pid)]
             return len(found) == 1
 
         await until(there, what="power service in the registry")
@@ -117,6 +118,14 @@ class Bench:
             KEYS.measurements, group["name"], min="-", max=self.newest, count=1
         )
         return not held and _place(group["last-delivered-id"]) >= _place(self.newest)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _place(entry_id: bytes) -> tuple[int, int]:
