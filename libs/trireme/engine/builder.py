@@ -13,8 +13,9 @@ from trireme.engine.kv_copies import Link
 from trireme.engine.kv_preloads import LayersNeeded
 from trireme.engine.settings import EngineSettings
 from trireme.engine.tier import KvTier
-from trireme.loading.whole import load_model
+from trireme.loading.whole import load_whole
 from trireme.models.checkpoint import Checkpoint
+from trireme.quant.precisions import AUTO
 
 
 def build(
@@ -23,6 +24,7 @@ def build(
     dtype: torch.dtype = torch.float32,
     settings: EngineSettings | None = None,
     *,
+    precision: str = AUTO,
     kv_tier: KvTier | None = None,
     preload_layers: int | LayersNeeded = 1,
     link: Link | None = None,
@@ -32,22 +34,26 @@ def build(
 
     Args:
         settings: None: 512 blocks and the defaults.
+        precision: of the linear layers: see `load_whole`.
         kv_tier, preload_layers, link, clock: as for `Engine`.
 
     Raises:
         InvalidCheckpoint: the files are missing, malformed or of an unsupported architecture.
+        InvalidConfiguration: a size is out of range, or the checkpoint is quantized to another precision.
     """
     settings = settings or EngineSettings(num_blocks=512)
     with Checkpoint(checkpoint_dir) as checkpoint:
         limit = checkpoint.config.context_limit
         wanted = settings.max_model_len or settings.num_blocks * settings.block_size
-        model = load_model(checkpoint, device=device, dtype=dtype, max_positions=min(limit, wanted))
+        loaded = load_whole(
+            checkpoint, device=device, dtype=dtype, max_positions=min(limit, wanted), precision=precision
+        )
         return Engine(
-            model,
+            loaded.model,
             settings,
             kv_tier=kv_tier,
             eos_token_ids=checkpoint.eos_token_ids,
-            model_key=checkpoint.fingerprint(),
+            model_key=loaded.key,
             preload_layers=preload_layers,
             link=link,
             clock=clock,

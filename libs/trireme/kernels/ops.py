@@ -8,10 +8,17 @@ for the device is chosen here, behind the same signature.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from trireme.kernels import onednn, reference
 from trireme.kernels.attention_batch import AttentionBatch
+from trireme.quant.formats import WeightFormat
+from trireme.quant.quantization import QuantizedWeight, dequantize
+
+LinearWeight = Tensor
+"""A linear layer's matrix (outputs, inputs) in the form that `linear` takes: a plain tensor, or what
+`pack_weight` or `pack_quantized` made of it."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -60,7 +67,7 @@ def activation(x: Tensor, kind: str) -> Tensor:
     return reference.activation(x, kind)
 
 
-def pack_weight(weight: Tensor) -> Tensor:
+def pack_weight(weight: Tensor) -> LinearWeight:
     """Bring a weight (outputs, inputs) into the form that `linear` is fastest with on its device.
 
     The result is good for `linear` and `linear_add` alone; it may be `weight` itself.
@@ -69,17 +76,33 @@ def pack_weight(weight: Tensor) -> Tensor:
     return onednn.pack(weight) if is_packable else weight
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def takes_quantized(form: WeightFormat, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `linear` computes from codes of this format on the device; else weights are expanded first."""
+    return False
+
+
+def pack_quantized(weight: QuantizedWeight, *, device: torch.device, dtype: torch.dtype) -> LinearWeight:
+    """Bring a quantized weight into the form that `linear` takes; as `dtype` where nothing reads its codes.
+
+    Args:
+        weight: on the CPU.
+        device: where the result goes.
+        dtype: of the activations: float32, bfloat16 or float16.
+    """
+    return pack_weight(dequantize(weight, dtype).to(device))
+
+
+def linear(x: Tensor, weight: LinearWeight, bias: Tensor | None = None) -> Tensor:
     """x (tokens, inputs) times weight (outputs, inputs) transposed, plus bias (outputs,).
 
-    `weight` may be packed (`pack_weight`).
+    `weight` may be packed (`pack_weight`, `pack_quantized`).
     """
     if weight.is_mkldnn:
         return onednn.linear(x, weight, bias)
     return reference.linear(x, weight, bias)
 
 
-def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_add(x: Tensor, weight: LinearWeight, residual: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear`, plus residual (tokens, outputs), in one pass where that is possible."""
     if weight.is_mkldnn:
         return onednn.linear_add(x, weight, residual, bias)

@@ -7,7 +7,7 @@ What differs between the members is a field of `ModelConfig`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -16,32 +16,30 @@ from torch import Tensor
 
 from trireme.kernels import ops
 from trireme.kernels.attention_batch import AttentionBatch
-from trireme.models.checkpoint import Checkpoint
+from trireme.kernels.ops import LinearWeight
 from trireme.models.config import ModelConfig, RopeConfig
 from trireme.models.model import LayerKv
 from trireme.models.rope import RopeTable
-
-Read = Callable[[str, tuple[int, ...]], Tensor]
-"""Reads a named tensor of a given shape onto the model's device, in its type."""
+from trireme.models.weights import ModelWeights, Part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderLayer:
-    """One layer's weights, those of one input fused; matrices as `ops.pack_weight` leaves them."""
+    """One layer's weights, those of one input fused."""
 
     input_norm: Tensor
-    qkv: Tensor
+    qkv: LinearWeight
     """((heads + 2 * kv_heads) * head_dim, hidden): queries, keys, values."""
     qkv_bias: Tensor | None
     qk_norm: Tensor | None
     """(heads + kv_heads, head_dim)."""
-    out: Tensor
+    out: LinearWeight
     out_bias: Tensor | None
     mlp_norm: Tensor
-    gate_up: Tensor
+    gate_up: LinearWeight
     """(2 * intermediate, hidden): gate, up."""
     gate_up_bias: Tensor | None
-    down: Tensor
+    down: LinearWeight
     down_bias: Tensor | None
     window: int | None
 
@@ -56,7 +54,7 @@ class Decoder:
         embedding: Tensor,
         layers: Sequence[DecoderLayer],
         final_norm: Tensor,
-        head: Tensor,
+        head: LinearWeight,
         max_positions: int,
     ) -> None:
         self.config = config
@@ -79,30 +77,23 @@ class Decoder:
         self.key_rotation = self._rope.key_rotation
 
     @classmethod
-    def load(
-        cls, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, max_positions: int
-    ) -> Self:
-        """Read all weights of `checkpoint` onto `device`.
+    def load(cls, weights: ModelWeights, *, max_positions: int) -> Self:
+        """Read all weights.
 
         Raises:
             InvalidCheckpoint: a tensor is missing or has another shape than the configuration says.
         """
-        config = checkpoint.config
-
-        def read(name: str, shape: tuple[int, ...]) -> Tensor:
-            return checkpoint.tensor(name, shape).to(device, dtype)
-
-        prefix = (
-            "" if "embed_tokens.weight" in checkpoint else "model."
-        )  # bare: a body saved without its head
-        table = (config.vocab_size, config.hidden_size)
-        embedding = read(f"{prefix}embed_tokens.weight", table)
+        config = weights.config
+        # Without the prefix: a body saved without its head.
+        prefix = "" if "embed_tokens.weight" in weights else "model."
+        embedding_name = f"{prefix}embed_tokens.weight"
+        embedding = weights.tensor(embedding_name, (config.vocab_size, config.hidden_size))
         return cls(
             config,
             embedding=embedding,
-            layers=[_read_layer(config, read, prefix, layer) for layer in range(config.num_layers)],
-            final_norm=read(f"{prefix}norm.weight", (config.hidden_size,)),
-            head=ops.pack_weight(embedding if config.tie_embeddings else read("lm_head.weight", table)),
+            layers=[_read_layer(weights, prefix, layer) for layer in range(config.num_layers)],
+            final_norm=weights.tensor(f"{prefix}norm.weight", (config.hidden_size,)),
+            head=weights.head(embedding, embedding_name),
             max_positions=max_positions,
         )
 
@@ -135,37 +126,40 @@ class Decoder:
         return ops.linear(hidden, self._head).float()
 
 
-def _read_layer(config: ModelConfig, read: Read, prefix: str, index: int) -> DecoderLayer:
+def _read_layer(weights: ModelWeights, prefix: str, index: int) -> DecoderLayer:
+    config = weights.config
     hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     q_rows, kv_rows = config.num_heads * head_dim, config.num_kv_heads * head_dim
     at = f"{prefix}layers.{index}."
 
-    def fused(parts: Sequence[tuple[str, int]], wanted: bool) -> Tensor | None:
+    def matrix(parts: Sequence[Part], inputs: int) -> LinearWeight:
+        return weights.linear([(f"{at}{name}.weight", rows) for name, rows in parts], inputs)
+
+    def bias(parts: Sequence[Part], wanted: bool) -> Tensor | None:
         if not wanted:
             return None
-        return torch.cat([read(f"{at}{name}.bias", (rows,)) for name, rows in parts])
-
-    def weights(parts: Sequence[tuple[str, int]]) -> Tensor:
-        return torch.cat([read(f"{at}{name}.weight", (rows, hidden)) for name, rows in parts])
+        return torch.cat([weights.tensor(f"{at}{name}.bias", (rows,)) for name, rows in parts])
 
     qkv = (("self_attn.q_proj", q_rows), ("self_attn.k_proj", kv_rows), ("self_attn.v_proj", kv_rows))
+    out = (("self_attn.o_proj", hidden),)
     gate_up = (("mlp.gate_proj", inner), ("mlp.up_proj", inner))
+    down = (("mlp.down_proj", hidden),)
     qk_norm = None
     if config.qk_norm:
-        q_norm = read(f"{at}self_attn.q_norm.weight", (head_dim,))
-        k_norm = read(f"{at}self_attn.k_norm.weight", (head_dim,))
+        q_norm = weights.tensor(f"{at}self_attn.q_norm.weight", (head_dim,))
+        k_norm = weights.tensor(f"{at}self_attn.k_norm.weight", (head_dim,))
         qk_norm = torch.stack([q_norm] * config.num_heads + [k_norm] * config.num_kv_heads)
     return DecoderLayer(
-        input_norm=read(f"{at}input_layernorm.weight", (hidden,)),
-        qkv=ops.pack_weight(weights(qkv)),
-        qkv_bias=fused(qkv, config.qkv_bias),
+        input_norm=weights.tensor(f"{at}input_layernorm.weight", (hidden,)),
+        qkv=matrix(qkv, hidden),
+        qkv_bias=bias(qkv, config.qkv_bias),
         qk_norm=qk_norm,
-        out=ops.pack_weight(read(f"{at}self_attn.o_proj.weight", (hidden, q_rows))),
-        out_bias=read(f"{at}self_attn.o_proj.bias", (hidden,)) if config.out_bias else None,
-        mlp_norm=read(f"{at}post_attention_layernorm.weight", (hidden,)),
-        gate_up=ops.pack_weight(weights(gate_up)),
-        gate_up_bias=fused(gate_up, config.mlp_bias),
-        down=ops.pack_weight(read(f"{at}mlp.down_proj.weight", (hidden, inner))),
-        down_bias=read(f"{at}mlp.down_proj.bias", (hidden,)) if config.mlp_bias else None,
+        out=matrix(out, q_rows),
+        out_bias=bias(out, config.out_bias),
+        mlp_norm=weights.tensor(f"{at}post_attention_layernorm.weight", (hidden,)),
+        gate_up=matrix(gate_up, hidden),
+        gate_up_bias=bias(gate_up, config.mlp_bias),
+        down=matrix(down, inner),
+        down_bias=bias(down, config.mlp_bias),
         window=config.windows[index],
     )

@@ -7,19 +7,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-import torch
 from torch import Tensor
 
 from trireme.kernels import ops
 from trireme.kernels.attention_batch import AttentionBatch
-from trireme.models.checkpoint import Checkpoint
+from trireme.kernels.ops import LinearWeight
 from trireme.models.config import ModelConfig
 from trireme.models.model import LayerKv
+from trireme.models.weights import ModelWeights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Affine:
-    """Weight (outputs, inputs) and bias (outputs,); for a norm both are (width,)."""
+    """Weight (outputs, inputs) and bias (outputs,) of a linear layer."""
+
+    weight: LinearWeight
+    bias: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norm:
+    """Weight and bias, each (width,)."""
 
     weight: Tensor
     bias: Tensor
@@ -29,10 +37,10 @@ class Affine:
 class Gpt2Layer:
     """One layer's weights."""
 
-    input_norm: Affine
+    input_norm: Norm
     qkv: Affine
     out: Affine
-    mlp_norm: Affine
+    mlp_norm: Norm
     up: Affine
     down: Affine
     scale: float
@@ -48,8 +56,8 @@ class Gpt2:
         embedding: Tensor,
         position_embedding: Tensor,
         layers: Sequence[Gpt2Layer],
-        final_norm: Affine,
-        head: Tensor,
+        final_norm: Norm,
+        head: LinearWeight,
     ) -> None:
         self.config = config
         self.dtype = embedding.dtype
@@ -63,28 +71,26 @@ class Gpt2:
         self._head = head
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Self:
-        """Read all weights of `checkpoint` onto `device`.
+    def load(cls, weights: ModelWeights) -> Self:
+        """Read all weights.
 
         Raises:
             InvalidCheckpoint: a tensor is missing or has another shape than the configuration says.
         """
-        config = checkpoint.config
+        config = weights.config
         hidden, inner = config.hidden_size, config.intermediate_size
-        prefix = "" if "wte.weight" in checkpoint else "transformer."  # the oldest files have no prefix
+        prefix = "" if "wte.weight" in weights else "transformer."  # the oldest files have no prefix
 
         def read(name: str, *shape: int) -> Tensor:
-            return checkpoint.tensor(name, shape).to(device, dtype)
+            return weights.tensor(f"{prefix}{name}", shape)
 
-        def norm(name: str) -> Affine:
-            return Affine(
-                weight=read(f"{prefix}{name}.weight", hidden), bias=read(f"{prefix}{name}.bias", hidden)
-            )
+        def norm(name: str) -> Norm:
+            return Norm(weight=read(f"{name}.weight", hidden), bias=read(f"{name}.bias", hidden))
 
         def affine(name: str, inputs: int, outputs: int) -> Affine:
-            weight = read(f"{prefix}{name}.weight", inputs, outputs)  # stored (inputs, outputs)
+            parts = [(f"{prefix}{name}.weight", outputs)]
             return Affine(
-                weight=ops.pack_weight(weight.t().contiguous()), bias=read(f"{prefix}{name}.bias", outputs)
+                weight=weights.linear(parts, inputs, is_transposed=True), bias=read(f"{name}.bias", outputs)
             )
 
         layers = []
@@ -102,16 +108,14 @@ class Gpt2:
                     scale=scale / (index + 1) if config.scale_by_layer else scale,
                 )
             )
-        embedding = read(f"{prefix}wte.weight", config.vocab_size, hidden)
+        embedding = read("wte.weight", config.vocab_size, hidden)
         return cls(
             config,
             embedding=embedding,
-            position_embedding=read(f"{prefix}wpe.weight", config.max_positions, hidden),
+            position_embedding=read("wpe.weight", config.max_positions, hidden),
             layers=layers,
             final_norm=norm("ln_f"),
-            head=ops.pack_weight(
-                embedding if config.tie_embeddings else read("lm_head.weight", config.vocab_size, hidden)
-            ),
+            head=weights.head(embedding, f"{prefix}wte.weight"),
         )
 
     def forward(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -31,6 +31,12 @@ class QuantizedWeight:
     signed scales not zero."""
     zeros: Tensor | None = None
     """(M, K / group_size) uint8, below 2**bits; only in formats that have zero points."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of packed codes, scales and packed zero points, as they lie in files."""
+        num_codes = self.codes.numel() + (0 if self.zeros is None else self.zeros.numel())
+        return num_codes * self.form.bits // 8 + self.scales.nbytes
 
 
 def quantize(weight: Tensor, form: WeightFormat, *, name: str = "weight") -> QuantizedWeight:
@@ -104,6 +110,30 @@ def dequantize_rows(weight: QuantizedWeight, rows: slice) -> Tensor:
         values = grouped.double() - zero
     scale = weight.scales[rows].double().view(-1, groups, 1)
     return (values * scale).view(-1, in_channels)
+
+
+def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Put matrices of one format and width below each other; codes, scales and zero points are theirs.
+
+    Raises:
+        InvalidCheckpoint: formats or widths differ.
+    """
+    first = weights[0]
+    for weight in weights[1:]:
+        if weight.form != first.form or weight.codes.shape[1] != first.codes.shape[1]:
+            raise InvalidCheckpoint(
+                f"{first.form.name} of {first.codes.shape[1]} input channels and {weight.form.name} of "
+                f"{weight.codes.shape[1]} cannot be one matrix"
+            )
+    if len(weights) == 1:
+        return first
+    zeros = [weight.zeros for weight in weights if weight.zeros is not None]
+    return QuantizedWeight(
+        form=first.form,
+        codes=torch.cat([weight.codes for weight in weights]),
+        scales=torch.cat([weight.scales for weight in weights]),
+        zeros=torch.cat(zeros) if zeros else None,
+    )
 
 
 def row_blocks(out_channels: int, in_channels: int) -> Iterator[slice]:

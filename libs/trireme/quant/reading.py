@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trireme.errors import InvalidCheckpoint
 from trireme.quant.bit_packing import packed_bytes, unpack
+from trireme.quant.formats import WeightFormat
 from trireme.quant.manifest import CODES, SCALES, ZEROS, Manifest, parse_manifest
 from trireme.quant.quantization import QuantizedWeight, dequantize
 from trireme.quant.weight_files import CONFIG, open_weights, read_object, tensor_files
@@ -36,6 +37,14 @@ class QuantizedCheckpoint:
         opened = {file: open_weights(file) for file in set(files.values())}
         self._handles: dict[str, Any] = {name: opened[file] for name, file in files.items()}
         self._check_complete()
+
+    @property
+    def form(self) -> WeightFormat:
+        """The format of all quantized weights."""
+        return self.manifest.form
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.manifest.weights
 
     @property
     def kept(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from trireme.errors import InvalidCheckpoint
 
@@ -47,6 +48,19 @@ def open_weights(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise InvalidCheckpoint(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def read_tensor(handle: Any, name: str, path: Path) -> Tensor:
+    """Read one tensor of a mapped file, in the type it is stored in.
+
+    Raises:
+        InvalidCheckpoint: it is not there or cannot be read.
+    """
+    try:
+        tensor: Tensor = handle.get_tensor(name)
+    except SafetensorError as error:
+        raise InvalidCheckpoint(f"{path}: tensor {name} cannot be read: {error}") from error
+    return tensor
 
 
 def tensor_files(directory: Path) -> dict[str, Path]:

@@ -25,18 +25,11 @@ from trireme.quant.weight_files import (
     SINGLE,
     open_weights,
     read_object,
+    read_tensor,
     tensor_files,
     write_object,
 )
-
-LINEAR_KINDS: Final = frozenset(
-    ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-)
-"""What is quantized of the Llama family and of its mixtures of experts; a router's gate is not among them."""
-GPT2_LINEAR_KINDS: Final = frozenset(("c_attn", "c_proj", "c_fc"))
-"""GPT-2 stores these as (input, output)."""
-OPTIONAL_KINDS: Final = frozenset(("embed_tokens", "lm_head", "wte"))
-"""Embedding and head: quantized only on demand."""
+from trireme.quant.weight_kinds import OPTIONAL_KINDS, is_stored_transposed, linear_kinds, weight_kind
 
 _COPIED_SUFFIXES: Final = (".json", ".txt", ".model", ".jinja")
 _COPIED_NAMES: Final = ("LICENSE", "NOTICE")
@@ -123,8 +116,8 @@ def _write(
     form: WeightFormat,
     also: Collection[str],
 ) -> QuantizationReport:
-    is_gpt2 = config.get("model_type") == "gpt2"
-    linear = GPT2_LINEAR_KINDS if is_gpt2 else LINEAR_KINDS
+    model_type = config.get("model_type")
+    linear = linear_kinds(model_type)
     reports: list[WeightReport] = []
     weight_map: dict[str, str] = {}
     bytes_before = bytes_after = quantized_bytes = 0
@@ -132,13 +125,13 @@ def _write(
         handle = open_weights(file)
         written: dict[str, Tensor] = {}
         for name in (name for name, holder in files.items() if holder == file):
-            tensor = _read(handle, name, file)
+            tensor = read_tensor(handle, name, file)
             bytes_before += tensor.nbytes
-            kind = _kind(name)
+            kind = weight_kind(name)
             if kind not in linear and kind not in also:
                 written[name] = tensor
                 continue
-            is_transposed = is_gpt2 and kind in linear
+            is_transposed = is_stored_transposed(kind, model_type)
             parts, report = _quantized(name, kind, tensor.T if is_transposed else tensor, form, is_transposed)
             written |= parts
             reports.append(report)
@@ -194,17 +187,3 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
     path.chmod(0o644)  # safetensors leaves it to its owner
-
-
-def _kind(name: str) -> str:
-    """`q_proj` of `model.layers.0.self_attn.q_proj.weight`; empty for what is no weight."""
-    parts = name.split(".")
-    return parts[-2] if len(parts) > 1 and parts[-1] == "weight" else ""
-
-
-def _read(handle: Any, name: str, file: Path) -> Tensor:
-    try:
-        tensor: Tensor = handle.get_tensor(name)
-    except SafetensorError as error:
-        raise InvalidCheckpoint(f"{file}: tensor {name} cannot be read: {error}") from error
-    return tensor

@@ -18,16 +18,54 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Precision = Literal[
+    "auto",
+    "float32",
+    "bfloat16",
+    "bf16",
+    "float16",
+    "fp6",
+    "fp6_e2m3",
+    "fp6_e3m2",
+    "fp5",
+    "fp5_e2m2",
+    "int8",
+    "int8_ch",
+    "int4",
+    "int4_g32",
+    "int4_g64",
+    "int4_g128",
+    "int4_g32_zeros",
+    "int4_g64_zeros",
+    "int4_g128_zeros",
+]
+
+
 class Variant(_Section):
     """One way to answer a model's requests."""
 
     checkpoint: Path
     """Directory of the checkpoint; relative paths start at the file's own directory."""
+    precision: Precision = "auto"
+    """Of the linear layers' weights. `auto`: as they are stored. A format in few bits is read from a
+    checkpoint that is quantized to it, or made at load of one in high precision; fp6 is whichever of its two
+    kinds is nearer to the weights, int4 has 64 weights a scale."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What is computed in; `auto`: float32 on CPUs, bfloat16 on GPUs, or what `precision` says."""
     kv_mib: int = Field(default=0, ge=0)
     """KV cache to reserve, MiB; 0: the worker's share."""
     max_sequences: int = Field(default=0, ge=0, le=1024)
     """Sequences run at once; 0: the worker's default."""
+
+    @model_validator(mode="after")
+    def _types_agree(self) -> Variant:
+        computed = {"bf16": "bfloat16"}.get(self.precision, self.precision)
+        if computed in ("float32", "bfloat16", "float16") and self.dtype not in ("auto", computed):
+            raise ValueError(
+                f"precision {self.precision} and dtype {self.dtype} differ: weights that are not quantized "
+                "have the type that is computed in"
+            )
+        return self
 
 
 class PublicPrefix(_Section):

@@ -37,6 +37,7 @@ class VariantLoader:
             model=self._fleet.model_of(variant),
             checkpoint=str(wanted.checkpoint),
             dtype=wanted.dtype,
+            precision=wanted.precision,
             kv_bytes=wanted.kv_mib * 2**20,
             max_sequences=wanted.max_sequences,
         )

@@ -8,7 +8,7 @@ import torch
 
 from trireme.engine import Engine, EngineSettings, KvTier, SamplingParams, SequenceRequest
 from trireme.engine.kv_memory import block_bytes
-from trireme.loading.whole import load_model
+from trireme.loading.whole import load_whole
 from trireme.models.checkpoint import Checkpoint
 from trireme.models.null import NullModel
 from trireme.policies.mlfq import MlfqSettings
@@ -26,7 +26,7 @@ def build(plan: VariantPlan, tier: KvTier) -> tuple[Engine, PreloadRule | None]:
 
     Raises:
         InvalidCheckpoint: its files cannot be read.
-        InvalidConfiguration: a size is out of range.
+        InvalidConfiguration: a size is out of range, or the checkpoint is quantized to another precision.
     """
     if plan.device == "null":
         settings = _settings(
@@ -41,14 +41,14 @@ def build(plan: VariantPlan, tier: KvTier) -> tuple[Engine, PreloadRule | None]:
     dtype = _DTYPES.get(plan.dtype) or (torch.float32 if device == "cpu" else torch.bfloat16)
     with Checkpoint(plan.checkpoint) as checkpoint:
         per_block = block_bytes(checkpoint.config, block_size=plan.block_tokens, dtype=dtype)
-        model = load_model(checkpoint, device=device, dtype=dtype)
+        loaded = load_whole(checkpoint, device=device, dtype=dtype, precision=plan.precision)
         rule = PreloadRule(
             num_layers=checkpoint.config.num_layers,
             bytes_per_token=per_block / plan.block_tokens,
             bytes_per_s=lambda: engine.stats().host_in_bytes_per_s,
         )
         engine = Engine(
-            model,
+            loaded.model,
             _settings(
                 plan,
                 num_blocks=max(2, plan.kv_bytes // per_block),
@@ -56,7 +56,7 @@ def build(plan: VariantPlan, tier: KvTier) -> tuple[Engine, PreloadRule | None]:
             ),
             tier,
             eos_token_ids=checkpoint.eos_token_ids,
-            model_key=checkpoint.fingerprint(),
+            model_key=loaded.key,
             preload_layers=rule,
         )
         return engine, rule

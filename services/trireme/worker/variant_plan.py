@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from trireme.errors import InvalidRequest
+from trireme.errors import InvalidConfiguration, InvalidRequest
+from trireme.quant.precisions import AUTO, FLOATS, candidate_formats
 from trireme.runtime.fleet import Fleet, WorkerGroup
 from trireme.wire.worker.v1 import worker_pb2 as pb
 
@@ -22,7 +23,7 @@ class VariantPlan:
     device: str
     """cpu, cuda:N, or null for the model that answers without computing."""
     dtype: str
-    """One of `DTYPES`."""
+    """One of `DTYPES`: what is computed in."""
     kv_bytes: int
     """KV cache to reserve."""
     block_tokens: int
@@ -34,6 +35,8 @@ class VariantPlan:
     """Of mlfq: its levels follow the demand."""
     swap_bytes: int = 0
     """Host memory for the KV of preempted sequences."""
+    precision: str = AUTO
+    """Of the linear layers' weights: one of `quant.precisions`."""
 
     @property
     def queue_limit(self) -> int:
@@ -48,6 +51,11 @@ class VariantPlan:
         return max(64, 8 * self.max_sequences) if self.policy == "mlfq" else 4
 
 
+def dtype_of(dtype: str, precision: str) -> str:
+    """The type that is computed in: one of `DTYPES`. Weights that are not quantized say it themselves."""
+    return FLOATS.get(precision, dtype) if dtype == AUTO else dtype
+
+
 def plans_of(fleet: Fleet, group: WorkerGroup) -> list[VariantPlan]:
     """What a worker of the group loads at start."""
     plans = []
@@ -60,7 +68,8 @@ def plans_of(fleet: Fleet, group: WorkerGroup) -> list[VariantPlan]:
                 model=fleet.model_of(name),
                 checkpoint=variant.checkpoint,
                 device=group.device,
-                dtype=variant.dtype,
+                dtype=dtype_of(variant.dtype, variant.precision),
+                precision=variant.precision,
                 kv_bytes=(variant.kv_mib or group.kv_mib) * 2**20,
                 block_tokens=fleet.block_tokens,
                 max_sequences=sequences,
@@ -86,13 +95,19 @@ def plan_from_request(
     dtype = request.dtype or "auto"
     if dtype not in DTYPES:
         raise InvalidRequest(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}", param="dtype")
+    precision = request.precision or AUTO
+    try:
+        candidate_formats(precision)
+    except InvalidConfiguration as error:
+        raise InvalidRequest(error.message, param="precision") from error
     sequences = request.max_sequences or group.max_sequences
     return VariantPlan(
         variant=request.variant,
         model=request.model or request.variant,
         checkpoint=Path(request.checkpoint),
         device=group.device,
-        dtype=dtype,
+        dtype=dtype_of(dtype, precision),
+        precision=precision,
         kv_bytes=request.kv_bytes or group.kv_mib * 2**20,
         block_tokens=block_tokens,
         max_sequences=sequences,
