@@ -1,0 +1,178 @@
+// Products of fixed-point activations and weights of 4 to 8 bits, written against the lanes of an instruction set.
+//
+// The codes' products are summed as integers, exactly, over a block of 64 inputs, or a span of 32 where 32 inputs
+// share a scale. Each sum is then rounded to float and added to the output's total by one fused multiply-add with
+// the activations' step (and the group's scale), block after block. So an output is the same bits however many
+// rows, tiles, lanes or threads there are, for one row (`multiply_row`) and for many.
+#pragma once
+
+#include "decode.h"
+#include "linear.h"
+
+namespace trireme {
+namespace {
+
+enum Scaling { kPerRow, kPerGroup, kPerSpan };  // kPerGroup: of 64 or 128 inputs
+
+constexpr int kPanelBlocks = 8;  // 16 KiB of int16: half of a first-level cache
+
+inline Tables tables_of(const Weight& weight) {
+    return {load_table(weight.power), load_table(weight.mantissa)};
+}
+
+// Minus the part of an int4 span's sum that zero points (8, without any) add, for `sum` of the activations.
+template <bool kZeros>
+inline Bits without_zeros(const uint8_t* zeros, int32_t sum) {
+    if constexpr (kZeros) {
+        return multiply32(load_unsigned_bytes(zeros), all32(-sum));
+    } else {
+        return all32(-8 * sum);
+    }
+}
+
+// One row, one tile: weights go from memory through registers into the sum.
+template <Format kFormat, Scaling kScaling, bool kZeros>
+inline __attribute__((always_inline)) Reals multiply_row(const Weight& weight, int64_t tile, const int16_t* codes,
+                                                         const float* steps, const int32_t* sums) {
+    constexpr int64_t bytes = span_bytes<kFormat>();
+    constexpr int kGroupsAtOnce = kScaling == kPerSpan ? 2 : 1;
+    const int64_t blocks = blocks_of(weight.inputs);
+    const int64_t per_group = weight.group ? weight.group / kSpan : 1;
+    const int64_t groups = weight.group ? (2 * blocks + per_group - 1) / per_group : 1;
+    const Tables tables = tables_of(weight);
+    const uint8_t* words = weight.words + tile * blocks * 2 * bytes;
+    const float* scales = weight.scales + tile * groups * kTile;
+    const uint8_t* zeros = kZeros ? weight.zeros + tile * groups * kTile : nullptr;
+    Reals total = all(0.0f);
+    for (int64_t block = 0; block < blocks; ++block) {
+        const Reals step = all(steps[block]);
+#pragma GCC unroll 2
+        for (int part = 0; part < kGroupsAtOnce; ++part) {
+            const int64_t group = kScaling == kPerRow ? 0 : (2 * block + part) / per_group;
+            Bits sum[kChains];
+#pragma GCC unroll 4
+            for (int chain = 0; chain < kChains; ++chain) sum[chain] = all32(0);
+            if constexpr (kFormat == kInt4) {
+                const int32_t of_part = kScaling == kPerSpan ? sums[2 * block + part] : sums[2 * block] + sums[2 * block + 1];
+                sum[0] = without_zeros<kZeros>(kZeros ? zeros + group * kTile : nullptr, of_part);
+            }
+#pragma GCC unroll 2
+            for (int span = 0; span < 2 / kGroupsAtOnce; ++span) {
+                const int64_t index = 2 * block + part + span;
+                const int16_t* x = codes + index * kSpan;
+                const uint8_t* from = words + index * bytes;
+#pragma GCC unroll 16
+                for (int line = 0; line < bytes; line += 64) __builtin_prefetch(from + 2048 + line);
+                decode_span<kFormat>(from, tables, [&](int pair, Bits decoded) __attribute__((always_inline)) {
+                    sum[pair % kChains] = dot(sum[pair % kChains], decoded, load_pair(x + 2 * pair));
+                });
+            }
+#pragma GCC unroll 4
+            for (int chain = 1; chain < kChains; ++chain) sum[0] = add32(sum[0], sum[chain]);
+            if constexpr (kScaling == kPerRow) {
+                total = multiply_add(to_reals(sum[0]), step, total);
+            } else {
+                const Reals scale = multiply(load_reals(scales + group * kTile), step);
+                total = multiply_add(to_reals(sum[0]), scale, total);
+            }
+        }
+    }
+    return total;
+}
+
+// Decode blocks [first, last) of a tile to int16 pairs, zero points taken off.
+template <Format kFormat, bool kZeros>
+inline void decode_panel(const Weight& weight, int64_t tile, int64_t first, int64_t last, uint8_t* panel) {
+    constexpr int64_t bytes = span_bytes<kFormat>();
+    const int64_t blocks = blocks_of(weight.inputs);
+    const int64_t per_group = weight.group ? weight.group / kSpan : 1;
+    const int64_t groups = (2 * blocks + per_group - 1) / per_group;
+    const Tables tables = tables_of(weight);
+    for (int64_t span = 2 * first; span < 2 * last; ++span) {
+        const uint8_t* from = weight.words + (tile * 2 * blocks + span) * bytes;
+        Bits zero = all16(8);
+        if constexpr (kZeros) {
+            const Bits one = load_unsigned_bytes(weight.zeros + (tile * groups + span / per_group) * kTile);
+            zero = bit_or(one, shift_left32<16>(one));
+        }
+#pragma GCC unroll 16
+        for (int line = 0; line < bytes; line += 64) __builtin_prefetch(from + 2048 + line);
+        decode_span<kFormat>(from, tables, [&](int pair, Bits decoded) __attribute__((always_inline)) {
+            store(panel + 64 * pair, kFormat == kInt4 ? subtract16(decoded, zero) : decoded);
+        });
+        panel += 64 * 16;
+    }
+}
+
+// Add blocks [first, last) of one tile to the totals of `kRows` rows; all pointers are the first row's.
+template <int kRows, Scaling kScaling>
+inline void multiply_panel(const Weight& weight, int64_t tile, int64_t first, int64_t last, const uint8_t* panel,
+                           const int16_t* codes, int64_t stride, const float* steps, float* totals) {
+    constexpr int kPairs = kScaling == kPerSpan ? 16 : 32;
+    const int64_t blocks = blocks_of(weight.inputs);
+    const int64_t per_group = weight.group ? weight.group / kSpan : 1;
+    const int64_t groups = (2 * blocks + per_group - 1) / per_group;
+    for (int64_t pair = 32 * first; pair < 32 * last; pair += kPairs) {
+        Bits sum[kRows];
+#pragma GCC unroll 16
+        for (int row = 0; row < kRows; ++row) sum[row] = all32(0);
+        const int16_t* x = codes + 2 * pair;
+#pragma GCC unroll 2
+        for (int i = 0; i < kPairs; ++i) {
+            const Bits decoded = load(panel + 64 * i);
+#pragma GCC unroll 16
+            for (int row = 0; row < kRows; ++row) sum[row] = dot(sum[row], decoded, load_pair(x + row * stride + 2 * i));
+        }
+        panel += 64 * kPairs;
+        const int64_t block = pair / 32;
+#pragma GCC unroll 16
+        for (int row = 0; row < kRows; ++row) {
+            Reals scale = all(steps[row * blocks + block]);
+            if constexpr (kScaling != kPerRow) {
+                const int64_t group = tile * groups + pair / 16 / per_group;
+                scale = multiply(load_reals(weight.scales + group * kTile), scale);
+            }
+            float* total = totals + row * kTile;
+            store_reals(total, multiply_add(to_reals(sum[row]), scale, load_reals(total)));
+        }
+    }
+}
+
+template <int kRows, Scaling kScaling>
+inline void multiply_rows(int64_t rows, const Weight& weight, int64_t tile, int64_t first, int64_t last,
+                          const uint8_t* panel, const int16_t* codes, int64_t stride, const float* steps,
+                          float* totals) {
+    if constexpr (kRows > 0) {
+        if (rows == kRows) {
+            multiply_panel<kRows, kScaling>(weight, tile, first, last, panel, codes, stride, steps, totals);
+        } else {
+            multiply_rows<kRows - 1, kScaling>(rows, weight, tile, first, last, panel, codes, stride, steps, totals);
+        }
+    }
+}
+
+// Totals (rows, 16) of one tile; `panel` has room for kPanelBlocks.
+template <Format kFormat, Scaling kScaling, bool kZeros>
+inline void low_bit_totals(const Weight& weight, int64_t tile, const Activations& x, int64_t first_row,
+                           int64_t last_row, uint8_t* panel, float* totals) {
+    const int64_t blocks = blocks_of(weight.inputs);
+    if (last_row - first_row == 1) {
+        store_reals(totals, multiply_row<kFormat, kScaling, kZeros>(weight, tile, x.codes + first_row * x.stride,
+                                                                    x.steps + first_row * blocks,
+                                                                    x.sums + first_row * 2 * blocks));
+        return;
+    }
+    for (int64_t i = 0; i < (last_row - first_row) * kTile; i += kTile) store_reals(totals + i, all(0.0f));
+    for (int64_t first = 0; first < blocks; first += kPanelBlocks) {
+        const int64_t last = least(first + kPanelBlocks, blocks);
+        decode_panel<kFormat, kZeros>(weight, tile, first, last, panel);
+        for (int64_t row = first_row; row < last_row; row += kRowsInRegisters) {
+            multiply_rows<kRowsInRegisters, kScaling>(least(kRowsInRegisters, last_row - row), weight, tile, first,
+                                                      last, panel, x.codes + row * x.stride, x.stride,
+                                                      x.steps + row * blocks, totals + (row - first_row) * kTile);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace trireme

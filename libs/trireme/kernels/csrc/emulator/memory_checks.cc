@@ -1,0 +1,59 @@
+// Every load and store of a kernel: g++ -fsanitize=thread emits these calls, and no runtime but this answers.
+
+#include <string>
+
+#include "machine.h"
+
+namespace emulator {
+
+void Machine::touch(const void* address, std::size_t size, Access access) {
+    if (!is_running() || on_stack(address)) return;
+    const auto* first = static_cast<const std::uint8_t*>(address);
+    const char* verb = access == Access::read ? "reads " : "writes ";
+    if (size <= 16 && reinterpret_cast<std::uintptr_t>(address) % size)
+        fail(verb + std::to_string(size) + " bytes at an address that is no multiple of that");
+    if (shared.holds(address, size)) {
+        const std::string wrong = shared.touch(address, size, access, now());
+        if (!wrong.empty()) fail(verb + std::string("what it must not: ") + wrong);
+        return;
+    }
+    for (const Buffer& buffer : buffers)
+        if (first >= buffer.begin && first + size <= buffer.end) return;
+    std::string where;
+    for (std::size_t index = 0; index < buffers.size(); ++index) {
+        const auto distance = first - buffers[index].begin, length = buffers[index].end - buffers[index].begin;
+        if (distance > -4096 && distance < length + 4096)
+            where += ", byte " + std::to_string(distance) + " of buffer " + std::to_string(index) + " with " +
+                     std::to_string(length);
+    }
+    const auto offset = first - shared.base();
+    if (offset > -4096 && offset < (1 << 18)) where += ", byte " + std::to_string(offset) + " of shared memory";
+    fail(verb + std::to_string(size) + " bytes out of bounds" + where);
+}
+
+}  // namespace emulator
+
+using emulator::Access;
+using emulator::machine;
+
+extern "C" {
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_read_range(void* address, std::size_t size) { machine.touch(address, size, Access::read); }
+void __tsan_write_range(void* address, std::size_t size) { machine.touch(address, size, Access::write); }
+
+#define EMULATOR_ACCESS(SIZE)                                                                              \
+    void __tsan_read##SIZE(void* address) { machine.touch(address, SIZE, Access::read); }                  \
+    void __tsan_write##SIZE(void* address) { machine.touch(address, SIZE, Access::write); }                \
+    void __tsan_unaligned_read##SIZE(void* address) { machine.touch(address, SIZE, Access::read); }        \
+    void __tsan_unaligned_write##SIZE(void* address) { machine.touch(address, SIZE, Access::write); }      \
+    void __tsan_volatile_read##SIZE(void* address) { machine.touch(address, SIZE, Access::read); }         \
+    void __tsan_volatile_write##SIZE(void* address) { machine.touch(address, SIZE, Access::write); }
+
+EMULATOR_ACCESS(1)
+EMULATOR_ACCESS(2)
+EMULATOR_ACCESS(4)
+EMULATOR_ACCESS(8)
+EMULATOR_ACCESS(16)
+}

@@ -1,0 +1,1 @@
+"""CUDA kernels, run in the emulator."""
