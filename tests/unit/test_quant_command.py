@@ -21,7 +21,8 @@ needs_weights = pytest.mark.skipif(
 @pytest.mark.parametrize(
     "words, name, bits, worst",
     [
-        (["--format", "fp6"], "fp6_e3m2", 6, 0.06),
+        (["--format", "fp6"], "fp6_e2m3", 6, 0.05),
+        (["--format", "fp6_e3m2"], "fp6_e3m2", 6, 0.06),
         (["--format", "fp6_e2m3"], "fp6_e2m3", 6, 0.05),
         (["--format", "fp5"], "fp5_e2m2", 5, 0.1),
         (["--format", "int8"], "int8_ch", 8, 0.01),
@@ -49,6 +50,12 @@ def test_the_report_says_what_the_checkpoint_holds(
         assert f"{figures['relative_frobenius_error']:.3%}" in row
     with QuantizedCheckpoint(out) as checkpoint:
         assert checkpoint.manifest.form.name == name
+
+
+@needs_weights
+def test_fp6_says_which_kind_it_took(tmp_path: Path) -> None:
+    words = ["quantize", str(REAL), "--format", "fp6", "--out", str(tmp_path / "out")]
+    assert "fp6_e2m3 is nearer to these weights than fp6_e3m2" in CliRunner().invoke(app, words).output
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ class FormatChoice(StrEnum):
 
     FP6 = "fp6"
     FP6_E2M3 = "fp6_e2m3"
+    FP6_E3M2 = "fp6_e3m2"
     FP5 = "fp5"
     INT4 = "int4"
     INT8 = "int8"
@@ -33,7 +34,7 @@ def quantize(
     out: Annotated[Path, typer.Option(help="A new directory.")],
     precision: Annotated[
         FormatChoice,
-        typer.Option("--format", help="fp6 is e3m2, fp5 is e2m2; int4 has a scale per group."),
+        typer.Option("--format", help="fp6 is the nearer of its two kinds; int4 has a scale per group."),
     ] = FormatChoice.FP6,
     group_size: Annotated[int, typer.Option(help="Input channels per scale of int4: 32, 64 or 128.")] = 64,
     zero_points: Annotated[
@@ -54,35 +55,35 @@ def quantize(
     """
     import json
 
+    from trireme.quant.format_choice import nearest_format
     from trireme.quant.report import report_fields
-    from trireme.quant.writing import quantize_checkpoint
+    from trireme.quant.writing import check_source, quantize_checkpoint
 
-    report = quantize_checkpoint(
-        checkpoint, out, _format(precision, group_size, zero_points), also=tuple(also or ())
-    )
+    candidates = _candidates(precision, group_size, zero_points)
+    check_source(checkpoint)
+    form = nearest_format(checkpoint, candidates)
+    if len(candidates) > 1:
+        others = ", ".join(other.name for other in candidates if other != form)
+        typer.echo(f"{form.name} is nearer to these weights than {others}")
+    report = quantize_checkpoint(checkpoint, out, form, also=tuple(also or ()))
     (out / REPORT).write_text(json.dumps(report_fields(report), indent=2) + "\n", encoding="utf-8")
     _show(report)
     typer.echo(f"written to {out}")
 
 
-def _format(precision: FormatChoice, group_size: int, zero_points: bool) -> WeightFormat:
+def _candidates(precision: FormatChoice, group_size: int, zero_points: bool) -> tuple[WeightFormat, ...]:
     from trireme.errors import InvalidConfiguration
     from trireme.quant.formats import GROUP_SIZES, weight_format
+    from trireme.quant.precisions import candidate_formats
 
     if precision is FormatChoice.INT4:
         if group_size not in GROUP_SIZES:
             allowed = ", ".join(str(size) for size in GROUP_SIZES)
             raise InvalidConfiguration(f"--group-size is {group_size}; use one of {allowed}")
-        return weight_format(f"int4_g{group_size}" + ("_zeros" if zero_points else ""))
+        return (weight_format(f"int4_g{group_size}" + ("_zeros" if zero_points else "")),)
     if zero_points:
         raise InvalidConfiguration(f"--zero-points is for int4, not for {precision.value}")
-    names = {
-        FormatChoice.FP6: "fp6_e3m2",
-        FormatChoice.FP6_E2M3: "fp6_e2m3",
-        FormatChoice.FP5: "fp5_e2m2",
-        FormatChoice.INT8: "int8_ch",
-    }
-    return weight_format(names[precision])
+    return candidate_formats(precision.value)
 
 
 def _show(report: QuantizationReport) -> None:

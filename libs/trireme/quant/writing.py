@@ -89,12 +89,7 @@ def quantize_checkpoint(
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidConfiguration(f"{out} exists already; name a new directory", param="out")
-    if not source.is_dir():
-        raise InvalidCheckpoint(f"{source} is not a directory")
-    config = read_object(source / CONFIG)
-    for key in (KEY, "quantization_config"):
-        if config.get(key) is not None:
-            raise InvalidCheckpoint(f"{source} is quantized already (its {CONFIG} has {key})")
+    config = check_source(source)
     files = tensor_files(source)
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -106,6 +101,21 @@ def quantize_checkpoint(
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     return report
+
+
+def check_source(source: Path) -> dict[str, Any]:
+    """Look whether a directory is a checkpoint that can be quantized, and read its `config.json`.
+
+    Raises:
+        InvalidCheckpoint: there is no such directory, or it is quantized already.
+    """
+    if not source.is_dir():
+        raise InvalidCheckpoint(f"{source} is not a directory")
+    config = read_object(source / CONFIG)
+    for key in (KEY, "quantization_config"):
+        if config.get(key) is not None:
+            raise InvalidCheckpoint(f"{source} is quantized already (its {CONFIG} has {key})")
+    return config
 
 
 def _write(
