@@ -1,0 +1,120 @@
+"""Build the CPU kernels: `python -m trireme.kernels.cpu_build`.
+
+One compiler run per file of `csrc/cpu`, each with the flags of its instruction set, and a library beside this
+file whose name has a hash of sources and flags: one that was built from others is never loaded. Needs the
+standard library alone, since it also runs while the package is being installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+SOURCES: Final = Path(__file__).parent / "csrc" / "cpu"
+DIRECTORY: Final = Path(__file__).parent
+COMPILERS: Final = ("g++", "clang++", "c++")
+"""Tried in this order where `CXX` names none."""
+
+_FLAGS: Final = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-w")
+_UNITS: Final[Mapping[str, Sequence[str]]] = {
+    "library.cpp": (),
+    "thread_pool.cpp": (),
+    "avx2.cpp": ("-mavx2", "-mfma", "-mtune=znver3"),
+    "avx512.cpp": (
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2", "-mfma"),
+        "-mtune=icelake-server",
+    ),
+}
+
+
+class BuildFailed(Exception):
+    """The library cannot be built here; says why."""
+
+
+def is_supported() -> bool:
+    """Whether there are kernels for this kind of machine: x86-64 with Linux."""
+    return sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")
+
+
+def library_path() -> Path:
+    """Where the library of the present sources is, or would be."""
+    digest = hashlib.sha256(repr((_FLAGS, _UNITS)).encode())
+    for path in sorted(SOURCES.iterdir()):
+        if path.suffix in (".h", ".cpp"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return DIRECTORY / f"libtrireme_cpu_{digest.hexdigest()[:16]}.so"
+
+
+def build() -> Path:
+    """Build the library unless it is there, and remove those of other sources.
+
+    Raises:
+        BuildFailed: there is no compiler, it fails, the directory cannot be written, or the machine is another.
+    """
+    target = library_path()
+    if target.exists():
+        return target
+    if not is_supported():
+        raise BuildFailed(f"there are no kernels for {platform.machine()} with {sys.platform}")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".cpu_build_", dir=DIRECTORY) as scratch:
+            built = _compile(_compiler(), Path(scratch))
+            built.replace(target)  # whole or not at all, for those who load it meanwhile
+    except OSError as error:
+        raise BuildFailed(f"{DIRECTORY} cannot be written: {error}") from error
+    for other in DIRECTORY.glob("libtrireme_cpu_*.so"):
+        if other != target:
+            other.unlink(missing_ok=True)
+    return target
+
+
+def _compiler() -> str:
+    named = os.environ.get("CXX")
+    for name in (named,) if named else COMPILERS:
+        if shutil.which(name):
+            return name
+    raise BuildFailed(f"there is no C++ compiler ({named or ', '.join(COMPILERS)}); install one, or set CXX")
+
+
+def _compile(compiler: str, scratch: Path) -> Path:
+    objects = [scratch / f"{name}.o" for name in _UNITS]
+    _run_all(
+        [
+            [compiler, *_FLAGS, *flags, "-c", str(SOURCES / name), "-o", str(out)]
+            for (name, flags), out in zip(_UNITS.items(), objects, strict=True)
+        ]
+    )
+    library = scratch / "library.so"
+    _run_all([[compiler, "-shared", "-pthread", *map(str, objects), "-o", str(library)]])
+    return library
+
+
+def _run_all(commands: Sequence[Sequence[str]]) -> None:
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for command in commands
+    ]
+    outputs = [process.communicate()[0] for process in running]
+    for command, process, output in zip(commands, running, outputs, strict=True):
+        if process.returncode:
+            raise BuildFailed(f"{' '.join(command)} failed:\n{output[-4000:]}")
+
+
+def main() -> None:
+    try:
+        path = build()
+    except BuildFailed as error:
+        raise SystemExit(f"cpu_build: {error}") from None
+    print(f"cpu_build: {path.name} is ready")
+
+
+if __name__ == "__main__":
+    main()

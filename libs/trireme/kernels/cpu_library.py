@@ -1,0 +1,98 @@
+"""The CPU kernels' library: find it, load it, and what its calls look like from Python."""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from trireme.kernels import cpu_build
+
+_log = logging.getLogger(__name__)
+
+
+class Level(enum.IntEnum):
+    """The instruction sets that there are kernels for, each with all before it."""
+
+    NONE = 0
+    AVX2 = 1
+    """And FMA."""
+    AVX512 = 2
+    """F, BW, VL, DQ and VNNI."""
+
+
+class NativeFormat(enum.IntEnum):
+    """How a weight's words are to be read (`Format` in linear.h)."""
+
+    INT8 = 0
+    INT4 = 1
+    FLOAT6 = 2
+    FLOAT5 = 3
+    BFLOAT16 = 4
+
+
+class NativeWeight(ctypes.Structure):
+    """`Weight` in linear.h. It points into tensors; whoever holds it holds them too."""
+
+    _fields_ = (
+        ("words", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("outputs", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+        ("format", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("power", ctypes.c_int8 * 16),
+        ("mantissa", ctypes.c_uint8 * 16),
+        ("unit", ctypes.c_float),
+    )
+
+
+class NativeCall(ctypes.Structure):
+    """`Call` in linear.h."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("type", ctypes.c_int32),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CpuLibrary:
+    """The loaded library."""
+
+    level: Level
+    """The best that this CPU has."""
+    linear: Callable[[Any, int, int], int]
+    """A pointer to a `NativeCall`, the level, the threads; 0 or what went wrong. Runs without the interpreter's
+    lock."""
+
+
+@functools.cache
+def cpu_library() -> CpuLibrary | None:
+    """Load the library once; None, with a line in the log that says why, where PyTorch has to serve."""
+    if not cpu_build.is_supported():
+        _log.info("cpu_kernels_absent", extra={"reason": "not x86-64 with Linux"})
+        return None
+    try:
+        native = ctypes.CDLL(str(cpu_build.library_path()))
+    except OSError as error:
+        advice = "run python -m trireme.kernels.cpu_build"
+        _log.warning("cpu_kernels_absent", extra={"reason": str(error), "advice": advice})
+        return None
+    native.trireme_linear.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
+    level = Level(native.trireme_level())
+    if level is Level.NONE:
+        _log.info("cpu_kernels_absent", extra={"reason": "the CPU has no AVX2"})
+        return None
+    return CpuLibrary(level=level, linear=native.trireme_linear)
