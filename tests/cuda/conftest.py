@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from trireme.kernels import cuda_emulator
 from trireme.kernels.cuda_emulator import Emulator
 
+TYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 BUILD = Path(__file__).resolve().parents[2] / "build" / "emulator"
 
 
@@ -17,3 +20,18 @@ def emulator() -> Emulator:
     if not cuda_emulator.is_available():
         pytest.skip("the CUDA emulator needs g++ on x86-64")
     return Emulator(BUILD)
+
+
+def assert_rounded(actual: Tensor, exact: Tensor, *, slack: float = 0.05) -> None:
+    """`actual` is `exact` (float64) rounded once to its own type.
+
+    Args:
+        slack: what the float32 arithmetic before the rounding may add, in steps of `actual`'s type at the
+            value's size; a step is never below that at a thousandth of the largest value.
+    """
+    finfo = torch.finfo(actual.dtype)
+    size = exact.abs().clamp(min=float(exact.abs().max()) * 1e-3, max=None)
+    step = 2.0 ** size.log2().floor() * finfo.eps
+    wrong = (actual.double() - exact).abs() / step.clamp(min=finfo.tiny * finfo.eps)
+    assert actual.shape == exact.shape
+    assert float(wrong.max()) <= 0.5 + slack, f"off by {float(wrong.max())} steps"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.cuda.conftest import BUILD
+from tests.cuda.conftest import BUILD, TYPES
 from trireme.kernels.cuda_emulator import EmulatedKernelFault, Emulator, EmulatorUnavailable
 from trireme.kernels.cuda_launch import Geometry, Kernel
 
@@ -46,7 +46,6 @@ ARITHMETIC = [
     }.items()
     for argument in arguments
 ]
-TYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 
 
 def fault(name: str) -> Kernel:
