@@ -57,7 +57,8 @@ def build() -> Path:
     """Build the library unless it is there, and remove those of other sources.
 
     Raises:
-        BuildFailed: there is no compiler, it fails, the directory cannot be written, or the machine is another.
+        BuildFailed: there is no compiler, it fails, the directory cannot be written, or there are no kernels
+            for this kind of machine.
     """
     target = library_path()
     if target.exists():

@@ -1,8 +1,9 @@
 """Linear layers on x86 CPUs with weights of 4 to 16 bits, computed by the kernels of `csrc/cpu`.
 
-Weights are exact. Activations become fixed point of 16 bits, in steps that 64 inputs of a row share; products are
-summed as integers, and the sums of the blocks of 64 inputs in float32. For bfloat16 weights everything is float32.
-A result depends on its own row alone: not on the other rows, their number, the threads or the instruction set.
+Weights are exact. Activations become fixed point of 16 bits, in steps that 64 inputs of a row share; products
+are summed as integers, and the sums of the blocks of 64 inputs in float32. With bfloat16 weights everything is
+float32. A result depends on its own row alone: not on the other rows, their number, the threads or the
+instruction set.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class PackedLinear:
 def takes(form: WeightFormat | None, dtype: torch.dtype) -> bool:
     """Whether `linear` runs here with weights of `form` (None: bfloat16) and activations of `dtype`.
 
-    It does for all formats and float32 or bfloat16 activations where the library is built and the CPU has AVX2.
+    It does for all formats and float32 or bfloat16 activations, where the library is built and the CPU has
+    AVX2.
     """
     return dtype in _TYPES and cpu_library() is not None
 
@@ -118,7 +120,8 @@ def pack_bf16(weight: Tensor) -> PackedLinear:
 def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     """x times the packed weight transposed, plus bias, plus residual, on PyTorch's number of threads.
 
-    An infinity or a NaN in a row makes all its outputs NaN; with bfloat16 weights it goes where float32 takes it.
+    An infinity or a NaN in a row makes all its outputs NaN; with bfloat16 weights it goes where float32 takes
+    it.
 
     Args:
         x: (rows, inputs) float32 or bfloat16 on the CPU; rows may be strided.
@@ -205,6 +208,6 @@ def _library() -> CpuLibrary:
     library = cpu_library()
     if library is None:
         raise InvalidConfiguration(
-            "there are no kernels for this CPU, or they are not built: run python -m trireme.kernels.cpu_build"
+            "this CPU has no kernels, or they are not built: run python -m trireme.kernels.cpu_build"
         )
     return library

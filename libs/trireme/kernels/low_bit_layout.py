@@ -27,12 +27,12 @@ def tiled(matrix: Tensor) -> Tensor:
 
 def int8_words(codes: Tensor) -> Tensor:
     """(M, K) uint8 codes of 8 bits to bytes: by pair of inputs, 16 outputs, the pair; two's complement."""
-    return (tiled(codes) ^ 0x80).unflatten(2, (-1, 2)).transpose(1, 2).reshape(-1)
+    return _split(tiled(codes) ^ 0x80, 2).transpose(1, 2).reshape(-1)
 
 
 def int4_words(codes: Tensor) -> Tensor:
-    """(M, K) uint8 codes of 4 bits to bytes: by 8 inputs, 16 outputs, element of the pair; 4 pairs in 2 bytes."""
-    pairs = tiled(codes).unflatten(2, (-1, 2, 2, 2))  # tile, output, unit, byte, nibble, element
+    """(M, K) uint8 codes of 4 bits to bytes: by 8 inputs, 16 outputs, element of the pair; 4 pairs each."""
+    pairs = _split(tiled(codes), 2, 2, 2)  # tile, output, unit, byte, nibble, element
     both = pairs[..., 0, :] | pairs[..., 1, :] << 4  # tile, output, unit, byte, element
     return both.permute(0, 2, 1, 4, 3).reshape(-1)
 
@@ -41,7 +41,7 @@ def minifloat_words(codes: Tensor, bits: int) -> Tensor:
     """(M, K) uint8 codes of 5 or 6 bits to bytes: by 32 or 16 inputs, their upper 4 bits, then the rest."""
     low_bits = bits - 4
     elements = 8 // low_bits
-    split = tiled(codes).unflatten(2, (-1, elements, 2, 2))  # tile, output, unit, element, half, pair
+    split = _split(tiled(codes), elements, 2, 2)  # tile, output, unit, element, half, pair
     split = split.permute(0, 2, 3, 1, 5, 4)  # tile, unit, element, output, pair, half
     upper, lower = split >> low_bits, split & ((1 << low_bits) - 1)
     nibbles = upper[:, :, 0::2] | upper[:, :, 1::2] << 4
@@ -53,7 +53,7 @@ def minifloat_words(codes: Tensor, bits: int) -> Tensor:
 
 def bfloat16_words(weight: Tensor) -> Tensor:
     """(M, K) bfloat16 to bytes: by pair of inputs, 16 outputs, the pair."""
-    return tiled(weight).unflatten(2, (-1, 2)).transpose(1, 2).reshape(-1).view(torch.uint8)
+    return _split(tiled(weight), 2).transpose(1, 2).reshape(-1).view(torch.uint8)
 
 
 def group_values(values: Tensor, groups: int) -> Tensor:
@@ -67,8 +67,8 @@ def minifloat_tables(form: Minifloat) -> tuple[list[int], list[int], float]:
     """How a code's upper 4 bits and its others make an integer.
 
     Returns:
-        Sixteen powers of two with the code's sign, sixteen parts of the mantissa, and a unit: the value is power *
-        (part | other bits) * unit. Exponent 0 lacks the implicit bit and has the power of exponent 1.
+        Sixteen powers of two with the code's sign, sixteen parts of the mantissa, and a unit: the value is
+        power * (part | other bits) * unit. Exponent 0 lacks the implicit bit and has exponent 1's power.
     """
     low_bits = form.bits - 4
     powers, parts = [], []
@@ -80,3 +80,8 @@ def minifloat_tables(form: Minifloat) -> tuple[list[int], list[int], float]:
         parts.append(mantissa + (1 << form.mantissa_bits if field else 0))
     smallest = float(form.values()[1])
     return powers, parts, smallest
+
+
+def _split(tiles: Tensor, *sizes: int) -> Tensor:
+    """(tiles, 16, K) to (tiles, 16, units, *sizes)."""
+    return tiles.view(*tiles.shape[:2], -1, *sizes)
