@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from trireme.errors import InvalidConfiguration
 from trireme.models.checkpoint import Checkpoint
+from trireme.quant import foreign_schemes, manifest
 from trireme.quant.few_bit_weights import FewBitWeights, QuantizedAtLoad
+from trireme.quant.foreign import ForeignCheckpoint
 from trireme.quant.format_choice import nearest_format
-from trireme.quant.manifest import KEY
 from trireme.quant.precisions import AUTO, candidate_formats
 from trireme.quant.reading import QuantizedCheckpoint
 
@@ -50,4 +51,6 @@ def weights_key(checkpoint: Checkpoint, few_bits: FewBitWeights | None) -> str:
 
 
 def _stored(checkpoint: Checkpoint) -> FewBitWeights | None:
-    return QuantizedCheckpoint(checkpoint.directory) if KEY in checkpoint.raw_config else None
+    if checkpoint.raw_config.get(foreign_schemes.KEY) is not None:
+        return ForeignCheckpoint(checkpoint.directory)
+    return QuantizedCheckpoint(checkpoint.directory) if manifest.KEY in checkpoint.raw_config else None

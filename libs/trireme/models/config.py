@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from trireme.errors import InvalidCheckpoint
+from trireme.quant.foreign_schemes import KEY, parse_scheme
 
 
 class Family(enum.Enum):
@@ -95,15 +96,13 @@ def parse_config(raw: Mapping[str, Any], *, source: str = "config.json") -> Mode
     """Read a model's `config.json`, as written by transformers 4 or 5.
 
     Raises:
-        InvalidCheckpoint: the architecture or one of its options is not supported, or a field is
-            missing or malformed; names `source` and the field.
+        InvalidCheckpoint: the architecture, one of its options or how its weights are quantized is not
+            supported, or a field is missing or malformed; names `source` and the field.
     """
     fields = _Fields(raw, source)
     model_type = fields.text("model_type")
-    if raw.get("quantization_config") is not None:
-        raise InvalidCheckpoint(
-            f"{source}: quantization_config is not supported; give the unquantised weights"
-        )
+    if raw.get(KEY) is not None:
+        parse_scheme(raw[KEY], source=source)
     if model_type in _LLAMA_FAMILY:
         config = _parse_llama(fields, model_type)
     elif model_type == "gpt2":
