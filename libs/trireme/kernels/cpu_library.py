@@ -74,8 +74,8 @@ class CpuLibrary:
     level: Level
     """The best that this CPU has."""
     linear: Callable[[Any, int, int], int]
-    """Takes the address of a `NativeCall`, the level and the threads; returns 0, or what went wrong. Runs without
-    the interpreter's lock."""
+    """Takes the address of a `NativeCall`, the level and the threads; returns 0, or what went wrong. Runs
+    without the interpreter's lock."""
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Linear layers on x86 CPUs with weights of 4 to 16 bits, computed by the kernels of `csrc/cpu`.
 
 Weights are exact. Activations become fixed point of 16 bits, in steps that 64 inputs of a row share; products
-are summed as integers, and the sums of the blocks of 64 inputs in float32. With bfloat16 weights everything is
+are summed as integers, and the sums of the blocks of 64 inputs in float32. With bfloat16 weights all of it is
 float32. A result depends on its own row alone: not on the other rows, their number, the threads or the
 instruction set.
 """
