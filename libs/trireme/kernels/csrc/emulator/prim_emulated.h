@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "emulator.h"
@@ -127,5 +128,8 @@ DEVICE int prim_count_ones(u64 bits) { return __builtin_popcountll(bits); }
 DEVICE u32 prim_atomic_add(u32* address, u32 value) { return emulator_atomic_add_u32(address, value); }
 DEVICE u64 prim_atomic_add(u64* address, u64 value) { return emulator_atomic_add_u64(address, value); }
 DEVICE u64 prim_atomic_min(u64* address, u64 value) { return emulator_atomic_min_u64(address, value); }
+
+using std::max;
+using std::min;
 
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
