@@ -37,7 +37,7 @@ AWQ: dict[str, Any] = {
 }
 
 
-def compressed(group_size: int = 32, **weights: Any) -> dict[str, Any]:
+def compressed(group_size: int | None = 32, **weights: Any) -> dict[str, Any]:
     scheme = {
         "num_bits": 4,
         "type": "int",
@@ -230,7 +230,8 @@ def test_a_model_answers_on_them_as_transformers_does_on_the_weights_that_they_m
         expected = reference(torch.tensor([token_ids])).logits[0]
     loaded = load_whole(directory)
     assert loaded.weight_format == "int4_g32" + ("" if symmetric else "_zeros")
-    assert (all_logits(loaded.model, token_ids) - expected).abs().max().item() <= 1e-4
+    found = all_logits(loaded.model, token_ids)
+    assert float((found - expected).norm() / expected.norm()) <= 1e-3  # native kernels round activations
     with pytest.raises(InvalidConfiguration, match="holds int4_g32"):
         load_model(directory, precision="int8")
 

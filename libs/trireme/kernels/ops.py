@@ -11,12 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trireme.kernels import onednn, reference
+from trireme.kernels import low_bit_cpu, onednn, reference
 from trireme.kernels.attention_batch import AttentionBatch
+from trireme.kernels.low_bit_cpu import PackedLinear
 from trireme.quant.formats import WeightFormat
 from trireme.quant.quantization import QuantizedWeight, dequantize
 
-LinearWeight = Tensor
+LinearWeight = Tensor | PackedLinear
 """A linear layer's matrix (outputs, inputs) in the form that `linear` takes: a plain tensor, or what
 `pack_weight` or `pack_quantized` made of it."""
 
@@ -72,13 +73,18 @@ def pack_weight(weight: Tensor) -> LinearWeight:
 
     The result is good for `linear` and `linear_add` alone; it may be `weight` itself.
     """
-    is_packable = weight.device.type == "cpu" and onednn.is_available(weight.dtype)
-    return onednn.pack(weight) if is_packable else weight
+    if weight.device.type != "cpu":
+        return weight
+    if onednn.is_available(weight.dtype):
+        return onednn.pack(weight)
+    if weight.dtype == torch.bfloat16 and low_bit_cpu.takes(None, weight.dtype):
+        return low_bit_cpu.pack_bf16(weight)
+    return weight
 
 
 def takes_quantized(form: WeightFormat, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `linear` computes from codes of this format on the device; else weights are expanded first."""
-    return False
+    return device.type == "cpu" and low_bit_cpu.takes(form, dtype)
 
 
 def pack_quantized(weight: QuantizedWeight, *, device: torch.device, dtype: torch.dtype) -> LinearWeight:
@@ -89,6 +95,8 @@ def pack_quantized(weight: QuantizedWeight, *, device: torch.device, dtype: torc
         device: where the result goes.
         dtype: of the activations: float32, bfloat16 or float16.
     """
+    if takes_quantized(weight.form, device, dtype):
+        return low_bit_cpu.pack(weight)
     return pack_weight(dequantize(weight, dtype).to(device))
 
 
@@ -97,6 +105,8 @@ def linear(x: Tensor, weight: LinearWeight, bias: Tensor | None = None) -> Tenso
 
     `weight` may be packed (`pack_weight`, `pack_quantized`).
     """
+    if isinstance(weight, PackedLinear):
+        return low_bit_cpu.linear(x, weight, bias)
     if weight.is_mkldnn:
         return onednn.linear(x, weight, bias)
     return reference.linear(x, weight, bias)
@@ -104,6 +114,8 @@ def linear(x: Tensor, weight: LinearWeight, bias: Tensor | None = None) -> Tenso
 
 def linear_add(x: Tensor, weight: LinearWeight, residual: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear`, plus residual (tokens, outputs), in one pass where that is possible."""
+    if isinstance(weight, PackedLinear):
+        return low_bit_cpu.linear(x, weight, bias, residual)
     if weight.is_mkldnn:
         return onednn.linear_add(x, weight, residual, bias)
     return reference.linear_add(x, weight, residual, bias)

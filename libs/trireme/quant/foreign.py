@@ -116,9 +116,8 @@ class ForeignCheckpoint:
         if not self.form.has_zeros:
             return codes, scales, torch.full((outputs, groups), _SYMMETRIC_ZERO, dtype=torch.uint8)
         name = f"{stem}.weight_zero_point"
-        if (
-            self._part(name, torch.int32, torch.int8).dtype == torch.int8
-        ):  # its first versions: signed, unpacked
+        if self._part(name, torch.int32, torch.int8).dtype == torch.int8:
+            # Its first versions stored them signed, and one to a byte.
             return codes, scales, self._part(name, torch.int8, shape=(outputs, groups)) + _SYMMETRIC_ZERO
         rows = -(-outputs // _PER_WORD)
         zeros = _unpacked(self._part(name, torch.int32, shape=(rows, groups)).T, _IN_ORDER).T
