@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,12 @@ from tests.unit.engine_support import (
     tokens_of,
 )
 from tests.unit.kv_movement_support import ChanceRoster, conserves
-from trireme.engine import Engine, FinishReason, SamplingParams, SequenceRequest, Truncation
-from trireme.engine.kv_rotation import find_supply
+from trireme.engine import Engine, FinishReason, SamplingParams, SequenceRequest, StoredBlock, Truncation
 from trireme.errors import ContextLengthExceeded, InvalidRequest
 from trireme.kernels.attention_batch import AttentionBatch
+from trireme.kvcache.block_codec import payload_checksum
 from trireme.kvcache.block_identity import HashChain, Supply, hash_chain, truncated_prefix
-from trireme.kvcache.block_pool import BlockPool
+from trireme.kvcache.supplied_blocks import supplied_blocks
 from trireme.loading.whole import load_model
 from trireme.models.model import LayerKv, Model
 from trireme.policies.kv_truncation import MAX_ROTATIONS, TruncationRule, plan_truncation
@@ -242,6 +243,56 @@ def test_a_prompt_that_is_cut_takes_its_keys_from_before_the_cut(
     assert outputs_of(again)["again"][0].cached_tokens == 54 // BLOCK * BLOCK
 
 
+def stored_blocks(engine: Engine, names: Sequence[bytes], damaged: bytes = b"") -> list[StoredBlock]:
+    """What a lower tier would have saved of these blocks."""
+    found = []
+    for name in names:
+        payload = engine.export_block(name)
+        assert payload is not None
+        checksum = payload_checksum(payload) ^ (name == damaged)
+        found.append(StoredBlock(name, payload, checksum))
+    return found
+
+
+@pytest.mark.parametrize("resident", [0, 1, 2])
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_prompt_that_is_cut_takes_its_keys_from_a_lower_tier(
+    models: dict[str, Model], resident: int, is_damaged: bool
+) -> None:
+    """Head and supply are stored, some of them resident too: what comes back is what never left."""
+    model = models["llama3"]
+    engine = engine_of(model)
+    first, _ = next_turn("first", prompt_of(4, 55), 3)
+    engine.add(first)
+    before = [*first.prompt_token_ids, *tokens_of(run(engine))["first"]]
+    second, _ = next_turn("second", [*before, *prompt_of(5, 10)], 8)
+    assert second.truncation is not None
+    supply = second.truncation.supplies[0].hashes[
+        : ((len(before) - 1) // BLOCK * BLOCK - DROP - HEAD) // BLOCK
+    ]
+    names = [*second.chain.extend((), second.prompt_token_ids[:HEAD], BLOCK), *supply]
+    assert len(names) == 3
+    damaged = names[-1] if is_damaged else b""
+    stored = stored_blocks(engine, names, damaged)
+    engine.add(second)
+    expected = outputs_of(run(engine))["second"]
+
+    fresh = engine_of(model)
+    for block in stored[:resident]:
+        assert fresh.import_block(block.block_hash, block.payload)
+    fresh.add(second, awaited_tokens=len(names) * BLOCK)
+    assert not fresh.step().outputs
+    assert fresh.preload("second", stored)
+    outputs = outputs_of(run(fresh))["second"]
+    found = len(names) - is_damaged
+    assert outputs[0].cached_tokens == found * BLOCK
+    stats = fresh.stats()
+    assert stats.preload_blocks == found - resident and stats.rerotated_blocks == found - HEAD // BLOCK
+    if not is_damaged:
+        assert [one.token_id for one in outputs] == [one.token_id for one in expected]
+    assert conserves(fresh._cache.pool) and stats.kv_blocks_used == 0
+
+
 def test_a_supply_that_stands_in_its_own_way_is_given_up(models: dict[str, Model]) -> None:
     """The pool holds one window: sources and targets do not fit beside each other."""
     engine = engine_of(models["llama3"], num_blocks=WINDOW // BLOCK)
@@ -269,20 +320,29 @@ def test_keys_that_were_turned_too_often_are_computed_again(models: dict[str, Mo
 
 
 def test_a_supply_ends_where_keys_were_turned_often_enough() -> None:
-    pool = BlockPool(32)
     names = [bytes([number]) * 16 for number in range(8)]
-    for block, name in zip(pool.allocate(8) or (), names, strict=True):
-        pool.cache(block, name)
+    supplies = (Supply(tuple(names), BLOCK),)
     rule = TruncationRule(window=128, block_size=BLOCK)
     for count in range(1, 8):
         cuts = tuple(HEAD + BLOCK * number for number in range(1, count + 1))
-        truncation = Truncation(head_tokens=HEAD, cuts=cuts, supplies=(Supply(tuple(names), BLOCK),))
-        found = find_supply(pool, truncation, rule, num_matched=1, most=8)
+        found = supplied_blocks(supplies, rule, cuts, num_own=1, most=8, count_leading=len)
         # All blocks were there at all cuts but the last, which is still to come.
-        assert len(found.blocks) == (8 if count - 1 < MAX_ROTATIONS else 0)
-    one = Truncation(head_tokens=HEAD, cuts=(16,), supplies=(Supply(tuple(names), BLOCK),))
-    assert find_supply(pool, one, rule, num_matched=0, most=8).blocks == []  # the head must be there
-    assert find_supply(pool, one, rule, num_matched=4, most=2).blocks == pool.match(names[3:5])
+        assert len(found.hashes) == (8 if count - 1 < MAX_ROTATIONS else 0)
+    one = supplied_blocks(supplies, rule, (16,), num_own=0, most=8, count_leading=len)
+    assert one.hashes == []  # the head must be there
+    one = supplied_blocks(supplies, rule, (16,), num_own=4, most=2, count_leading=len)
+    assert one.hashes == names[3:5]
+    older = Supply(tuple(reversed(names)), 2 * BLOCK)
+    there = {*names[:3], *names[4:]}
+    both = supplied_blocks(
+        (*supplies, older),
+        rule,
+        (16, 24),
+        num_own=1,
+        most=8,
+        count_leading=lambda some: sum(1 for _ in takewhile(there.__contains__, some)),
+    )
+    assert both == (list(older.hashes[:4]), 2 * BLOCK)  # the one that reaches farther
 
 
 def test_a_prompt_longer_than_the_engine_holds_is_cut_as_at_the_gateway(models: dict[str, Model]) -> None:

@@ -53,10 +53,13 @@ class Load:
     blocks: list[int]
     """Device blocks, one for each."""
     hashes: list[bytes]
-    num_matched: int
-    """Blocks of the sequence before these, which were resident."""
+    held: list[bytes]
+    """Hashes of the blocks that the sequence holds beside these, which were resident."""
     layers_needed: int
     """Layers that must be there before the sequence may run."""
+    is_of_prefix: bool = True
+    """They follow those in `held`; else they are kept under their own names, and the sequence begins from
+    them when all are there."""
     num_intact: int | None = None
     """Leading blocks whose payloads are good; None: not known yet. Only these are copied."""
     is_joined: bool = False
@@ -66,6 +69,8 @@ class Load:
     @property
     def is_admissible(self) -> bool:
         """The payloads are checked and enough layers are there."""
+        if not self.is_of_prefix:
+            return False
         return self.copy.is_complete or len(self.copy.marks) > self.layers_needed
 
     @staticmethod

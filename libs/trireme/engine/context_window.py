@@ -82,16 +82,17 @@ class ContextWindow:
         """The keys that would stay have been rounded enough: they are computed again."""
         return rotations(plan, self.rule, plan.cut) > MAX_ROTATIONS
 
-    def follow(self, plan: TruncationPlan, *, is_base: bool) -> int:
+    def follow(self, plan: TruncationPlan, *, is_base: bool, is_unseen: bool = False) -> int:
         """Carry out the cuts of a plan; returns how many tokens go.
 
         Args:
             is_base: what stays is computed again, from itself.
+            is_unseen: it was never computed with what goes.
         """
         before = self.dropped
         for number, cut in enumerate(plan.cuts, start=1):
             if number > len(self.stage.cuts):
-                self._cut(cut, number)
+                self._cut(cut, number, is_unseen=is_unseen)
         if is_base:
             self.base = self.stage
         return self.dropped - before
@@ -128,13 +129,14 @@ class ContextWindow:
     def _dropped(self, stage: Stage) -> int:
         return stage.cuts[-1] - self.rule.head - self.came_with if stage.cuts else 0
 
-    def _cut(self, cut: int, number: int) -> None:
+    def _cut(self, cut: int, number: int, *, is_unseen: bool) -> None:
         stage, head, size = self.stage, self.rule.head, self.rule.block_size
         before = stage.cuts[-1] if stage.cuts else head
         start = head + self._dropped(stage)
         gone = [*self.history[:head], *self.history[start : start + cut - before]]
         hashes = stage.chain.extend((), gone, size)
-        chain = chain_after_cut(stage.chain, hashes, head // size, (cut - before) // size, number)
+        gone_blocks = (cut - before) // size
+        chain = chain_after_cut(stage.chain, hashes, head // size, gone_blocks, number, is_unseen=is_unseen)
         self.stage = Stage((*stage.cuts, cut), chain)
 
 
@@ -168,7 +170,7 @@ def open_window(
     )
     plan = window.plan(len(window.history), reserved_tokens=request.sampling.max_tokens)
     if len(window.history) >= rule.window:
-        window.follow(plan, is_base=True)
+        window.follow(plan, is_base=True, is_unseen=can_rotate)
     window.history += request.delivered_token_ids
     if not can_rotate:
         window.follow(window.plan(window.num_kept), is_base=True)

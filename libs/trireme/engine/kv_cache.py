@@ -17,12 +17,13 @@ from trireme.engine.host_arena import HostArena
 from trireme.engine.kv_copies import Copy, KvCopies, Link
 from trireme.engine.kv_counters import KvCounters
 from trireme.engine.kv_memory import KvMemory
-from trireme.engine.kv_rotation import NOTHING, Found, find_supply, turn
+from trireme.engine.kv_rotation import turn
 from trireme.engine.layer_gate import GatedLayers
 from trireme.engine.sequence import Sequence
 from trireme.engine.stored_blocks import OnSaved, Room, let_go_of
 from trireme.engine.tier import KvTier
 from trireme.kvcache.block_pool import BlockPool
+from trireme.kvcache.supplied_blocks import CountLeading, Supplied, supplied_blocks
 from trireme.models.model import LayerKv, Model
 
 _SAVED_SHARE = 4
@@ -82,6 +83,15 @@ class KvCache:
         """Hashes of the complete blocks that the sequence has, by which others may find them."""
         return tuple(self.hashes(sequence, sequence.num_computed)) if self.shares else ()
 
+    def interchangeable(self, sequence: Sequence, hashes: tuple[bytes, ...]) -> tuple[bytes, ...]:
+        """Those of its blocks that others' of the same name can stand in for, to the last bit.
+
+        Behind a cut a name says which tokens were seen, not whether they were still there when a block was
+        computed: a sequence that has begun goes on with its own.
+        """
+        window = sequence.window
+        return hashes if window is None or not window.stage.cuts else hashes[: window.head_blocks]
+
     def match(self, sequence: Sequence) -> list[int]:
         """Resident blocks that the sequence could start from."""
         if not self.shares:
@@ -112,25 +122,26 @@ class KvCache:
         if sequence.load is not None:
             return self._join(sequence, sequence.load)
         matched = self.match(sequence)
-        supply = self._supply(sequence, len(matched))
+        supply = self.supplied(sequence, len(matched), lambda names: len(self.pool.match(names)))
+        sources = self.pool.match(supply.hashes)
         missing = self.blocks_for(sequence.num_target) - len(matched)
-        self.pool.acquire(matched + supply.blocks)
+        self.pool.acquire(matched + sources)
         fresh = self.pool.allocate(missing)
-        if fresh is None and supply.blocks:  # it stands in its own way
-            self.pool.release(supply.blocks)
-            supply = NOTHING
+        if fresh is None and sources:  # they stand in their own way
+            self.pool.release(sources)
+            sources = []
             fresh = self.pool.allocate(missing)
         if fresh is None:
             self.pool.release(matched)
             return False
         self.attach(sequence, matched + fresh)
-        sequence.begin((len(matched) + len(supply.blocks)) * self.block_size)
+        sequence.begin((len(matched) + len(sources)) * self.block_size)
         sequence.num_committed = len(matched)
-        if supply.blocks and self.rotation is not None:
-            targets = fresh[: len(supply.blocks)]
-            turn(self.memory, self.rotation, supply.blocks, targets, shift_tokens=supply.shift_tokens)
-            self.pool.release(supply.blocks)
-            self.counters.rerotated_blocks += len(supply.blocks)
+        if sources and self.rotation is not None:
+            targets = fresh[: len(sources)]
+            turn(self.memory, self.rotation, sources, targets, shift_tokens=supply.shift_tokens)
+            self.pool.release(sources)
+            self.counters.rerotated_blocks += len(sources)
             self.commit(sequence)
         self._let_go(sequence)
         self.expect(sequence)
@@ -159,6 +170,8 @@ class KvCache:
                 self.pool.cache(sequence.blocks[index], hashes[index])
                 self._settle(hashes[index], sequence)
         sequence.num_committed = complete
+        if self._tier is not None and self.shares and sequence.was_cut_here:
+            self._tier.on_cut(sequence.sequence_id, hashes)
 
     def pause(self, sequence: Sequence) -> None:
         """The sequence keeps its blocks but does not run now: others may compute what it was to share."""
@@ -290,7 +303,7 @@ class KvCache:
     def _join(self, sequence: Sequence, load: Load) -> bool:
         if not load.is_admissible or load.num_intact is None:
             return False
-        kept = load.num_matched + load.num_intact
+        kept = len(load.held) + load.num_intact
         corrupt, sequence.blocks = sequence.blocks[kept:], sequence.blocks[:kept]
         self.pool.release(corrupt)
         if not self.grow(sequence, sequence.num_target):
@@ -300,23 +313,30 @@ class KvCache:
         self.expect(sequence)
         return True
 
-    def _supply(self, sequence: Sequence, num_matched: int) -> Found:
-        """What of the prompt is resident from before the cut that it came with."""
+    def supplied(self, sequence: Sequence, num_own: int, count_leading: CountLeading) -> Supplied:
+        """What stands in for the prompt's blocks behind the first `num_own`, from before the cut that it
+        came with."""
         window, truncation = sequence.window, sequence.request.truncation
         if not self.shares or self.rotation is None or window is None or truncation is None:
-            return NOTHING
+            return Supplied([], 0)
         if not truncation.cuts or window.stage.cuts != truncation.cuts:
-            return NOTHING
-        most = sequence.reusable_tokens // self.block_size - num_matched
-        return find_supply(self.pool, truncation, window.rule, num_matched=num_matched, most=most)
+            return Supplied([], 0)
+        return supplied_blocks(
+            truncation.supplies,
+            window.rule,
+            truncation.cuts,
+            num_own=num_own,
+            most=sequence.reusable_tokens // self.block_size - num_own,
+            count_leading=count_leading,
+        )
 
     def _let_go(self, sequence: Sequence) -> None:
         """No load is begun for the sequence any more, and what was loaded does not wait for it."""
         stored, sequence.stored = sequence.stored, ()
         let_go_of(stored)
-        for block_hash in sequence.hashes[: sequence.preloaded_blocks]:
+        for block_hash in sequence.preloaded:
             self.pool.set_next_use(block_hash, math.inf)
-        sequence.preloaded_blocks = 0
+        sequence.preloaded = ()
 
     def _settle(self, block_hash: bytes, sequence: Sequence) -> None:
         if self._pending.get(block_hash) is sequence:

@@ -1,5 +1,8 @@
 """Stored blocks brought to the device while their sequence waits.
 
+Blocks of its prefix may be joined before all their layers are there. What stood there before a cut is
+loaded under its own names: the sequence takes it from there, turned to where it stands now.
+
 A loaded prefix that its sequence has not joined yet is cached like any other complete prefix: it
 may be given up for what runs, so loads can never lock the engine up. It goes last, and together
 such prefixes take no more than what is available, so they do not push each other out.
@@ -71,7 +74,7 @@ class KvPreloads:
         """
         room = self._cache.pool.num_available - reserve
         for sequence in waiting:
-            room -= sequence.preloaded_blocks
+            room -= len(sequence.preloaded)
             if sequence.stored:
                 taken = self._start(sequence, room)
                 if taken is None:
@@ -81,13 +84,30 @@ class KvPreloads:
     def _start(self, sequence: Sequence, room: int) -> int | None:
         """Blocks taken; None if there is no room for them."""
         cache = self._cache
+        pool = cache.pool
         matched = cache.match(sequence)
-        hashes = cache.hashes(sequence, sequence.reusable_tokens)[len(matched) :]
+        num_own = len(matched)
+        names = cache.hashes(sequence, sequence.reusable_tokens)
+        held, hashes = names[:num_own], names[num_own:]
         if hashes and cache.is_pending(hashes[0]):
             return 0  # another sequence brings or computes it
         offered = {block.block_hash: block for block in sequence.stored}
         run = list(takewhile(offered.__contains__, hashes))
-        needed = len(run) + sum(cache.pool.refs(block_id) == 0 for block_id in matched)
+
+        def is_there(name: bytes) -> bool:
+            return name in offered or pool.find(name) is not None
+
+        supply = cache.supplied(
+            sequence, num_own + len(run), lambda names: sum(1 for _ in takewhile(is_there, names))
+        )
+        for name in supply.hashes:
+            block_id = pool.find(name)
+            if block_id is None:
+                run.append(name)
+            else:
+                held.append(name)
+                matched.append(block_id)
+        needed = len(run) + sum(pool.refs(block_id) == 0 for block_id in matched)
         if run and needed > room:
             return None
         stored, sequence.stored = sequence.stored, ()
@@ -97,14 +117,21 @@ class KvPreloads:
         let_go_of(block for block in stored if id(block) not in wanted)
         if not run:
             return 0
-        cache.pool.acquire(matched)
-        fresh = cache.pool.allocate(len(run))
+        pool.acquire(matched)
+        fresh = pool.allocate(len(run))
         assert fresh is not None, "counted above"
-        load = Load(blocks, fresh, run, len(matched), self._layers(sequence, len(matched), len(run)))
+        load = Load(
+            blocks,
+            fresh,
+            run,
+            held,
+            self._layers(sequence, len(matched), len(run)),
+            is_of_prefix=not supply.hashes,
+        )
         cache.attach(sequence, matched + fresh)
-        sequence.num_committed = len(matched)
+        sequence.num_committed = num_own
         sequence.load = load
-        cache.pool.begin_copy(fresh)
+        pool.begin_copy(fresh)
         cache.expect(sequence)
         load.copy = cache.copies.copy_in(
             load.parts(cache.memory), lambda copy: self._end(sequence, load, copy)
@@ -136,7 +163,7 @@ class KvPreloads:
                 for block_id, name in zip(load.blocks[:intact], load.hashes, strict=False):
                     cache.pool.cache(block_id, name)
                 cache.release(sequence)
-                sequence.preloaded_blocks = load.num_matched + intact
-                for name in sequence.hashes[: sequence.preloaded_blocks]:
+                sequence.preloaded = (*load.held, *load.hashes[:intact])
+                for name in sequence.preloaded:
                     cache.pool.set_next_use(name, SOON_S)
         cache.pool.end_copy(load.blocks)

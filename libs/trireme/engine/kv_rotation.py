@@ -9,50 +9,12 @@ keys without a position; here keys are stored with one and turned by the differe
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import NamedTuple
 
 import torch
 
 from trireme.engine.kv_memory import KvMemory
-from trireme.engine.request import Truncation
-from trireme.kvcache.block_identity import Supply
 from trireme.kvcache.block_pool import BlockPool
 from trireme.models.rope import KeyRotation
-from trireme.policies.kv_truncation import MAX_ROTATIONS, TruncationPlan, TruncationRule, rotations
-
-
-class Found(NamedTuple):
-    """Resident blocks that hold what is wanted, but for other positions."""
-
-    blocks: list[int]
-    shift_tokens: int
-    """By how much their positions must fall."""
-
-
-NOTHING = Found([], 0)
-
-
-def find_supply(
-    pool: BlockPool, truncation: Truncation, rule: TruncationRule, *, num_matched: int, most: int
-) -> Found:
-    """The longest run of resident blocks that can follow the first `num_matched` of a cut sequence.
-
-    It ends before a block whose keys would be rounded too often.
-
-    Args:
-        most: blocks that are wanted.
-    """
-    head_blocks = truncation.head_tokens // rule.block_size
-    skipped = num_matched - head_blocks
-    best = NOTHING
-    if skipped < 0 or most <= 0:
-        return best
-    for age, supply in enumerate(truncation.supplies):
-        allowed = _fresh_enough(truncation, rule, supply, age=age, first=skipped)
-        blocks = pool.match(supply.hashes[skipped : skipped + min(most, allowed)])
-        if len(blocks) > len(best.blocks):
-            best = Found(blocks, supply.shift_tokens)
-    return best
 
 
 def turn(
@@ -85,20 +47,3 @@ def own(pool: BlockPool, blocks: Seq[int]) -> list[int] | None:
         pool.forget(single)
     instead = dict(zip(visible, fresh, strict=True))
     return [instead.get(block, block) for block in blocks]
-
-
-def _fresh_enough(
-    truncation: Truncation, rule: TruncationRule, supply: Supply, *, age: int, first: int
-) -> int:
-    """Blocks of a supply, from the `first` on, that may be turned once more."""
-    cuts = truncation.cuts
-    before = TruncationPlan(
-        num_tokens=0, head=truncation.head_tokens, cuts=cuts[: len(cuts) - 1 - age], reason=""
-    )
-    size = rule.block_size
-    count = 0
-    for block in range(first, len(supply.hashes)):
-        if rotations(before, rule, cuts[-1] + block * size) >= MAX_ROTATIONS:
-            break
-        count += 1
-    return count

@@ -32,7 +32,8 @@ class KvSwaps:
             return False
         count = cache.blocks_for(sequence.num_computed)
         hashes = cache.complete_hashes(sequence)
-        there = {i: block for i, name in enumerate(hashes) if (block := host.pool.find(name)) is not None}
+        shared = cache.interchangeable(sequence, hashes)
+        there = {i: block for i, name in enumerate(shared) if (block := host.pool.find(name)) is not None}
         host.pool.acquire(list(there.values()))
         missing = [index for index in range(count) if index not in there]
         fresh = host.pool.allocate(len(missing))
@@ -76,7 +77,8 @@ class KvSwaps:
         if host is None or not sequence.host_blocks or sequence.move is not None:
             return False
         hashes = cache.complete_hashes(sequence)
-        here = {i: block for i, name in enumerate(hashes) if (block := cache.pool.find(name)) is not None}
+        shared = cache.interchangeable(sequence, hashes)
+        here = {i: block for i, name in enumerate(shared) if (block := cache.pool.find(name)) is not None}
         cache.pool.acquire(list(here.values()))
         total = cache.blocks_for(max(sequence.num_target, sequence.num_computed))
         lacking = [index for index in range(total) if index not in here]

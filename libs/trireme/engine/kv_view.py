@@ -31,11 +31,12 @@ def view_of(cache: KvCache, sequence: Sequence) -> SequenceView:
             cache.is_pending(next_block),
         )
     if location is Location.NONE and sequence.load is not None:
-        kept = sequence.load.num_matched + (sequence.load.num_intact or 0)
+        kept = len(sequence.load.held) + (sequence.load.num_intact or 0)
         return SequenceView(num_target - kept * cache.block_size, max(0, target - kept), 0, location)
     num_blocks = target - len(sequence.blocks)
     if location is Location.HOST:
-        found = map(cache.pool.find, cache.complete_hashes(sequence))
+        shared = cache.interchangeable(sequence, cache.complete_hashes(sequence))
+        found = map(cache.pool.find, shared)
         num_blocks -= sum(block_id is not None and cache.pool.refs(block_id) > 0 for block_id in found)
     return SequenceView(num_target - sequence.num_computed, max(0, num_blocks), 0, location)
 

@@ -69,8 +69,8 @@ class Sequence:
     awaited_tokens: int = 0
     """Leading tokens that a lower tier is about to offer the blocks of; it does not run before they are
     offered, or said not to come."""
-    preloaded_blocks: int = 0
-    """Leading blocks of its prefix that wait for it after a load."""
+    preloaded: tuple[bytes, ...] = ()
+    """Blocks that wait for it after a load: of its prefix, or of what stood there before a cut."""
     hashes: list[bytes] = field(default_factory=list)
     """Of the full blocks of its tokens, as far as they were asked for."""
     num_computed: int = 0
@@ -116,6 +116,14 @@ class Sequence:
             self.hashes = []
             self.chain = self.window.stage.chain
             self.most_computed += gone
+
+    @property
+    def was_cut_here(self) -> bool:
+        """Tokens have gone since its request came, so its blocks have other names than the request says."""
+        truncation = self.request.truncation
+        return (
+            self.window is not None and truncation is not None and self.window.stage.cuts != truncation.cuts
+        )
 
     @property
     def is_replaying(self) -> bool:

@@ -17,3 +17,6 @@ class KvTier(Protocol):
 
     def on_evicted(self, block_hash: bytes, export: Callable[[], bytes]) -> None:
         """The block is about to leave the engine; `export` gives its bytes during this call only."""
+
+    def on_cut(self, sequence_id: str, hashes: Sequence[bytes]) -> None:
+        """The complete blocks of a sequence that was cut here: not those that its request's chain names."""

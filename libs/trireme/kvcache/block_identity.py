@@ -167,7 +167,13 @@ def truncated_prefix(
 
 
 def chain_after_cut(
-    chain: HashChain, hashes: Sequence[bytes], head_blocks: int, dropped_blocks: int, number: int
+    chain: HashChain,
+    hashes: Sequence[bytes],
+    head_blocks: int,
+    dropped_blocks: int,
+    number: int,
+    *,
+    is_unseen: bool = False,
 ) -> HashChain:
     """The chain of what stays when `dropped_blocks` blocks behind the head go.
 
@@ -175,8 +181,11 @@ def chain_after_cut(
         chain: before the cut.
         hashes: under it, as far as the last block that goes, or farther.
         number: which cut of the conversation this is, from 1.
+        is_unseen: nothing of what stays was computed while the dropped tokens were there, so it is not
+            what others keep under the names of this cut.
     """
-    root = blake2b(hashes[head_blocks + dropped_blocks - 1], digest_size=HASH_BYTES, person=b"cut")
+    person = b"unseen" if is_unseen else b"cut"
+    root = blake2b(hashes[head_blocks + dropped_blocks - 1], digest_size=HASH_BYTES, person=person)
     root.update(b"".join(part.to_bytes(8, "little") for part in (head_blocks, dropped_blocks, number)))
     root.update(chain.salt)
     joints = (joint for joint in chain.joints if joint[0] < head_blocks)

@@ -170,6 +170,21 @@ def rotations(plan: TruncationPlan, rule: TruncationRule, token: int) -> int:
     return sum(after <= token < before + behind for before, after in zip(befores, plan.cuts, strict=False))
 
 
+def turnable_blocks(rule: TruncationRule, made: Sequence[int], start: int, *, first: int, stop: int) -> int:
+    """How many blocks, from the `first` of those behind a cut on, may be rotated once more.
+
+    Args:
+        made: the cuts that have rotated them, ascending.
+        start: where the cut fell, in the whole conversation.
+        stop: the block not to be looked at any more.
+    """
+    plan = TruncationPlan(num_tokens=0, head=rule.head, cuts=tuple(made), reason="")
+    for block in range(first, stop):
+        if rotations(plan, rule, start + block * rule.block_size) >= MAX_ROTATIONS:
+            return block - first
+    return max(0, stop - first)
+
+
 def _next_cut(rule: TruncationRule, cut: int, borders: Sequence[int]) -> int:
     """The cut after `cut`: the first turn from `least_drop` on, else the last before, else mid-turn."""
     least, farthest = cut + rule.least_drop, cut + rule.reach

@@ -18,6 +18,7 @@ from trireme.bus.request_records import WORKERS, RequestRecords
 from trireme.bus.streams import Stream
 from trireme.errors import InvalidConfiguration
 from trireme.kvcache.store_client import StoreClient
+from trireme.policies.prefix_index import split_hashes
 from trireme.runtime.fleet import Fleet, WorkerGroup, load_fleet
 from trireme.runtime.health import Health, HealthReporter
 from trireme.runtime.metrics_server import metrics_server
@@ -91,6 +92,10 @@ async def serve(settings: Settings) -> None:
             loaded.billed_engine_s += engine_s
             if news.turns:
                 tell_of_turns(news.turns)
+            for cut in news.chains:
+                found = table.choice_of(cut.handle)
+                if found is not None:
+                    chains.cut(*found, split_hashes(cut.hashes))
             saves.note_complete(loaded, loaded.take_unsaved())
             for output in news.outputs:
                 live = table.request_of(output.handle) if output.finish_reason is not None else None

@@ -16,14 +16,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from trireme.errors import ContextLengthExceeded
+from trireme.kvcache.block_identity import Supply
 from trireme.kvcache.direct_copies import HeldChain
 from trireme.kvcache.store_client import StoreClient
+from trireme.kvcache.supplied_blocks import CountLeading, supplied_blocks
 from trireme.policies.kv_load import is_worth_asking, tokens_to_recompute
+from trireme.policies.kv_truncation import TruncationRule
 from trireme.policies.routing import UNMEASURED_PREFILL_TOKENS_PER_S
+from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest
 from trireme.worker.awaited_prefixes import NEAR
 from trireme.worker.engine_messages import Awaited, Command, LetGo, Offer, StoredChain
 from trireme.worker.live_requests import LiveRequest
-from trireme.worker.request_chains import reusable_blocks
+from trireme.worker.request_chains import reusable_blocks, supplies_of
 from trireme.worker.variants import LoadedVariant, VariantTable
 
 log = logging.getLogger(__name__)
@@ -42,6 +47,10 @@ class Expected:
     live: LiveRequest
     hashes: list[bytes]
     """Of its prompt's reusable blocks."""
+    rule: TruncationRule | None = None
+    """How it was cut, if its blocks behind the cut may come from before it."""
+    supplies: tuple[Supply, ...] = ()
+    """What those were called."""
     is_begun: bool = False
 
 
@@ -111,9 +120,11 @@ class BlockLoads:
 
         Microseconds; nobody is asked yet.
         """
-        expected = Expected(
-            live, list(hashes[: reusable_blocks(live.assignment.request, loaded.block_tokens)])
-        )
+        request = live.assignment.request
+        expected = Expected(live, list(hashes[: reusable_blocks(request, loaded.block_tokens)]))
+        if request.truncation.supplies and loaded.loaded.turns_keys:
+            expected.rule = _rule_of(request, loaded)
+            expected.supplies = supplies_of(request)
         plan = self._plan(loaded, expected)
         if plan is None:
             return 0
@@ -192,6 +203,9 @@ class BlockLoads:
         )
         num_bytes = loaded.loaded.block_bytes * (len(held) if held is not None else 0)
         self.speeds.note(plan, num_bytes, time.monotonic() - started_s)
+        names = plan.hashes
+        if plan.ask_others and expected.rule is not None:
+            held, names = await self._hold_older(loaded, expected, plan, held)
         if held is None:
             return None
         lease = next(self._leases)
@@ -201,15 +215,36 @@ class BlockLoads:
         return StoredChain(
             lease=lease,
             arena=held.arena,
-            hashes=tuple(plan.hashes[: len(held)]),
+            hashes=tuple(names[: len(held)]),
             blocks=tuple([(p.offset, p.payload_bytes, p.checksum, p.generation) for p in places]),
         )
 
+    async def _hold_older(
+        self, loaded: LoadedVariant, expected: Expected, plan: Plan, held: HeldChain | None
+    ) -> tuple[HeldChain | None, list[bytes]]:
+        """What other nodes have of a prompt that was cut, under its names or under those before the cut."""
+        here = len(expected.hashes) - len(plan.hashes)
+        num_held = len(held) if held is not None else 0
+        names = _names_behind_cut(expected, here + num_held, len)[here:]
+        if self._store is None or names == plan.hashes:
+            return held, plan.hashes
+        older = await self._store.hold(
+            loaded.kv_namespace, names, deadline_s=self._deadline_s, lease_s=LEASE_S, allow_remote=True
+        )
+        if older is None or len(older) <= num_held:
+            worse, better = older, (held, plan.hashes)
+        else:
+            worse, better = held, (older, names)
+        if worse is not None:
+            self._store.let_go(worse)
+        return better
+
     def _plan(self, loaded: LoadedVariant, expected: Expected) -> Plan | None:
         """What to load as things are now; None: nothing, computing is as fast or nothing is stored."""
-        hashes, size, rate = expected.hashes, loaded.block_tokens, loaded.prefill_tokens_per_s
+        size, rate = loaded.block_tokens, loaded.prefill_tokens_per_s
         if self._store is None or not loaded.loaded.block_bytes:
             return None
+        hashes = self._names(loaded, expected)
         here = next((i for i, block in enumerate(hashes) if block not in loaded.resident), len(hashes))
         missing = hashes[here:]
         if not missing:
@@ -238,6 +273,27 @@ class BlockLoads:
             kept = available - again // size
         return Plan(missing[:kept], (here + kept) * size, max(0, kept - in_dram), False)
 
+    def _names(self, loaded: LoadedVariant, expected: Expected) -> list[bytes]:
+        """What the prompt's blocks are called: behind a cut as before it, where only that is here."""
+        if expected.rule is None:
+            return expected.hashes
+        num_own = self._count_leading(loaded, expected.hashes)
+        return _names_behind_cut(expected, num_own, lambda names: self._count_leading(loaded, names))
+
+    def _count_leading(self, loaded: LoadedVariant, hashes: Sequence[bytes]) -> int:
+        """How many of the first of these blocks the engine or the node's store has."""
+        assert self._store is not None
+        count = 0
+        while count < len(hashes):
+            if hashes[count] in loaded.resident:
+                count += 1
+                continue
+            stored = self._store.match_local(loaded.kv_namespace, hashes[count:])
+            if not stored:
+                break
+            count += stored
+        return count
+
     def _load_s(self, loaded: LoadedVariant, in_dram: int) -> Callable[[int], float]:
         """Seconds to load so many leading tokens, of which some are on disk."""
         link, size = loaded.stats.host_in_bytes_per_s or math.inf, loaded.block_tokens
@@ -253,6 +309,35 @@ class BlockLoads:
         for handle in expected.live.handles:
             if self._expected.get(handle) is expected:
                 del self._expected[handle]
+
+
+def _names_behind_cut(expected: Expected, num_own: int, count_leading: CountLeading) -> list[bytes]:
+    """The prompt's blocks, those behind the first `num_own` as they were called before the cut, if any are
+    there."""
+    own, rule = expected.hashes, expected.rule
+    if rule is None or num_own == len(own):
+        return own
+    supplied = supplied_blocks(
+        expected.supplies,
+        rule,
+        expected.live.assignment.request.truncation.cuts,
+        num_own=num_own,
+        most=len(own) - num_own,
+        count_leading=count_leading,
+    )
+    return own[:num_own] + supplied.hashes if supplied.hashes else own
+
+
+def _rule_of(request: AdmittedRequest, loaded: LoadedVariant) -> TruncationRule | None:
+    """How a prompt was cut; None: not as the engine here would, which is to say why."""
+    try:
+        return TruncationRule(
+            window=loaded.loaded.context_tokens,
+            block_size=loaded.block_tokens,
+            pinned_tokens=request.truncation.head_tokens,
+        )
+    except ContextLengthExceeded:
+        return None
 
 
 def _prefill_s(tokens_per_s: float) -> Callable[[int, int], float]:

@@ -91,6 +91,7 @@ def describe(engine: Engine) -> Loaded:
         vocabulary_size=config.vocab_size,
         block_bytes=block_bytes(config, block_size=settings.block_size, dtype=engine.model.dtype),
         num_blocks=settings.num_blocks,
+        turns_keys=engine.model.key_rotation is not None,
     )
 
 

@@ -154,3 +154,5 @@ class Loaded:
     block_bytes: int
     """Of an exported block; 0: blocks hold nothing."""
     num_blocks: int
+    turns_keys: bool = False
+    """Keys can be turned to other positions: blocks from before a cut serve behind it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from trireme.kvcache.block_identity import HashChain
+from trireme.kvcache.block_identity import HashChain, Supply
 from trireme.policies.prefix_index import split_hashes
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest
 from trireme.worker.live_requests import LiveRequest
@@ -22,8 +22,19 @@ def prompt_hashes(request: AdmittedRequest, block_tokens: int) -> list[bytes]:
 
 
 def chain_of(request: AdmittedRequest) -> HashChain:
-    """How the hashes of a request's blocks hang together, until it is cut while it is answered."""
+    """How the hashes of a request's blocks hang together, until it is cut while it is answered: then the
+    engine says what they are (`RequestChains.cut`)."""
     return HashChain(request.kv_salt, tuple([(joint.block, joint.parent) for joint in request.kv_joints]))
+
+
+def supplies_of(request: AdmittedRequest) -> tuple[Supply, ...]:
+    """What the blocks of a prompt that was cut were called before, latest cut first."""
+    return tuple(
+        [
+            Supply(tuple(split_hashes(supply.block_hashes)), supply.shift_tokens)
+            for supply in request.truncation.supplies
+        ]
+    )
 
 
 def reusable_blocks(request: AdmittedRequest, block_tokens: int) -> int:
@@ -37,9 +48,13 @@ class _Chain:
 
     prompt: list[bytes]
     answer: list[bytes] = field(default_factory=list)
+    is_cut: bool = False
+    """Its tokens do not say it any more: the engine does."""
 
     def extend(self, live: LiveRequest, number: int, block_tokens: int) -> list[bytes]:
         """The hashes of blocks that have become full."""
+        if self.is_cut:
+            return []
         request, choice = live.assignment.request, live.choices[number]
         known = len(self.prompt) + len(self.answer)
         # The newest token was not computed on, so what it completes is not a block yet.
@@ -71,6 +86,13 @@ class RequestChains:
         chains = [_Chain(list(hashes)) for _ in live.choices]
         self._followed[live] = _Followed(live, block_tokens, chains)
         self._own(hashes, live.assignment.request.tenant)
+
+    def cut(self, live: LiveRequest, number: int, hashes: Sequence[bytes]) -> None:
+        """A choice was cut while it was answered: the engine says which complete blocks it has now."""
+        followed = self._followed.get(live)
+        if followed is not None:
+            followed.chains[number] = _Chain(list(hashes), is_cut=True)
+            self._own(hashes, live.assignment.request.tenant)
 
     def owner(self, block_hash: bytes) -> str | None:
         """The tenant who computed a block; None where that is not known (any more)."""

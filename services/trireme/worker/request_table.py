@@ -107,6 +107,11 @@ class RequestTable:
         found = self._sequences.get(handle)
         return found[0] if found is not None else None
 
+    def choice_of(self, handle: int) -> tuple[LiveRequest, int] | None:
+        """The request of a choice, and which one it is, while it is here."""
+        found = self._sequences.get(handle)
+        return (found[0], found[0].choices.index(found[1])) if found is not None else None
+
     def withdraw(self, request: LiveRequest) -> None:
         """Forget a request that the engine never had; its assignment is the caller's again."""
         self._drop(request)

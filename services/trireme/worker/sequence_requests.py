@@ -6,10 +6,9 @@ from collections.abc import Iterable
 
 from trireme.engine import Mode, SamplingParams, SequenceRequest, Truncation
 from trireme.errors import InvalidRequest
-from trireme.kvcache.block_identity import Supply
-from trireme.policies.prefix_index import split_hashes
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, RequestKind
 from trireme.wire.inference.v1.inference_pb2 import SamplingParameters
+from trireme.worker.request_chains import supplies_of
 
 _MODES = {
     RequestKind.REQUEST_KIND_GENERATE: Mode.GENERATE,
@@ -76,12 +75,11 @@ def truncation_of(request: AdmittedRequest) -> Truncation | None:
     if not request.HasField("truncation"):
         return None
     told = request.truncation
-    supplies = [Supply(tuple(split_hashes(one.block_hashes)), one.shift_tokens) for one in told.supplies]
     return Truncation(
         head_tokens=told.head_tokens,
         cuts=tuple(told.cuts),
         borders=tuple(told.turn_borders),
-        supplies=tuple(supplies),
+        supplies=supplies_of(request),
     )
 
 

@@ -15,7 +15,7 @@ from trireme.worker.awaited_prefixes import AwaitedPrefixes
 from trireme.worker.engine_messages import Awaited
 from trireme.worker.preload_rule import PreloadRule
 from trireme.worker.sequence_requests import sequences_of
-from trireme.worker.step_news import Ending, EngineFigures, Output, StepNews, Turn, Work
+from trireme.worker.step_news import Chain, Ending, EngineFigures, Output, StepNews, Turn, Work
 
 _FIGURES = EngineFigures._fields
 TURNS_S = 0.1
@@ -28,6 +28,7 @@ class ResidencyLog:
 
     def __init__(self) -> None:
         self._is_resident: dict[bytes, bool] = {}
+        self._cut: dict[str, Sequence[bytes]] = {}
 
     def match(self, hashes: Sequence[bytes]) -> int:
         return 0  # the worker asks the store itself, before it adds a sequence
@@ -37,6 +38,14 @@ class ResidencyLog:
 
     def on_evicted(self, block_hash: bytes, export: Callable[[], bytes]) -> None:
         self._is_resident[block_hash] = False
+
+    def on_cut(self, sequence_id: str, hashes: Sequence[bytes]) -> None:
+        self._cut[sequence_id] = hashes
+
+    def take_cut(self) -> dict[str, Sequence[bytes]]:
+        """Hashes of the blocks of cut sequences that have completed some."""
+        taken, self._cut = self._cut, {}
+        return taken
 
     def take(self) -> tuple[bytes, bytes]:
         """Hashes, joined, of the blocks that came, and of those that left: as they are now."""
@@ -192,6 +201,13 @@ class ServedEngine:
             if cost.sequence_id not in plain and cost.sequence_id in handles:
                 work.append(Work(handles[cost.sequence_id], cost.seconds))
         turns = self._turns(result) if result.events else ()
+        chains = tuple(
+            [
+                Chain(handles[name], b"".join(hashes))
+                for name, hashes in self._residency.take_cut().items()
+                if name in handles
+            ]
+        )
         if self._rule is not None:
             self._rule.note(prefill_tokens, prefill_s)
         endings = self._endings(result)
@@ -211,6 +227,7 @@ class ServedEngine:
             work=tuple(work),
             endings=endings,
             turns=turns,
+            chains=chains,
             came=came,
             left=left,
         )

@@ -92,6 +92,14 @@ class Turn(NamedTuple):
     reason: str
 
 
+class Chain(NamedTuple):
+    """The complete blocks of a sequence that was cut while it was answered."""
+
+    handle: int
+    hashes: bytes
+    """16 bytes each."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepNews:
     """What a step of one variant's engine made, and what the engine is now."""
@@ -112,6 +120,8 @@ class StepNews:
     endings: tuple[Ending, ...] = ()
     turns: tuple[Turn, ...] = ()
     """Now and then some of those that there were."""
+    chains: tuple[Chain, ...] = ()
+    """Where blocks of cut sequences were completed."""
     came: bytes = b""
     """Hashes of blocks that became resident since the last news, 16 bytes each."""
     left: bytes = b""
@@ -132,7 +142,7 @@ def pack(news: StepNews) -> bytes:
     """The news as bytes."""
     name = news.variant.encode()
     rows = news.tokens.tobytes()
-    rare = (news.outputs, news.work, news.endings, news.turns)
+    rare = (news.outputs, news.work, news.endings, news.turns, news.chains)
     rest = pickle.dumps(rare, protocol=5) if any(rare) else b""
     header = _HEADER.pack(
         *news.figures,
@@ -161,7 +171,7 @@ def unpack(payload: bytes) -> StepNews:
     name, rows, came, left, rest = parts
     tokens = array("q")
     tokens.frombytes(rows)
-    outputs, work, endings, turns = pickle.loads(rest) if rest else ((), (), (), ())
+    outputs, work, endings, turns, chains = pickle.loads(rest) if rest else ((), (), (), (), ())
     return StepNews(
         variant=name.decode(),
         figures=EngineFigures._make(values[: len(_FIGURES)]),
@@ -174,6 +184,7 @@ def unpack(payload: bytes) -> StepNews:
         work=work,
         endings=endings,
         turns=turns,
+        chains=chains,
         came=came,
         left=left,
     )
