@@ -138,6 +138,12 @@ DEVICE float prim_exp2(float value) {
     return out;
 }
 
+// Byte i of the result is byte (selector >> 4 i & 7) of b:a.
+DEVICE u32 prim_permute_bytes(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
+
+// A load that L1, which does not see what other blocks write, does not answer.
+DEVICE float prim_load_past_l1(const float* from) { return __ldcg(from); }
+
 DEVICE u32 prim_float_bits(float value) { return __float_as_uint(value); }
 DEVICE float prim_bits_float(u32 bits) { return __uint_as_float(bits); }
 DEVICE u64 prim_multiply_high(u64 a, u64 b) { return __umul64hi(a, b); }

@@ -112,6 +112,14 @@ DEVICE u32 prim_fma2(u32 a, u32 b, u32 c, f16) { return emulated_fma2<f16>(a, b,
 DEVICE u32 prim_fma2(u32 a, u32 b, u32 c, bf16) { return emulated_fma2<bf16>(a, b, c); }
 
 DEVICE float prim_exp2(float value) { return std::exp2(value); }
+DEVICE u32 prim_permute_bytes(u32 a, u32 b, u32 selector) {
+    const u64 bytes = a | static_cast<u64>(b) << 32;
+    u32 out = 0;
+    for (int i = 0; i < 4; ++i) out |= static_cast<u32>(bytes >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
+    return out;
+}
+DEVICE float prim_load_past_l1(const float* from) { return *from; }
+
 DEVICE u32 prim_float_bits(float value) {
     u32 bits;
     std::memcpy(&bits, &value, 4);

@@ -1,0 +1,100 @@
+// Codes of low-bit weights to the fragments of mma: one struct a format, of layout direct_v1.
+//
+// A slice is 64 rows by 16 columns: 4 blocks of 16 rows, 4 registers a lane and block. A lane's words of a slice are
+// its head_words, which all lie before the matrix's first tail_words, and then these. What decode gives times `unit`
+// is the weight without its scale.
+//
+// Source: libs/trireme/quant/direct_layout.py and integer_layout.py; Kim et al., Who Says Elephants Can't Run,
+// 2022 (integers or-ed into the mantissa of a float).
+
+#pragma once
+
+#include "prim.cuh"
+
+DEVICE u32 both_halves(u32 half) { return half | half << 16; }
+
+// Sign, 3 exponent and 2 mantissa bits. Shifts and masks make it a float16 of 2**-12 times the value.
+template <class T>
+struct Fp6 {
+    static constexpr int head_words = 2, tail_words = 4, lane_words = head_words + tail_words;
+    static constexpr bool has_zeros = false;
+    static DEVICE float unit(f16) { return 4096.0f; }
+    static DEVICE float unit(bf16) { return 1.0f; }
+
+    static DEVICE void decode(const u32 (&words)[lane_words], int block, const u32 (&)[2], u32 (&out)[4]) {
+        // Left shifts that bring sign and top exponent bit to bits 15 and 12; the last register's differ.
+        constexpr int top_shift[8] = {0, 1, 2, 6, 7, 8, 12, 13};
+        const u32 top = words[block / 2], low = words[head_words + block];
+        const u32 nibbles[4] = {low, low >> 4, low << 4, low << 8};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int place = block % 2 * 4 + i;
+            const u32 head = place < 7 ? top << top_shift[place] & 0x90009000u
+                                       : (top << 13 & 0x80008000u) | (top << 11 & 0x10001000u);
+            out[i] = place_in((nibbles[i] & 0x0F000F00u) | head, T{});
+        }
+    }
+
+private:
+    static DEVICE u32 place_in(u32 halves, f16) { return halves; }
+    // bfloat16 has three more exponent bits: 2**-124 times the value. float32 sums would lose it, so it is made good.
+    static DEVICE u32 place_in(u32 halves, bf16) {
+        const u32 shifted = (halves & 0x80008000u) | (halves & 0x1F001F00u) >> 3;
+        return prim_fma2(shifted, both_halves(0x7D80), both_halves(0x8000), bf16{});
+    }
+};
+
+// 0 to 15 less a zero point.
+template <class T>
+struct Int4 {
+    static constexpr int head_words = 0, tail_words = 4, lane_words = head_words + tail_words;
+    static constexpr bool has_zeros = true;
+    static DEVICE float unit(T) { return 1.0f; }
+
+    // A zero point as decode takes it: -(1024 + zero) in float16, -(128 + zero) in bfloat16, in both halves.
+    static DEVICE u32 offset(u32 zero, f16) { return both_halves(0xE400 + zero); }
+    static DEVICE u32 offset(u32 zero, bf16) { return both_halves(0xC300 + zero); }
+
+    // offsets: of the fragment's upper and lower eight rows.
+    static DEVICE void decode(const u32 (&words)[lane_words], int block, const u32 (&offsets)[2], u32 (&out)[4]) {
+        const u32 word = words[block];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            out[i] = minus((word >> 4 * i & 0x000F000Fu), offsets[i % 2], T{});
+    }
+
+private:
+    static DEVICE u32 minus(u32 codes, u32 offset, f16) {
+        return prim_fma2(codes | both_halves(0x6400), both_halves(0x3C00), offset, f16{});
+    }
+    static DEVICE u32 minus(u32 codes, u32 offset, bf16) {
+        return prim_fma2(codes | both_halves(0x4300), both_halves(0x3F80), offset, bf16{});
+    }
+};
+
+// 0 to 255 less 128.
+template <class T>
+struct Int8 {
+    static constexpr int head_words = 0, tail_words = 8, lane_words = head_words + tail_words;
+    static constexpr bool has_zeros = false;
+    static DEVICE float unit(T) { return 1.0f; }
+
+    static DEVICE void decode(const u32 (&words)[lane_words], int block, const u32 (&)[2], u32 (&out)[4]) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            out[i] = signed_pair(words[2 * block + i / 2], i % 2, T{});
+    }
+
+private:
+    // Bytes 2 * pair and 2 * pair + 1 of the word.
+    static DEVICE u32 signed_pair(u32 word, int pair, f16) {
+        const u32 raised = prim_permute_bytes(word, 0x64646464u, pair ? 0x4342 : 0x4140);  // 1024 + code
+        return prim_fma2(raised, both_halves(0x3C00), both_halves(0xE480), f16{});         // less 1152
+    }
+    static DEVICE u32 signed_pair(u32 word, int pair, bf16) {
+        // By way of float32, 2**23 + code: bfloat16 has too few bits to hold a code and an offset at once.
+        const u32 low = prim_permute_bytes(word, 0x4B000000u, pair ? 0x7442 : 0x7440);
+        const u32 high = prim_permute_bytes(word, 0x4B000000u, pair ? 0x7443 : 0x7441);
+        return prim_pack(prim_bits_float(low) - 8388736.0f, prim_bits_float(high) - 8388736.0f, bf16{});
+    }
+};
