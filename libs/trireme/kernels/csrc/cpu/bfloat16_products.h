@@ -16,7 +16,7 @@ inline void multiply_real_row(const uint8_t* words, int64_t tile_bytes, const fl
     Reals total[kTiles];
 #pragma GCC unroll 4
     for (int tile = 0; tile < kTiles; ++tile) total[tile] = all(0.0f);
-    const Bits upper = all32(static_cast<int32_t>(0xFFFF0000));
+    const Same upper = same32(static_cast<int32_t>(0xFFFF0000));
     for (int64_t i = 0; i < inputs; i += 2) {
 #pragma GCC unroll 4
         for (int tile = 0; tile < kTiles; ++tile) {
@@ -36,11 +36,15 @@ inline void multiply_real_panel(const float* panel, int64_t inputs, const float*
     Reals total[kRows];
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) total[row] = load_reals(totals + row * kTile);
-#pragma GCC unroll 2
+#pragma GCC unroll 1
     for (int64_t i = 0; i < inputs; ++i) {
-        const Reals weight = load_reals(panel + kTile * i);
+        Reals weight = load_reals(panel + kTile * i);
+        settle(weight);
 #pragma GCC unroll 16
-        for (int row = 0; row < kRows; ++row) total[row] = multiply_add(weight, all(x[row * stride + i]), total[row]);
+        for (int row = 0; row < kRows; ++row) {
+            total[row] = multiply_add(weight, all(x[row * stride + i]), total[row]);
+            settle(total[row]);
+        }
     }
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) store_reals(totals + row * kTile, total[row]);
@@ -64,7 +68,7 @@ inline void bfloat16_totals(const Weight& weight, int64_t tile, const Activation
     const int64_t padded = blocks_of(weight.inputs) * kBlock;
     const uint8_t* words = weight.words + tile * padded * kTile * 2;
     for (int64_t i = 0; i < (last_row - first_row) * kTile; i += kTile) store_reals(totals + i, all(0.0f));
-    const Bits upper = all32(static_cast<int32_t>(0xFFFF0000));
+    const Same upper = same32(static_cast<int32_t>(0xFFFF0000));
     for (int64_t first = 0; first < padded; first += kRealPanelBlocks * kBlock) {
         const int64_t inputs = least(kRealPanelBlocks * kBlock, padded - first);
         for (int64_t i = 0; i < inputs; i += 2) {

@@ -31,24 +31,27 @@ constexpr int64_t span_bytes() {
 
 // The two tables of a minifloat, in registers.
 struct Tables {
-    Bits power, mantissa;
+    Same power, mantissa;
 };
 
 template <int kLowBits, int kIndex, class Sink>
 inline __attribute__((always_inline)) void decode_floats(Bits upper, Bits lower, const Tables& tables, int pair,
                                                          Sink&& sink) {
-    const Bits mask = all8((1 << kLowBits) - 1);
+    const Same mask = same8((1 << kLowBits) - 1);
     const Bits low = bit_and(shift_right16<kLowBits * kIndex>(lower), mask);
-    const Bits mantissa = bit_or(look_up(tables.mantissa, upper), low);
-    const Bits power = look_up(tables.power, upper);
-    sink(pair, multiply_bytes(bit_and(mantissa, all16(0x00FF)), power));
-    sink(pair + 1, multiply_bytes(bit_and(mantissa, all16(static_cast<int16_t>(0xFF00))), power));
+    Bits mantissa = bit_or(look_up(tables.mantissa, upper), low);
+    Bits power = look_up(tables.power, upper);
+    settle(mantissa);
+    settle(power);
+    const Same even = same16(0x00FF);
+    sink(pair, multiply_bytes(bit_and(mantissa, even), power));
+    sink(pair + 1, multiply_bytes(bit_and_not(mantissa, even), power));
 }
 
 template <int kLowBits, int kIndex, class Sink>
 inline __attribute__((always_inline)) void decode_float_register(Bits nibbles, Bits lower, const Tables& tables,
                                                                  int pair, Sink&& sink) {
-    const Bits mask = all8(0x0F);
+    const Same mask = same8(0x0F);
     decode_floats<kLowBits, kIndex>(bit_and(nibbles, mask), lower, tables, pair, sink);
     decode_floats<kLowBits, kIndex + 1>(bit_and(shift_right16<4>(nibbles), mask), lower, tables, pair + 2, sink);
 }
@@ -59,10 +62,11 @@ inline __attribute__((always_inline)) void decode_span(const uint8_t* words, con
 #pragma GCC unroll 16
         for (int pair = 0; pair < 16; ++pair) sink(pair, load_signed_bytes(words + 32 * pair));
     } else if constexpr (kFormat == kInt4) {
-        const Bits mask = all16(0x0F);
+        const Same mask = same16(0x0F);
 #pragma GCC unroll 4
         for (int pair = 0; pair < 16; pair += 4) {
-            const Bits four = load(words + 16 * pair);
+            Bits four = load(words + 16 * pair);
+            settle(four);
             sink(pair, bit_and(four, mask));
             sink(pair + 1, bit_and(shift_right16<4>(four), mask));
             sink(pair + 2, bit_and(shift_right16<8>(four), mask));

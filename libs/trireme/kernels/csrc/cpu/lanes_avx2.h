@@ -15,10 +15,14 @@ struct Bits {
 struct Reals {
     __m256 low, high;
 };
+struct Same {  // in both registers: a constant, a table, or a broadcast value
+    __m256i half;
+};
 
-constexpr int kChains = 2;         // independent sums that hide the latency of `dot`
+constexpr int kChains = 2;       // independent sums of one row that hide the latency of `dot`
+constexpr int kFloatChains = 1;  // of minifloats, whose decoding needs the registers
 constexpr int kRowsInRegisters = 6;
-constexpr int kTilesInRegisters = 2;  // of a product of one row with bfloat16 weights
+constexpr int kTilesInRegisters = 2;  // of one row and bfloat16 weights
 
 #define TRIREME_BOTH(call_low, call_high) \
     { call_low, call_high }
@@ -38,24 +42,26 @@ inline Bits load_unsigned_bytes(const void* at) {  // 16 uint8 to int32
     const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(at));
     return TRIREME_BOTH(_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)));
 }
-inline Bits all16(int16_t value) { return TRIREME_BOTH(_mm256_set1_epi16(value), _mm256_set1_epi16(value)); }
-inline Bits all8(int8_t value) { return TRIREME_BOTH(_mm256_set1_epi8(value), _mm256_set1_epi8(value)); }
 inline Bits all32(int32_t value) { return TRIREME_BOTH(_mm256_set1_epi32(value), _mm256_set1_epi32(value)); }
-inline Bits load_pair(const int16_t* at) {  // two int16 to every lane
+inline Same same8(int8_t value) { return {_mm256_set1_epi8(value)}; }
+inline Same same16(int16_t value) { return {_mm256_set1_epi16(value)}; }
+inline Same same32(int32_t value) { return {_mm256_set1_epi32(value)}; }
+inline Same load_pair(const int16_t* at) {  // two int16 to every lane
     int32_t both;
     __builtin_memcpy(&both, at, 4);
-    const __m256i lanes = _mm256_set1_epi32(both);
-    return TRIREME_BOTH(lanes, lanes);
+    return same32(both);
 }
-inline Bits load_table(const void* at) {  // 16 bytes to every 128 bits
-    const __m256i lanes = _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(at)));
-    return TRIREME_BOTH(lanes, lanes);
+inline Same load_table(const void* at) {  // 16 bytes to every 128 bits
+    return {_mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(at)))};
 }
-inline Bits look_up(Bits table, Bits index) {
-    return TRIREME_BOTH(_mm256_shuffle_epi8(table.low, index.low), _mm256_shuffle_epi8(table.high, index.high));
+inline Bits look_up(Same table, Bits index) {
+    return TRIREME_BOTH(_mm256_shuffle_epi8(table.half, index.low), _mm256_shuffle_epi8(table.half, index.high));
 }
-inline Bits bit_and(Bits a, Bits b) {
-    return TRIREME_BOTH(_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.high, b.high));
+inline Bits bit_and(Bits a, Same b) {
+    return TRIREME_BOTH(_mm256_and_si256(a.low, b.half), _mm256_and_si256(a.high, b.half));
+}
+inline Bits bit_and_not(Bits a, Same b) {
+    return TRIREME_BOTH(_mm256_andnot_si256(b.half, a.low), _mm256_andnot_si256(b.half, a.high));
 }
 inline Bits bit_or(Bits a, Bits b) {
     return TRIREME_BOTH(_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high));
@@ -74,15 +80,15 @@ inline Bits subtract16(Bits a, Bits b) {
 inline Bits add32(Bits a, Bits b) {
     return TRIREME_BOTH(_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high));
 }
-inline Bits multiply32(Bits a, Bits b) {
-    return TRIREME_BOTH(_mm256_mullo_epi32(a.low, b.low), _mm256_mullo_epi32(a.high, b.high));
+inline Bits multiply32(Bits a, Same b) {
+    return TRIREME_BOTH(_mm256_mullo_epi32(a.low, b.half), _mm256_mullo_epi32(a.high, b.half));
 }
 inline Bits multiply_bytes(Bits a, Bits b) {  // uint8 times int8, neighbours added: int16
     return TRIREME_BOTH(_mm256_maddubs_epi16(a.low, b.low), _mm256_maddubs_epi16(a.high, b.high));
 }
-inline Bits dot(Bits sum, Bits a, Bits b) {  // int16 times int16, neighbours added, added to int32
-    return TRIREME_BOTH(_mm256_add_epi32(sum.low, _mm256_madd_epi16(a.low, b.low)),
-                        _mm256_add_epi32(sum.high, _mm256_madd_epi16(a.high, b.high)));
+inline Bits dot(Bits sum, Bits a, Same b) {  // int16 times int16, neighbours added, added to int32
+    return TRIREME_BOTH(_mm256_add_epi32(sum.low, _mm256_madd_epi16(a.low, b.half)),
+                        _mm256_add_epi32(sum.high, _mm256_madd_epi16(a.high, b.half)));
 }
 
 inline Reals all(float value) { return TRIREME_BOTH(_mm256_set1_ps(value), _mm256_set1_ps(value)); }
@@ -99,6 +105,10 @@ inline Reals multiply(Reals a, Reals b) {
 inline Reals multiply_add(Reals a, Reals b, Reals sum) {
     return TRIREME_BOTH(_mm256_fmadd_ps(a.low, b.low, sum.low), _mm256_fmadd_ps(a.high, b.high, sum.high));
 }
+
+// Nothing that reads memory moves across: with it, compilers keep the sums of many rows in registers.
+inline void settle(Bits& sum) { asm volatile("" : "+x"(sum.low), "+x"(sum.high) : : "memory"); }
+inline void settle(Reals& sum) { asm volatile("" : "+x"(sum.low), "+x"(sum.high) : : "memory"); }
 
 #undef TRIREME_BOTH
 

@@ -16,6 +16,20 @@ enum Scaling { kPerRow, kPerGroup, kPerSpan };  // kPerGroup: of 64 or 128 input
 
 constexpr int kPanelBlocks = 8;  // 16 KiB of int16: half of a first-level cache
 
+// Where the scales of a weight are.
+struct Groups {
+    int64_t per_tile;
+    int shift;  // from the number of a span to that of its group
+
+    explicit Groups(const Weight& weight) : per_tile(1), shift(0) {
+        if (!weight.group) return;
+        while (kSpan << shift < weight.group) ++shift;
+        per_tile = (2 * blocks_of(weight.inputs) + (1 << shift) - 1) >> shift;
+    }
+    // Index of the 16 values of a tile's span in `scales` or `zeros`.
+    int64_t at(int64_t tile, int64_t span) const { return (tile * per_tile + (span >> shift)) * kTile; }
+};
+
 inline Tables tables_of(const Weight& weight) {
     return {load_table(weight.power), load_table(weight.mantissa)};
 }
@@ -24,7 +38,7 @@ inline Tables tables_of(const Weight& weight) {
 template <bool kZeros>
 inline Bits without_zeros(const uint8_t* zeros, int32_t sum) {
     if constexpr (kZeros) {
-        return multiply32(load_unsigned_bytes(zeros), all32(-sum));
+        return multiply32(load_unsigned_bytes(zeros), same32(-sum));
     } else {
         return all32(-8 * sum);
     }
@@ -36,25 +50,25 @@ inline __attribute__((always_inline)) Reals multiply_row(const Weight& weight, i
                                                          const float* steps, const int32_t* sums) {
     constexpr int64_t bytes = span_bytes<kFormat>();
     constexpr int kGroupsAtOnce = kScaling == kPerSpan ? 2 : 1;
+    constexpr int kSums = kFormat == kFloat6 || kFormat == kFloat5 ? kFloatChains : kChains;
     const int64_t blocks = blocks_of(weight.inputs);
-    const int64_t per_group = weight.group ? weight.group / kSpan : 1;
-    const int64_t groups = weight.group ? (2 * blocks + per_group - 1) / per_group : 1;
+    const Groups groups(weight);
     const Tables tables = tables_of(weight);
     const uint8_t* words = weight.words + tile * blocks * 2 * bytes;
-    const float* scales = weight.scales + tile * groups * kTile;
-    const uint8_t* zeros = kZeros ? weight.zeros + tile * groups * kTile : nullptr;
+    const float* scales = weight.scales;
+    const uint8_t* zeros = weight.zeros;
     Reals total = all(0.0f);
     for (int64_t block = 0; block < blocks; ++block) {
         const Reals step = all(steps[block]);
 #pragma GCC unroll 2
         for (int part = 0; part < kGroupsAtOnce; ++part) {
-            const int64_t group = kScaling == kPerRow ? 0 : (2 * block + part) / per_group;
-            Bits sum[kChains];
+            const int64_t group = groups.at(tile, 2 * block + part);
+            Bits sum[kSums];
 #pragma GCC unroll 4
-            for (int chain = 0; chain < kChains; ++chain) sum[chain] = all32(0);
+            for (int chain = 0; chain < kSums; ++chain) sum[chain] = all32(0);
             if constexpr (kFormat == kInt4) {
                 const int32_t of_part = kScaling == kPerSpan ? sums[2 * block + part] : sums[2 * block] + sums[2 * block + 1];
-                sum[0] = without_zeros<kZeros>(kZeros ? zeros + group * kTile : nullptr, of_part);
+                sum[0] = without_zeros<kZeros>(kZeros ? zeros + group : nullptr, of_part);
             }
 #pragma GCC unroll 2
             for (int span = 0; span < 2 / kGroupsAtOnce; ++span) {
@@ -64,15 +78,17 @@ inline __attribute__((always_inline)) Reals multiply_row(const Weight& weight, i
 #pragma GCC unroll 16
                 for (int line = 0; line < bytes; line += 64) __builtin_prefetch(from + 2048 + line);
                 decode_span<kFormat>(from, tables, [&](int pair, Bits decoded) __attribute__((always_inline)) {
-                    sum[pair % kChains] = dot(sum[pair % kChains], decoded, load_pair(x + 2 * pair));
+                    Bits& chain = sum[pair % kSums];
+                    chain = dot(chain, decoded, load_pair(x + 2 * pair));
+                    settle(chain);
                 });
             }
 #pragma GCC unroll 4
-            for (int chain = 1; chain < kChains; ++chain) sum[0] = add32(sum[0], sum[chain]);
+            for (int chain = 1; chain < kSums; ++chain) sum[0] = add32(sum[0], sum[chain]);
             if constexpr (kScaling == kPerRow) {
                 total = multiply_add(to_reals(sum[0]), step, total);
             } else {
-                const Reals scale = multiply(load_reals(scales + group * kTile), step);
+                const Reals scale = multiply(load_reals(scales + group), step);
                 total = multiply_add(to_reals(sum[0]), scale, total);
             }
         }
@@ -85,14 +101,13 @@ template <Format kFormat, bool kZeros>
 inline void decode_panel(const Weight& weight, int64_t tile, int64_t first, int64_t last, uint8_t* panel) {
     constexpr int64_t bytes = span_bytes<kFormat>();
     const int64_t blocks = blocks_of(weight.inputs);
-    const int64_t per_group = weight.group ? weight.group / kSpan : 1;
-    const int64_t groups = (2 * blocks + per_group - 1) / per_group;
+    const Groups groups(weight);
     const Tables tables = tables_of(weight);
     for (int64_t span = 2 * first; span < 2 * last; ++span) {
         const uint8_t* from = weight.words + (tile * 2 * blocks + span) * bytes;
-        Bits zero = all16(8);
+        Bits zero = all32(0x00080008);
         if constexpr (kZeros) {
-            const Bits one = load_unsigned_bytes(weight.zeros + (tile * groups + span / per_group) * kTile);
+            const Bits one = load_unsigned_bytes(weight.zeros + groups.at(tile, span));
             zero = bit_or(one, shift_left32<16>(one));
         }
 #pragma GCC unroll 16
@@ -110,18 +125,21 @@ inline void multiply_panel(const Weight& weight, int64_t tile, int64_t first, in
                            const int16_t* codes, int64_t stride, const float* steps, float* totals) {
     constexpr int kPairs = kScaling == kPerSpan ? 16 : 32;
     const int64_t blocks = blocks_of(weight.inputs);
-    const int64_t per_group = weight.group ? weight.group / kSpan : 1;
-    const int64_t groups = (2 * blocks + per_group - 1) / per_group;
+    const Groups groups(weight);
     for (int64_t pair = 32 * first; pair < 32 * last; pair += kPairs) {
         Bits sum[kRows];
 #pragma GCC unroll 16
         for (int row = 0; row < kRows; ++row) sum[row] = all32(0);
         const int16_t* x = codes + 2 * pair;
-#pragma GCC unroll 2
+#pragma GCC unroll 1
         for (int i = 0; i < kPairs; ++i) {
-            const Bits decoded = load(panel + 64 * i);
+            Bits decoded = load(panel + 64 * i);
+            settle(decoded);
 #pragma GCC unroll 16
-            for (int row = 0; row < kRows; ++row) sum[row] = dot(sum[row], decoded, load_pair(x + row * stride + 2 * i));
+            for (int row = 0; row < kRows; ++row) {
+                sum[row] = dot(sum[row], decoded, load_pair(x + row * stride + 2 * i));
+                settle(sum[row]);
+            }
         }
         panel += 64 * kPairs;
         const int64_t block = pair / 32;
@@ -129,8 +147,7 @@ inline void multiply_panel(const Weight& weight, int64_t tile, int64_t first, in
         for (int row = 0; row < kRows; ++row) {
             Reals scale = all(steps[row * blocks + block]);
             if constexpr (kScaling != kPerRow) {
-                const int64_t group = tile * groups + pair / 16 / per_group;
-                scale = multiply(load_reals(weight.scales + group * kTile), scale);
+                scale = multiply(load_reals(weight.scales + groups.at(tile, pair / 16)), scale);
             }
             float* total = totals + row * kTile;
             store_reals(total, multiply_add(to_reals(sum[row]), scale, load_reals(total)));
