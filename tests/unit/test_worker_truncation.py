@@ -36,10 +36,14 @@ class Nobody:
 class Worker:
     """One engine with the table that a worker keeps of it, without processes between them."""
 
-    def __init__(self) -> None:
+    def __init__(self, window: int = WINDOW) -> None:
         residency = ResidencyLog()
         sizes = EngineSettings(
-            num_blocks=128, block_size=SIZE, max_num_seqs=4, max_batch_tokens=256, max_model_len=WINDOW
+            num_blocks=8 * window // SIZE,
+            block_size=SIZE,
+            max_num_seqs=4,
+            max_batch_tokens=256,
+            max_model_len=window,
         )
         self.engine = Engine(load_model(CHECKPOINT), sizes, residency)
         self.served = ServedEngine("v", self.engine, residency)

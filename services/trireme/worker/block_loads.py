@@ -258,7 +258,8 @@ class BlockLoads:
         if not available:
             return None
         kept = available
-        if rate > 0:
+        # Keys from before a cut are not what computing them anew would give: all of them are loaded.
+        if rate > 0 and not expected.live.assignment.request.truncation.cuts:
             prefill_s = _prefill_s(rate)
             load_s = self._load_s(loaded, in_dram)
             history = available * size
