@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -22,17 +24,23 @@ class Part(NamedTuple):
     num_tokens: int
 
 
+Drafts = Mapping[Sequence, Seq[int]]
+"""Tokens that may follow those of a sequence; computed behind its part, to be verified."""
+
+
 @dataclass(slots=True)
 class Computed:
     """Parts that went through the model together."""
 
     parts: list[Part]
     hidden: Tensor
-    """(tokens, hidden), the parts' tokens one after the other."""
+    """(tokens, hidden), the parts' tokens one after the other, each with what was drafted for it."""
     sampling: list[Sequence]
     """Sequences that choose a token now."""
     logits: Tensor | None
-    """(len(sampling), vocab) float32."""
+    """(rows, vocab) float32: for each of `sampling` one row, and one for every token drafted for it."""
+    drafts: Drafts = field(default_factory=dict)
+    """What was drafted for them."""
 
 
 @dataclass(slots=True)
@@ -43,29 +51,38 @@ class Fault:
     error: Exception
 
 
-def compute(model: Model, cache: KvCache, parts: list[Part]) -> tuple[list[Computed], list[Fault]]:
+_NO_DRAFTS: Drafts = {}
+
+
+def compute(
+    model: Model, cache: KvCache, parts: list[Part], drafts: Drafts = _NO_DRAFTS
+) -> tuple[list[Computed], list[Fault]]:
     """Run the parts in one batch. If that raises, halve it until only the culprits are left out.
 
     Running a part twice is harmless: it writes the same keys and values to the same slots.
     """
     try:
-        return [_forward(model, cache, parts)], []
+        return [_forward(model, cache, parts, drafts)], []
     except Exception as error:
-        if len(parts) == 1:
+        if len(parts) == 1 and not drafts.get(parts[0].sequence):
             return [], [Fault(parts[0].sequence, error)]
+    if len(parts) == 1:  # a draft may be any token: that the model fails on it is no fault of the sequence
+        return compute(model, cache, parts)
     middle = len(parts) // 2
     computed: list[Computed] = []
     faults: list[Fault] = []
     for half in (parts[:middle], parts[middle:]):
-        done, failed = compute(model, cache, half)
+        done, failed = compute(model, cache, half, drafts)
         computed += done
         faults += failed
     return computed, faults
 
 
-def _forward(model: Model, cache: KvCache, parts: list[Part]) -> Computed:
+def _forward(model: Model, cache: KvCache, parts: list[Part], drafts: Drafts) -> Computed:
     """`parts` with a single token come first."""
     device = model.device
+    if drafts:
+        parts = sorted(parts, key=lambda part: part.num_tokens + len(drafts.get(part.sequence, ())))
     token_ids: list[int] = []
     positions: list[int] = []
     query_lens: list[int] = []
@@ -81,11 +98,16 @@ def _forward(model: Model, cache: KvCache, parts: list[Part]) -> Computed:
         else:
             token_ids.extend(sequence.token_ids[start:stop])
             positions.extend(range(start, stop))
-        query_lens.append(count)
-        context_lens.append(stop)
         if sequence.mode is Mode.GENERATE and stop == len(sequence.token_ids) and not sequence.is_replaying:
             sampling.append(sequence)
             last_rows.append(len(token_ids) - 1)
+        if drafts and (draft := drafts.get(sequence)):
+            last_rows.extend(range(len(token_ids), len(token_ids) + len(draft)))
+            token_ids.extend(draft)
+            positions.extend(range(stop, stop + len(draft)))
+            stop += len(draft)
+        query_lens.append(stop - start)
+        context_lens.append(stop)
 
     width = cache.blocks_for(max(context_lens))
     batch = AttentionBatch(
@@ -105,7 +127,7 @@ def _forward(model: Model, cache: KvCache, parts: list[Part]) -> Computed:
         is_every_row = len(last_rows) == len(token_ids)
         rows = hidden if is_every_row else hidden[torch.tensor(last_rows, device=device)]
         logits = model.logits(rows)
-    return Computed(parts, hidden, sampling, logits)
+    return Computed(parts, hidden, sampling, logits, drafts)
 
 
 def continuation_logprob(model: Model, hidden: Tensor, sequence: Sequence, start: int) -> float:

@@ -14,7 +14,7 @@ from collections.abc import Sequence as Seq
 import torch
 
 from trireme.engine import admission
-from trireme.engine.batch import Computed, compute, continuation_logprob, pooled
+from trireme.engine.batch import Computed, Drafts, compute, continuation_logprob, pooled
 from trireme.engine.kv_cache import KvCache
 from trireme.engine.kv_copies import CopyFailed, Link
 from trireme.engine.kv_cuts import cut
@@ -29,14 +29,19 @@ from trireme.engine.outputs import (
 )
 from trireme.engine.request import Mode, SequenceRequest
 from trireme.engine.roster import Roster
-from trireme.engine.sampling import Sampled, sample
+from trireme.engine.sampling import Sampled, SamplingState, sample
 from trireme.engine.sequence import Sequence
 from trireme.engine.settings import EngineSettings
+from trireme.engine.speculation.draft_model import ModelDrafter
+from trireme.engine.speculation.proposals import Drafter
+from trireme.engine.speculation.rejected_slots import clear_behind
+from trireme.engine.speculation.speculator import Speculator
 from trireme.engine.stored_blocks import OnSaved, Room, StoredBlock, let_go_of
 from trireme.engine.tally import StepReport, Tally
 from trireme.engine.tier import KvTier
 from trireme.errors import InvalidConfiguration, RequestConflict, RequestFailed, TriremeError
 from trireme.models.model import Model
+from trireme.policies.speculation import SpeculationController
 
 _COPY_WAIT_S = 0.002
 """Longest rest of a step that has nothing to run until a copy is done."""
@@ -55,9 +60,12 @@ class Engine:
             the rule for it; the others are loaded while earlier ones compute.
         link: a modelled link between device and host memory.
         clock: seconds; read at the start and end of a step.
+        draft: a smaller model with the same tokens, that drafts where the settings speculate.
+        drafters: others that draft.
 
     Raises:
-        InvalidConfiguration: `max_model_len` exceeds what the model or the blocks can hold.
+        InvalidConfiguration: `max_model_len` exceeds what the model or the blocks can hold, or the draft
+            model has other tokens.
     """
 
     def __init__(
@@ -71,6 +79,8 @@ class Engine:
         preload_layers: int | LayersNeeded = 1,
         link: Link | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        draft: Model | None = None,
+        drafters: Seq[Drafter] = (),
     ) -> None:
         possible = min(model.max_positions, settings.num_blocks * settings.block_size)
         if settings.max_model_len is not None and settings.max_model_len > possible:
@@ -89,6 +99,7 @@ class Engine:
             model,
             num_blocks=settings.num_blocks,
             block_size=settings.block_size,
+            kv_dtype=settings.kv_dtype,
             host_blocks=settings.host_blocks,
             max_model_len=self.max_model_len,
             shares=settings.prefix_cache,
@@ -98,10 +109,37 @@ class Engine:
         self._preloads = KvPreloads(self._cache, preload_layers)
         self._tally = Tally()
         self._roster = Roster(self._cache, self._preloads, settings, self._tally)
+        self._speculator = self._make_speculator(draft, drafters)
         self._requests: dict[str, list[Sequence]] = {}
         """The open sequences of each request; several for SCORE."""
         self._ready: list[TokenOutput] = []
         """Ends that need no step."""
+
+    def _make_speculator(self, draft: Model | None, drafters: Seq[Drafter]) -> Speculator | None:
+        settings = self.settings
+        if settings.speculation is None:
+            return None
+        controller = SpeculationController(settings.speculation)
+        if draft is not None:
+            own = ModelDrafter(
+                draft,
+                self.model.config,
+                num_blocks=settings.num_blocks,
+                block_size=settings.block_size,
+                max_model_len=self.max_model_len,
+                controller=controller,
+                clock=self._clock,
+            )
+            drafters = (own, *drafters)
+        return Speculator(
+            self._cache,
+            controller,
+            max_model_len=self.max_model_len,
+            max_batch_tokens=settings.max_batch_tokens,
+            reserve_blocks=max(int(settings.watermark * settings.num_blocks), settings.max_num_seqs),
+            drafters=drafters,
+            clock=self._clock,
+        )
 
     @property
     def kv_layout(self) -> str:
@@ -196,7 +234,7 @@ class Engine:
         if sequences is None:
             return len(self._ready) < before
         for sequence in sequences:
-            self._roster.remove(sequence)
+            self._drop(sequence)
         return True
 
     def missing_prefix(self, request: SequenceRequest) -> tuple[bytes, ...]:
@@ -285,6 +323,8 @@ class Engine:
             stall_s=copies.stall_s,
             host_in_bytes_per_s=copies.in_bytes_per_s,
             host_out_bytes_per_s=copies.out_bytes_per_s,
+            drafted_tokens=tally.drafted_tokens,
+            accepted_tokens=tally.accepted_tokens,
         )
 
     @torch.inference_mode()
@@ -292,12 +332,15 @@ class Engine:
         """One iteration. Never raises for a sequence's fault: that sequence ends with an error."""
         started_s = self._clock()
         report = StepReport(self._ready)
+        num_ready = len(self._ready)
         self._ready = []
         self._cache.copies.poll()
         parts = self._roster.schedule(report, now_s=started_s)
         if parts:
             report.computing(parts)
-            computed, faults = compute(self.model, self._cache, parts)
+            drafts = self._speculator.propose(parts) if self._speculator is not None else {}
+            report.verifying(drafts)
+            computed, faults = compute(self.model, self._cache, parts, drafts)
             for fault in faults:
                 if isinstance(fault.error, CopyFailed):
                     self._roster.preempt(fault.sequence)
@@ -308,6 +351,8 @@ class Engine:
         elif not report.outputs:
             self._cache.copies.wait(_COPY_WAIT_S)
         ended_s = self._clock()
+        if parts and self._speculator is not None:
+            self._speculator.end_step(ended_s - started_s, num_tokens=len(report.outputs) - num_ready)
         self._roster.charge(ended_s - started_s, report, now_s=ended_s)
         return report.result(self._tally, ended_s - started_s)
 
@@ -315,40 +360,86 @@ class Engine:
         """Take over what was computed: more KV, tokens, scores, vectors."""
         token = 0
         for sequence, count in batch.parts:
+            first, token = token, token + count + len(batch.drafts.get(sequence, ()))
             if sequence.row < 0:  # another continuation of its request has failed in this step
-                token += count
                 continue
             start = sequence.num_computed
-            sequence.num_computed = start + count
-            sequence.most_computed = max(sequence.most_computed, sequence.num_computed)
-            self._cache.commit(sequence)
+            self._advance(sequence, count)
             if sequence.is_replaying and sequence.num_computed == len(sequence.token_ids):
                 self._go_on_replaying(sequence)
             elif sequence.mode is not Mode.GENERATE:
-                self._absorb_hidden(sequence, batch.hidden[token : token + count], start, report)
-            token += count
+                self._absorb_hidden(sequence, batch.hidden[first : first + count], start, report)
         if batch.logits is not None:
-            self._choose(batch.sampling, batch.logits, report)
+            self._choose(batch.sampling, batch.drafts, batch.logits, report)
 
-    def _choose(self, sequences: list[Sequence], logits: torch.Tensor, report: StepReport) -> None:
-        """Sample; if that raises, row by row, so that only the culprit ends."""
-        states = [sequence.state for sequence in sequences if sequence.state is not None]
+    def _advance(self, sequence: Sequence, count: int) -> None:
+        """So many more of its tokens are computed."""
+        sequence.num_computed += count
+        sequence.most_computed = max(sequence.most_computed, sequence.num_computed)
+        self._cache.commit(sequence)
+
+    def _choose(
+        self, sequences: list[Sequence], drafts: Drafts, logits: torch.Tensor, report: StepReport
+    ) -> None:
+        """Sample; if that raises, sequence by sequence, so that only the culprit ends."""
+        states: list[SamplingState] = []
+        for sequence in sequences:
+            if sequence.state is not None:
+                states.append(sequence.state)
+                if drafts and (draft := drafts.get(sequence)):
+                    states.extend(sequence.state.after(draft[:end]) for end in range(1, len(draft) + 1))
         try:
             choices = sample(logits, states)
         except Exception as error:
             if len(sequences) == 1:
                 self._fail(sequences[0], error, report)
                 return
-            for row, sequence in enumerate(sequences):
-                self._choose([sequence], logits[row : row + 1], report)
+            row = 0
+            for sequence in sequences:
+                end = row + 1 + len(drafts.get(sequence, ()))
+                self._choose([sequence], drafts, logits[row:end], report)
+                row = end
             return
-        for sequence, choice in zip(sequences, choices, strict=True):
-            if choice.token_id < 0:
+        row = 0
+        for sequence in sequences:
+            draft = drafts.get(sequence, ()) if drafts else ()
+            if draft:
+                self._verify(sequence, draft, choices[row : row + len(draft) + 1], report)
+            elif choices[row].token_id < 0:
                 self._fail(sequence, _not_a_number(), report)
             else:
-                self._emit(sequence, choice, report)
+                self._emit(sequence, choices[row], report)
+            row += 1 + len(draft)
 
-    def _emit(self, sequence: Sequence, choice: Sampled, report: StepReport) -> None:
+    def _verify(
+        self, sequence: Sequence, draft: Seq[int], choices: list[Sampled], report: StepReport
+    ) -> None:
+        """Take the chosen tokens up to the first that is not the drafted one, or that ends the answer.
+
+        Choice j was drawn as it is after the first j drafted tokens, so it counts where they were right.
+        """
+        num_right = 0
+        for choice, drafted in zip(choices, (*draft, -1), strict=True):
+            if choice.token_id < 0:
+                report.accepted(sequence, num_right)
+                self._fail(sequence, _not_a_number(), report)
+                return
+            is_right = choice.token_id == drafted
+            if not self._emit(sequence, choice, report):
+                report.accepted(sequence, num_right)
+                return
+            if not is_right:
+                break
+            num_right += 1
+            self._advance(sequence, 1)
+        report.accepted(sequence, num_right)
+        if any(choice.token_id < 0 for choice in choices[num_right + 1 :]):
+            clear_behind(self._cache, sequence)
+        if self._speculator is not None:
+            self._speculator.observe(sequence, num_right)
+
+    def _emit(self, sequence: Sequence, choice: Sampled, report: StepReport) -> bool:
+        """The answer grows by a token; True if it goes on."""
         index = sequence.num_outputs
         sequence.choose(choice.token_id)
         sequence.has_answered = True
@@ -375,6 +466,7 @@ class Engine:
         self._tally.output_tokens += 1
         if finish_reason is not None:
             self._end(sequence)
+        return finish_reason is None
 
     def _finish_reason(self, sequence: Sequence, last_token: int) -> FinishReason | None:
         """Whether the answer, whose last token this is, ends here."""
@@ -431,7 +523,7 @@ class Engine:
 
     def _end(self, sequence: Sequence) -> None:
         """The request is answered."""
-        self._roster.remove(sequence)
+        self._drop(sequence)
         del self._requests[sequence.request.sequence_id]
         self._tally.finished += 1
 
@@ -447,8 +539,14 @@ class Engine:
         )
         for member in sequences:
             self._cache.scrub(member)
-            self._roster.remove(member)
+            self._drop(member)
         self._tally.errors += 1
+
+    def _drop(self, sequence: Sequence) -> None:
+        """It ends, wherever it stands."""
+        self._roster.remove(sequence)
+        if self._speculator is not None:
+            self._speculator.forget(sequence.sequence_id)
 
 
 def _not_a_number() -> RequestFailed:

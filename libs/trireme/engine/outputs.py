@@ -116,6 +116,10 @@ class StepResult:
     """The first `tally.MAX_EVENTS` of the step."""
     recomputed_tokens: int = 0
     """Tokens computed again after a preemption."""
+    drafted_tokens: int = 0
+    """Tokens that were drafted and verified; they are in no other count."""
+    accepted_tokens: int = 0
+    """Those of them that were right: they are among the outputs and in `work`."""
     seconds: float = 0.0
     reason: str = ""
     """The iteration policy's line."""
@@ -186,3 +190,7 @@ class EngineStats:
     host_in_bytes_per_s: float = 0.0
     """Measured speed of copies to the device; 0: there was none."""
     host_out_bytes_per_s: float = 0.0
+    drafted_tokens: int = 0
+    """Tokens that were drafted and verified."""
+    accepted_tokens: int = 0
+    """Those of them that the answers took."""

@@ -116,9 +116,13 @@ class Roster:
         """The step that `schedule` began has taken so long."""
         if not self._ran:
             return
-        if self._pace is not None:
+        ran = self._ran
+        if report.drafted:
+            right = report.right
+            ran = [Run(name, count + right.get(name, 0)) for name, count in ran]
+        elif self._pace is not None:  # what a step without drafts takes
             self._pace.observe(seconds)
-        changes = self._scheduler.charge(self._ran, seconds, now_s=now_s)
+        changes = self._scheduler.charge(ran, seconds, now_s=now_s)
         if changes:
             self._tally.demotions += len(changes)
             report.demoted(changes)

@@ -102,6 +102,21 @@ class SamplingState:
         if self.output_counts is not None:
             self.output_counts[token_id] += 1.0
 
+    def after(self, token_ids: Sequence[int]) -> SamplingState:
+        """What this will be when the answer has grown by these tokens; itself if there are none."""
+        if not token_ids:
+            return self
+        later: SamplingState = object.__new__(SamplingState)
+        for name in SamplingState.__slots__:
+            setattr(later, name, getattr(self, name))
+        later.num_outputs += len(token_ids)
+        if self.output_counts is not None:
+            grown = torch.tensor(token_ids, dtype=torch.int64, device=self.output_counts.device)
+            later.output_counts = self.output_counts.index_add(
+                0, grown, torch.ones(len(token_ids), device=grown.device)
+            )
+        return later
+
     def uniform(self) -> float:
         """The draw for the next token."""
         offset = self.num_outputs - self._draws_start

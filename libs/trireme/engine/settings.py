@@ -8,6 +8,7 @@ from typing import Literal
 from trireme.errors import InvalidConfiguration
 from trireme.policies.mlfq import MlfqSettings
 from trireme.policies.schedulers import LIVE_POLICIES
+from trireme.policies.speculation import SpeculationSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,8 @@ class EngineSettings:
     """KV blocks in host memory that preempted sequences are swapped to; 0: they are computed again."""
     block_size: int = 16
     """Tokens per block: smaller shares more, larger costs less."""
+    kv_dtype: Literal["auto", "bf16", "int8", "fp8"] = "auto"
+    """What keys and values are stored as: see `kernels.kv_forms`."""
     max_num_seqs: int = 64
     """Sequences that run at once."""
     max_batch_tokens: int = 512
@@ -38,6 +41,8 @@ class EngineSettings:
     """Waiting sequences whose stored prefixes are loaded ahead of their turn."""
     prefix_cache: bool = True
     """Keep complete blocks of ended sequences and reuse them."""
+    speculation: SpeculationSettings | None = None
+    """Draft tokens and verify them in the same step; None: one token per sequence and step."""
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_num_seqs", "admission_window"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass, field
 
 from trireme.engine.batch import Part
@@ -15,6 +15,7 @@ from trireme.engine.outputs import (
     StepResult,
     TokenOutput,
 )
+from trireme.engine.sequence import Sequence
 from trireme.policies.iteration import IterationDecision, LevelChange
 
 MAX_EVENTS = 64
@@ -37,6 +38,8 @@ class Tally:
     demotions: int = 0
     promotions: int = 0
     recomputed_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     steps: int = 0
     busy_s: float = 0.0
 
@@ -52,6 +55,10 @@ class StepReport:
     events: list[SequenceEvent] = field(default_factory=list)
     work: list[tuple[str, int, int]] = field(default_factory=list)
     """(request's id, prefill tokens, decode tokens) of each part."""
+    drafted: dict[str, int] = field(default_factory=dict)
+    """By request: tokens that were verified."""
+    right: dict[str, int] = field(default_factory=dict)
+    """By request: those of them that were taken."""
     recomputed_tokens: int = 0
     reason: str = ""
 
@@ -87,13 +94,27 @@ class StepReport:
             decode = int(sequence.has_answered and start + num_tokens == len(sequence.token_ids))
             self.work.append((sequence.request.sequence_id, num_tokens - decode, decode))
 
+    def verifying(self, drafts: Mapping[Sequence, Sized]) -> None:
+        """Count the tokens that are computed to be verified. A sequence that decodes is its request."""
+        for sequence, tokens in drafts.items():
+            self.drafted[sequence.sequence_id] = len(tokens)
+
+    def accepted(self, sequence: Sequence, num_right: int) -> None:
+        """Of those so many are in the answer."""
+        self.right[sequence.sequence_id] = num_right
+
     def result(self, tally: Tally, seconds: float) -> StepResult:
-        """Close the step and add it to the counters."""
+        """Close the step and add it to the counters. Who was drafted for in vain pays for it."""
         prefill = decode = 0
         for _, prefill_tokens, decode_tokens in self.work:
             prefill += prefill_tokens
             decode += decode_tokens
-        per_token_s = seconds / max(1, prefill + decode)
+        drafted, right = self.drafted, self.right
+        num_drafted, num_right = sum(drafted.values()), sum(right.values())
+        per_token_s = seconds / max(1, prefill + decode + num_drafted)
+        decode += num_right
+        tally.drafted_tokens += num_drafted
+        tally.accepted_tokens += num_right
         tally.prefill_tokens += prefill
         tally.decode_tokens += decode
         tally.recomputed_tokens += self.recomputed_tokens
@@ -108,8 +129,8 @@ class StepReport:
                     SequenceWork(
                         sequence_id,
                         prefill_tokens,
-                        decode_tokens,
-                        per_token_s * (prefill_tokens + decode_tokens),
+                        decode_tokens + right.get(sequence_id, 0),
+                        per_token_s * (prefill_tokens + decode_tokens + drafted.get(sequence_id, 0)),
                     )
                     for sequence_id, prefill_tokens, decode_tokens in self.work
                 ]
@@ -117,6 +138,8 @@ class StepReport:
             admitted=tuple(self.admitted),
             events=tuple(self.events),
             recomputed_tokens=self.recomputed_tokens,
+            drafted_tokens=num_drafted,
+            accepted_tokens=num_right,
             seconds=seconds,
             reason=self.reason,
         )

@@ -1,0 +1,105 @@
+"""Drafts from the sequence itself: what followed its last tokens when they stood in it before.
+
+An index holds every run of a few tokens with the place behind its latest occurrence, so that a token costs a
+few dictionary writes once, and a proposal a few look-ups. Where the match ends at the end of the sequence the
+draft goes on in circles: the sequence repeats itself with that period.
+
+Source: prompt lookup decoding (Saxena, 2023); the index is our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from trireme.engine.speculation.proposals import NOTHING, Proposal, Want
+from trireme.policies.speculation import Mark
+
+_ORDERS: Final = (8, 5, 3, 2)
+"""Lengths of runs, longest first."""
+_DEPTHS: Final = (0, 1, 1, 2)
+"""Grade by place in the draft; later ones have the last."""
+_SOURCE: Final = "repetition"
+_FORGETTING: Final = 0.8
+
+
+class SuffixIndex:
+    """One sequence's runs of tokens, and how often its repetitions have held."""
+
+    __slots__ = ("_places", "_size", "trust")
+
+    def __init__(self) -> None:
+        self._places: list[dict[tuple[int, ...], int]] = [{} for _ in _ORDERS]
+        self._size = 0
+        self.trust = 0.5
+        """Recent share of right tokens."""
+
+    def follow(self, history: Sequence[int]) -> None:
+        """Take in the tokens that have come since, all but what ends with the last: nothing follows that."""
+        size = len(history)
+        if size <= self._size:
+            return
+        start = max(0, self._size - _ORDERS[0])
+        recent = list(history[start:size])
+        for stop in range(max(self._size, 1), size):
+            end = stop - start
+            for order, places in zip(_ORDERS, self._places, strict=True):
+                if order <= stop:
+                    places[tuple(recent[end - order : end])] = stop
+        self._size = size
+
+    def find(self, history: Sequence[int]) -> tuple[int, int] | None:
+        """(rank of the order, place behind the latest earlier occurrence of the longest run at the end)."""
+        size = len(history)
+        for rank, (order, places) in enumerate(zip(_ORDERS, self._places, strict=True)):
+            if order < size:
+                place = places.get(tuple(history[size - order : size]))
+                if place is not None:
+                    return rank, place
+        return None
+
+
+class RepetitionDrafter:
+    """Meets `Drafter`.
+
+    Args:
+        chance: of a token of a mark to be right.
+    """
+
+    def __init__(self, chance: Callable[[Mark], float]) -> None:
+        self._chance = chance
+        self._indices: dict[str, SuffixIndex] = {}
+
+    def propose(self, wants: Sequence[Want], *, batch: int) -> list[Proposal]:
+        return [self._propose(want) for want in wants]
+
+    def _propose(self, want: Want) -> Proposal:
+        index = self._indices.get(want.sequence_id)
+        if index is None:
+            index = self._indices[want.sequence_id] = SuffixIndex()
+        history = want.history
+        index.follow(history)
+        found = index.find(history)
+        if found is None:
+            return NOTHING
+        rank, place = found
+        size = len(history)
+        period = size - place
+        tokens = tuple(history[place : place + want.most])
+        if len(tokens) < want.most:
+            tokens = tuple([history[place + number % period] for number in range(want.most)])
+        grade = (rank * 4 + min(3, int(4.0 * index.trust))) * 3
+        grades = [Mark(_SOURCE, grade + depth, want.is_greedy) for depth in range(3)]
+        chances = [self._chance(mark) for mark in grades]
+        depths = [_DEPTHS[min(place, len(_DEPTHS) - 1)] for place in range(want.most)]
+        return Proposal(
+            tokens, tuple([grades[depth] for depth in depths]), tuple([chances[depth] for depth in depths])
+        )
+
+    def observe(self, sequence_id: str, marks: Sequence[Mark], num_right: int) -> None:
+        index = self._indices.get(sequence_id)
+        if index is not None and marks:
+            index.trust = _FORGETTING * index.trust + (1.0 - _FORGETTING) * num_right / len(marks)
+
+    def forget(self, sequence_id: str) -> None:
+        self._indices.pop(sequence_id, None)
