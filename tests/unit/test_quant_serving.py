@@ -206,14 +206,24 @@ def test_layers_that_share_inputs_need_not_all_be_quantized(tmp_path: Path) -> N
 def test_blocks_of_one_precision_are_never_found_under_another(tmp_path: Path) -> None:
     group = WorkerGroup()
     namespaces = {}
-    for precision in (AUTO, "int8", "fp6_e2m3", "fp6_e3m2", "int4_g64", "int4_g64_zeros", "bf16"):
-        asked = pb.LoadVariantRequest(variant="v", checkpoint=str(REAL), precision=precision, kv_bytes=2**20)
-        engine, _ = engine_loading.build(plan_from_request(asked, group, block_tokens=16), NO_TIER)
-        namespaces[precision] = engine_loading.describe(engine).kv_namespace
-        again, _ = engine_loading.build(plan_from_request(asked, group, block_tokens=16), NO_TIER)
-        assert engine_loading.describe(again).kv_namespace == namespaces[precision]
+    precisions = (AUTO, "int8", "fp6_e2m3", "fp6_e3m2", "int4_g64", "int4_g64_zeros", "bf16")
+    cases = [
+        *((precision, AUTO) for precision in precisions),
+        ("int8", "int8"),
+        ("int8", "fp8"),
+        (AUTO, "bf16"),
+    ]
+    for precision, kv_dtype in cases:
+        asked = pb.LoadVariantRequest(
+            variant="v", checkpoint=str(REAL), precision=precision, kv_dtype=kv_dtype, kv_bytes=2**20
+        )
+        plan = plan_from_request(asked, group, block_tokens=16)
+        first, again = (engine_loading.describe(engine_loading.build(plan, NO_TIER)[0]) for _ in range(2))
+        namespaces[precision, kv_dtype] = first.kv_namespace
+        assert again == first
+        assert first.num_blocks == 2**20 // first.block_bytes
     stored = quantized(REAL, tmp_path / "stored", "int8_ch")
-    namespaces["stored"] = load_whole(stored).key
+    namespaces["stored", AUTO] = load_whole(stored).key
     assert len(set(namespaces.values())) == len(namespaces)
     roots = {root_salt(tenant="t", model_key=key, kv_layout="l") for key in namespaces.values()}
     assert len(roots) == len(namespaces)
@@ -303,7 +313,8 @@ models:
       few: {{checkpoint: {checkpoint}, precision: fp6, kv_mib: 1}}
       half: {{checkpoint: {checkpoint}, precision: bf16, kv_mib: 1}}
       plain: {{checkpoint: {checkpoint}, kv_mib: 1}}
-workers: [{{variants: [few, half, plain]}}]
+      small: {{checkpoint: {checkpoint}, kv_mib: 1, kv_dtype: int8}}
+workers: [{{variants: [few, half, plain, small]}}]
 """
 
 
@@ -316,6 +327,7 @@ def test_a_fleet_file_says_in_which_precision_a_variant_is_served(tmp_path: Path
         "few": ("fp6", "auto"),
         "half": ("bf16", "bfloat16"),
         "plain": ("auto", "auto"),
+        "small": ("auto", "auto"),
     }
     engines = {name: engine_loading.build(plan, NO_TIER)[0] for name, plan in plans.items()}
     prompt = prompt_of(3, 50, vocab=4096)
@@ -323,7 +335,12 @@ def test_a_fleet_file_says_in_which_precision_a_variant_is_served(tmp_path: Path
     assert answer(engines["few"], prompt, greedy(12)) == answer(stored, prompt, greedy(12))
     assert engines["half"].model.dtype == torch.bfloat16
     assert len({engine.model_key for engine in engines.values()}) == 2, "bf16 differs by its KV layout"
-    assert len({engine_loading.describe(engine).kv_namespace for engine in engines.values()}) == 3
+    assert len({engine_loading.describe(engine).kv_namespace for engine in engines.values()}) == 4
+    blocks = {name: engine.settings.num_blocks for name, engine in engines.items()}
+    rows = 2 * 3 * 16 * 2  # of one block: keys and values, layers, tokens, heads; each of 32 numbers
+    assert blocks["plain"] == 2**20 // (rows * 32 * 4)
+    assert blocks["small"] == 2**20 // (rows * (32 + 4)), "a byte a number, and four for their scale"
+    assert len(answer(engines["small"], prompt, greedy(12))) == 12
 
 
 def test_the_fleet_file_knows_the_precisions_that_there_are() -> None:

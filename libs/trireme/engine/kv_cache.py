@@ -36,6 +36,7 @@ class KvCache:
     Args:
         model: gives shape, type and device.
         num_blocks, block_size: of the device's pool.
+        kv_dtype: what keys and values are stored as: one of `kernels.kv_forms`.
         host_blocks: of the host arena that sequences are swapped to; 0: none.
         max_model_len: longest sequence.
         shares: reuse complete blocks; else no block is ever found again.
@@ -49,6 +50,7 @@ class KvCache:
         *,
         num_blocks: int,
         block_size: int,
+        kv_dtype: str = "auto",
         host_blocks: int = 0,
         max_model_len: int,
         shares: bool,
@@ -59,7 +61,7 @@ class KvCache:
         self.shares = shares
         self._tier = tier
         self.rotation = model.key_rotation
-        self.memory = KvMemory(model, num_blocks=num_blocks, block_size=block_size)
+        self.memory = KvMemory(model, num_blocks=num_blocks, block_size=block_size, kv_dtype=kv_dtype)
         self.pool = BlockPool(num_blocks, on_cached=self._on_cached, on_evicted=self._on_evicted)
         self.host = HostArena(self.memory, host_blocks) if host_blocks else None
         self.copies = KvCopies(model.device, link)

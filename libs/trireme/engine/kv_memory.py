@@ -10,15 +10,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trireme.kernels.kv_forms import kv_form
 from trireme.models.config import ModelConfig
 from trireme.models.model import LayerKv, Model
 
 LAYOUT_VERSION: Final = 1
 
 
-def block_bytes(config: ModelConfig, *, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block: keys and values of all layers."""
-    return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
+def block_bytes(config: ModelConfig, *, block_size: int, dtype: torch.dtype, kv_dtype: str = "auto") -> int:
+    """Bytes of one block: keys and values of all layers of a model that computes in `dtype`."""
+    form = kv_form(kv_dtype, dtype)
+    row_bytes = form.row_elements(config.head_dim) * form.storage.itemsize
+    return 2 * config.num_layers * block_size * config.num_kv_heads * row_bytes
 
 
 def bytes_of(blocks: Tensor) -> NDArray[np.uint8]:
@@ -28,26 +31,30 @@ def bytes_of(blocks: Tensor) -> NDArray[np.uint8]:
 
 
 class KvMemory:
-    """`num_blocks` blocks of `block_size` tokens on the model's device."""
+    """`num_blocks` blocks of `block_size` tokens on the model's device, in a form of `kernels.kv_forms`."""
 
-    def __init__(self, model: Model, *, num_blocks: int, block_size: int) -> None:
-        config = model.config
-        shape = (block_size, config.num_kv_heads, config.head_dim)
+    def __init__(self, model: Model, *, num_blocks: int, block_size: int, kv_dtype: str = "auto") -> None:
+        config, form = model.config, kv_form(kv_dtype, model.dtype)
+        shape = (block_size, config.num_kv_heads, form.row_elements(config.head_dim))
         self.num_layers = config.num_layers
         self.device = model.device
-        self.dtype = model.dtype
+        self.dtype = form.storage
+        self.computed_dtype = model.dtype
+        """What keys and values are read as."""
         self.block_shape = (config.num_layers, 2, *shape)
-        """Of one block outside: (layer, keys then values, token, kv head, head dim)."""
-        self.block_bytes = block_bytes(config, block_size=block_size, dtype=model.dtype)
+        """Of one block outside: (layer, keys then values, token, kv head, row)."""
+        self.block_bytes = block_bytes(config, block_size=block_size, dtype=model.dtype, kv_dtype=kv_dtype)
         # Zeros, not whatever was there: masked scores times a stale NaN would still be NaN.
         self.tensor = torch.zeros(
-            (config.num_layers, 2, num_blocks, *shape), dtype=model.dtype, device=model.device
+            (config.num_layers, 2, num_blocks, *shape), dtype=self.dtype, device=model.device
         )
         self.layers: tuple[LayerKv, ...] = tuple((layer[0], layer[1]) for layer in self.tensor)
         dtype = str(model.dtype).removeprefix("torch.")
-        self.layout = f"kv{LAYOUT_VERSION}:{config.num_layers}x2x{'x'.join(map(str, shape))}:{dtype}"
-        """A block's bytes: (layer, keys then values, token, kv head, head dim), row-major, little-endian."""
-        self._staging = torch.zeros(self.block_shape, dtype=model.dtype)
+        name = dtype if form.name == dtype else f"{form.name}.{dtype}"
+        self.layout = f"kv{LAYOUT_VERSION}:{config.num_layers}x2x{'x'.join(map(str, shape))}:{name}"
+        """A block's bytes: (layer, keys then values, token, kv head, row), row-major, little-endian; the
+        form, and what was computed in if that is another."""
+        self._staging = torch.zeros(self.block_shape, dtype=self.dtype)
         self._staging_bytes = bytes_of(self._staging)
 
     def read(self, block_id: int) -> bytes:

@@ -13,6 +13,7 @@ from collections.abc import Sequence as Seq
 import torch
 
 from trireme.engine.kv_memory import KvMemory
+from trireme.kernels.kv_forms import decode, encode
 from trireme.kvcache.block_pool import BlockPool
 from trireme.models.rope import KeyRotation
 
@@ -24,8 +25,9 @@ def turn(
     read = torch.tensor(sources, dtype=torch.int64, device=memory.device)
     write = torch.tensor(targets, dtype=torch.int64, device=memory.device)
     for keys, values in memory.layers:
-        moved = keys.index_select(0, read)  # (blocks, block_size, kv heads, head dim)
-        turned = rotation.turn(moved.flatten(0, 1), -shift_tokens)
+        moved = keys.index_select(0, read)  # (blocks, block_size, kv heads, row)
+        decoded = decode(moved.flatten(0, 1), memory.computed_dtype)
+        turned = encode(rotation.turn(decoded, -shift_tokens), memory.dtype)
         keys.index_copy_(0, write, turned.view_as(moved))
         values.index_copy_(0, write, values.index_select(0, read))
 

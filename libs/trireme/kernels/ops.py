@@ -126,7 +126,8 @@ def append_kv(k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, sl
 
     Args:
         k_new, v_new: (tokens, kv_heads, head_dim); rows may be strided.
-        k_cache, v_cache: (blocks, block_size, kv_heads, head_dim), contiguous.
+        k_cache, v_cache: (blocks, block_size, kv_heads, row), contiguous, in any of `kv_forms`: row is
+            head_dim, or in 8 bits a little more.
         slots: (tokens,) int64, block * block_size + offset; distinct.
     """
     reference.append_kv(k_new, v_new, k_cache, v_cache, slots)
@@ -150,7 +151,7 @@ def paged_attention(
     Args:
         q: (tokens, heads, head_dim); rows may be strided. Query head h reads key head
             h // (heads // kv_heads).
-        k_cache, v_cache: (blocks, block_size, kv_heads, head_dim), contiguous.
+        k_cache, v_cache: as for `append_kv`.
         batch: which tokens belong to which sequence, and where its blocks lie.
         scale: factor on the dot products.
         window: a query at position p sees keys at positions > p - window; None: all up to p.

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trireme.kernels import kv_forms
 from trireme.kernels.attention_batch import AttentionBatch, ChunkPlan, DecodeGroup
 
 
@@ -55,8 +56,10 @@ def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None)
 
 
 def append_kv(k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots, k_new)
-    v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, v_new)
+    for new, cache in ((k_new, k_cache), (v_new, v_cache)):
+        if cache.dtype != new.dtype:
+            new = kv_forms.encode(new, cache.dtype)
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, new)
 
 
 def paged_attention(
@@ -87,10 +90,11 @@ def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: DecodeGroup, sca
     The query heads that share a key head stand as that head's queries, so nothing is repeated.
     """
     count = group.num_sequences
-    _, block_size, kv_heads, head_dim = k_cache.shape
+    _, block_size, kv_heads, _ = k_cache.shape
+    head_dim = q.shape[2]
     shape = (count, group.width * block_size, kv_heads, head_dim)
-    k = _blocks(k_cache, group).view(shape)
-    v = _blocks(v_cache, group).view(shape)
+    k = _blocks(k_cache, group, q.dtype).view(shape)
+    v = _blocks(v_cache, group, q.dtype).view(shape)
     if count == 1:
         k, v = k[:, group.start : group.stop], v[:, group.start : group.stop]
     out = F.scaled_dot_product_attention(
@@ -105,11 +109,11 @@ def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: DecodeGroup, sca
 
 def _prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: ChunkPlan, scale: float) -> Tensor:
     """q (tokens, heads, head_dim) -> (tokens, heads * head_dim)."""
-    _, _, kv_heads, head_dim = k_cache.shape
-    tokens, heads, _ = q.shape
+    kv_heads = k_cache.shape[2]
+    tokens, heads, head_dim = q.shape
     group = heads // kv_heads
-    k = _blocks(k_cache, chunk).view(-1, kv_heads, head_dim)[chunk.start : chunk.stop]
-    v = _blocks(v_cache, chunk).view(-1, kv_heads, head_dim)[chunk.start : chunk.stop]
+    k = _blocks(k_cache, chunk, q.dtype).view(-1, kv_heads, head_dim)[chunk.start : chunk.stop]
+    v = _blocks(v_cache, chunk, q.dtype).view(-1, kv_heads, head_dim)[chunk.start : chunk.stop]
     keys = k.shape[0]
     out = F.scaled_dot_product_attention(
         q.view(tokens, kv_heads, group, head_dim).permute(1, 2, 0, 3),
@@ -122,8 +126,10 @@ def _prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: ChunkPlan, scal
     return out.permute(2, 0, 1, 3).reshape(tokens, -1)
 
 
-def _blocks(cache: Tensor, plan: DecodeGroup | ChunkPlan) -> Tensor:
-    """The plan's blocks, in order: read in place where they lie side by side, else copied."""
+def _blocks(cache: Tensor, plan: DecodeGroup | ChunkPlan, dtype: torch.dtype) -> Tensor:
+    """The plan's blocks, in order, as `dtype`: read in place where they lie side by side, else copied."""
     if plan.run_start is None:
-        return cache.index_select(0, plan.blocks)
-    return cache.narrow(0, plan.run_start, plan.blocks.shape[0])
+        blocks = cache.index_select(0, plan.blocks)
+    else:
+        blocks = cache.narrow(0, plan.run_start, plan.blocks.shape[0])
+    return blocks if blocks.dtype == dtype else kv_forms.decode(blocks, dtype)

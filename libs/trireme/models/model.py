@@ -13,7 +13,7 @@ from trireme.models.config import ModelConfig
 from trireme.models.rope import KeyRotation
 
 LayerKv = tuple[Tensor, Tensor]
-"""One layer's cache of keys and of values, each (blocks, block_size, kv_heads, head_dim)."""
+"""One layer's cache of keys and of values, each (blocks, block_size, kv_heads, row): `kernels.kv_forms`."""
 
 
 class Model(Protocol):
@@ -25,7 +25,7 @@ class Model(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights, the hidden states and the KV cache."""
+        """What is computed in: of the hidden states, and of the KV cache unless that is told otherwise."""
 
     @property
     def device(self) -> torch.device:

@@ -38,6 +38,7 @@ class VariantLoader:
             checkpoint=str(wanted.checkpoint),
             dtype=wanted.dtype,
             precision=wanted.precision,
+            kv_dtype=wanted.kv_dtype,
             kv_bytes=wanted.kv_mib * 2**20,
             max_sequences=wanted.max_sequences,
         )

@@ -40,7 +40,9 @@ def build(plan: VariantPlan, tier: KvTier) -> tuple[Engine, PreloadRule | None]:
     device = plan.device.partition("/")[0]
     dtype = _DTYPES.get(plan.dtype) or (torch.float32 if device == "cpu" else torch.bfloat16)
     with Checkpoint(plan.checkpoint) as checkpoint:
-        per_block = block_bytes(checkpoint.config, block_size=plan.block_tokens, dtype=dtype)
+        per_block = block_bytes(
+            checkpoint.config, block_size=plan.block_tokens, dtype=dtype, kv_dtype=plan.kv_dtype
+        )
         loaded = load_whole(checkpoint, device=device, dtype=dtype, precision=plan.precision)
         rule = PreloadRule(
             num_layers=checkpoint.config.num_layers,
@@ -89,7 +91,9 @@ def describe(engine: Engine) -> Loaded:
         kv_namespace=f"{engine.model_key}/{engine.kv_layout}",
         context_tokens=engine.max_model_len,
         vocabulary_size=config.vocab_size,
-        block_bytes=block_bytes(config, block_size=settings.block_size, dtype=engine.model.dtype),
+        block_bytes=block_bytes(
+            config, block_size=settings.block_size, dtype=engine.model.dtype, kv_dtype=settings.kv_dtype
+        ),
         num_blocks=settings.num_blocks,
         turns_keys=engine.model.key_rotation is not None,
     )
@@ -102,6 +106,7 @@ def _settings(
         num_blocks=num_blocks,
         host_blocks=host_blocks,
         block_size=plan.block_tokens,
+        kv_dtype=plan.kv_dtype,  # type: ignore[arg-type]  # the cache refuses what it does not know
         max_num_seqs=plan.max_sequences,
         max_batch_tokens=plan.max_batch_tokens,
         max_model_len=max_model_len,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trireme.errors import InvalidConfiguration, InvalidRequest
+from trireme.kernels.kv_forms import KV_DTYPES
 from trireme.quant.precisions import AUTO, FLOATS, candidate_formats
 from trireme.runtime.fleet import Fleet, WorkerGroup
 from trireme.wire.worker.v1 import worker_pb2 as pb
@@ -37,6 +38,8 @@ class VariantPlan:
     """Host memory for the KV of preempted sequences."""
     precision: str = AUTO
     """Of the linear layers' weights: one of `quant.precisions`."""
+    kv_dtype: str = AUTO
+    """What keys and values are stored as: one of `KV_DTYPES`."""
 
     @property
     def queue_limit(self) -> int:
@@ -70,6 +73,7 @@ def plans_of(fleet: Fleet, group: WorkerGroup) -> list[VariantPlan]:
                 device=group.device,
                 dtype=dtype_of(variant.dtype, variant.precision),
                 precision=variant.precision,
+                kv_dtype=variant.kv_dtype,
                 kv_bytes=(variant.kv_mib or group.kv_mib) * 2**20,
                 block_tokens=fleet.block_tokens,
                 max_sequences=sequences,
@@ -100,6 +104,9 @@ def plan_from_request(
         candidate_formats(precision)
     except InvalidConfiguration as error:
         raise InvalidRequest(error.message, param="precision") from error
+    kv_dtype = request.kv_dtype or AUTO
+    if kv_dtype not in KV_DTYPES:
+        raise InvalidRequest(f"kv_dtype {kv_dtype!r} is not one of {', '.join(KV_DTYPES)}", param="kv_dtype")
     sequences = request.max_sequences or group.max_sequences
     return VariantPlan(
         variant=request.variant,
@@ -108,6 +115,7 @@ def plan_from_request(
         device=group.device,
         dtype=dtype_of(dtype, precision),
         precision=precision,
+        kv_dtype=kv_dtype,
         kv_bytes=request.kv_bytes or group.kv_mib * 2**20,
         block_tokens=block_tokens,
         max_sequences=sequences,

@@ -381,6 +381,7 @@ class LoadVariantRequest(_message.Message):
     KV_BYTES_FIELD_NUMBER: _builtins.int
     MAX_SEQUENCES_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
+    KV_DTYPE_FIELD_NUMBER: _builtins.int
     variant: _builtins.str
     """Its name."""
     model: _builtins.str
@@ -395,6 +396,8 @@ class LoadVariantRequest(_message.Message):
     """Sequences to run at once; 0: the worker's default."""
     precision: _builtins.str
     """Of the linear layers' weights, as in fleet.yaml; empty or auto: as they are stored."""
+    kv_dtype: _builtins.str
+    """What keys and values are stored as, as in fleet.yaml; empty or auto: what is computed in."""
     def __init__(
         self,
         *,
@@ -405,10 +408,11 @@ class LoadVariantRequest(_message.Message):
         kv_bytes: _builtins.int = ...,
         max_sequences: _builtins.int = ...,
         precision: _builtins.str = ...,
+        kv_dtype: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "dtype", b"dtype", "kv_bytes", b"kv_bytes", "max_sequences", b"max_sequences", "model", b"model", "precision", b"precision", "variant", b"variant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "dtype", b"dtype", "kv_bytes", b"kv_bytes", "kv_dtype", b"kv_dtype", "max_sequences", b"max_sequences", "model", b"model", "precision", b"precision", "variant", b"variant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
