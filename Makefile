@@ -13,7 +13,7 @@ PEERS := .tools/peers
 CONFIG ?=
 
 .PHONY: help setup demo up down status test test-unit check lint types imports proto clean \
-        bench bench-engine bench-floor bench-overhead bench-scaling bench-kvstore bench-peers
+        kernels bench bench-engine bench-floor bench-overhead bench-scaling bench-kvstore bench-peers
 
 help: ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -35,10 +35,13 @@ down: setup ## stop it
 status: setup ## show it
 	$(TRIREME) status
 
-test: setup ## run all tests that this machine can run
+kernels: setup ## build the CPU kernels; without a compiler PyTorch serves
+	-$(VENV)/bin/python -m trireme.kernels.cpu_build
+
+test: kernels ## run all tests that this machine can run
 	$(VENV)/bin/python -m pytest
 
-test-unit: setup ## run the tests that need no other process
+test-unit: kernels ## run the tests that need no other process
 	$(VENV)/bin/python -m pytest tests/unit
 
 check: lint types imports proto ## lint, types, import directions, generated code

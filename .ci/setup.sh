@@ -21,5 +21,7 @@ if [ -n "${TORCH_INDEX_URL:-}" ]; then
   "${pip[@]}" --index-url "$TORCH_INDEX_URL" torch
 fi
 "${pip[@]}" -e ".[$extras]"
+# pip keeps quiet about what its build hook could not do.
+"$venv/bin/python" -m trireme.kernels.cpu_build || echo "setup: no CPU kernels, PyTorch serves"
 touch "$venv/.installed"
 echo "setup: $venv is ready"

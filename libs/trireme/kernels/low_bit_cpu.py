@@ -149,7 +149,7 @@ def linear_at(
 ) -> Tensor:
     """`linear` with the kernels of one instruction set, on up to `threads` threads: the same result."""
     outputs, inputs = packed.shape
-    if x.dim() != 2 or x.shape[1] != inputs or x.dtype not in _TYPES or x.device.type != "cpu":
+    if x.dim() != 2 or x.shape[1] != inputs or x.dtype not in _TYPES or not x.is_cpu:
         raise InvalidConfiguration(
             f"x must be (rows, {inputs}) float32 or bfloat16 on the CPU, not {_described(x)}"
         )
