@@ -116,6 +116,7 @@ def check(
     dtype: torch.dtype,
     device: torch.device,
     is_contiguous: bool = True,
+    alignment_bytes: int = 16,
 ) -> None:
     """Check one tensor against what a kernel takes; None in `shape` is any size.
 
@@ -134,5 +135,5 @@ def check(
         raise ShapeMismatch(f"{name} is on {tensor.device}, not {device}")
     if is_contiguous and not tensor.is_contiguous():
         raise ShapeMismatch(f"{name} is not contiguous")
-    if tensor.data_ptr() % 16:
-        raise ShapeMismatch(f"{name} does not start at a multiple of 16 bytes")
+    if tensor.data_ptr() % alignment_bytes:
+        raise ShapeMismatch(f"{name} does not start at a multiple of {alignment_bytes} bytes")

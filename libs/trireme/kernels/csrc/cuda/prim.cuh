@@ -144,10 +144,16 @@ DEVICE u32 prim_permute_bytes(u32 a, u32 b, u32 selector) { return __byte_perm(a
 // A load that L1, which does not see what other blocks write, does not answer.
 DEVICE float prim_load_past_l1(const float* from) { return __ldcg(from); }
 
+// Rounded to nearest, and never fused with what is around them.
+DEVICE float prim_multiply(float a, float b) { return __fmul_rn(a, b); }
+DEVICE float prim_subtract(float a, float b) { return __fsub_rn(a, b); }
+DEVICE float prim_divide(float a, float b) { return __fdiv_rn(a, b); }
+
 DEVICE u32 prim_float_bits(float value) { return __float_as_uint(value); }
 DEVICE float prim_bits_float(u32 bits) { return __uint_as_float(bits); }
 DEVICE u64 prim_multiply_high(u64 a, u64 b) { return __umul64hi(a, b); }
 DEVICE int prim_count_ones(u64 bits) { return __popcll(bits); }
+DEVICE int prim_lowest_bit(u32 bits) { return __ffs(static_cast<int>(bits)) - 1; }
 
 DEVICE u32 prim_atomic_add(u32* address, u32 value) { return atomicAdd(address, value); }
 DEVICE u64 prim_atomic_add(u64* address, u64 value) { return atomicAdd(address, value); }

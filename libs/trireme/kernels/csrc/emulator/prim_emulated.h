@@ -118,6 +118,9 @@ DEVICE u32 prim_permute_bytes(u32 a, u32 b, u32 selector) {
     for (int i = 0; i < 4; ++i) out |= static_cast<u32>(bytes >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
     return out;
 }
+DEVICE float prim_multiply(float a, float b) { return a * b; }
+DEVICE float prim_subtract(float a, float b) { return a - b; }
+DEVICE float prim_divide(float a, float b) { return a / b; }
 DEVICE float prim_load_past_l1(const float* from) { return *from; }
 
 DEVICE u32 prim_float_bits(float value) {
@@ -132,6 +135,7 @@ DEVICE float prim_bits_float(u32 bits) {
 }
 DEVICE u64 prim_multiply_high(u64 a, u64 b) { return static_cast<u64>(static_cast<unsigned __int128>(a) * b >> 64); }
 DEVICE int prim_count_ones(u64 bits) { return __builtin_popcountll(bits); }
+DEVICE int prim_lowest_bit(u32 bits) { return __builtin_ctz(bits); }
 
 DEVICE u32 prim_atomic_add(u32* address, u32 value) { return emulator_atomic_add_u32(address, value); }
 DEVICE u64 prim_atomic_add(u64* address, u64 value) { return emulator_atomic_add_u64(address, value); }
