@@ -43,6 +43,8 @@ struct Call {
     int32_t type;  // of all four
 };
 
+static_assert(sizeof(Weight) == 88 && sizeof(Call) == 64, "cpu_library.py has these sizes too");
+
 // The activations of a call as the kernels read them; rows are `stride` elements apart and padded to whole
 // blocks with 0.
 struct Activations {
