@@ -12,7 +12,7 @@ import math
 import platform
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,10 @@ GREEDY_PROMPT_TOKENS = 192
 GREEDY_NEW_TOKENS = 48
 
 
+LanguageModel = Callable[[Tensor], Tensor]
+"""Tokens of one sequence (1, length) to the logits behind each, (1, length, vocabulary)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
     """Which line comes next?"""
@@ -57,7 +61,7 @@ class Question:
 
 
 @torch.inference_mode()
-def bits_per_byte(model: CausalLm, tokenizer: Tokenizer, texts: Sequence[str]) -> float:
+def bits_per_byte(model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str]) -> float:
     """Bits the model needs for each UTF-8 byte; every window starts without what came before it."""
     nats, num_bytes = 0.0, 0
     for text in texts:
@@ -87,7 +91,7 @@ def make_questions(modules: Sequence[Module], *, count: int, seed: int) -> tuple
 
 
 @torch.inference_mode()
-def choice_accuracy(model: CausalLm, tokenizer: Tokenizer, questions: Sequence[Question]) -> float:
+def choice_accuracy(model: LanguageModel, tokenizer: Tokenizer, questions: Sequence[Question]) -> float:
     """Share of questions where the true line has the highest log-likelihood per token."""
     correct = 0
     for question in questions:
@@ -198,13 +202,13 @@ def main() -> None:
     arguments.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
-def _logits(model: CausalLm, token_ids: Tensor) -> Tensor:
+def _logits(model: LanguageModel, token_ids: Tensor) -> Tensor:
     """Of one sequence: (1, length) in, (length, vocab) out."""
     logits: Tensor = model(token_ids)
     return logits[0]
 
 
-def _nats(model: CausalLm, token_ids: Sequence[int]) -> Tensor:
+def _nats(model: LanguageModel, token_ids: Sequence[int]) -> Tensor:
     """Cost of each token but the first, given those before it."""
     sequence = torch.tensor([token_ids])
     return functional.cross_entropy(_logits(model, sequence[:, :-1]), sequence[0, 1:], reduction="none")
