@@ -32,8 +32,9 @@ _STALE_STEPS = 96
 """After so many steps of a batch size that draft, one that does not shows what it would take."""
 _UNMEASURED_SHARE = 0.06
 """Of a plain step, that a drafted token adds while nothing was measured."""
+_FIRST_DRAFTED = 4
 _SPIKE = 4.0
-"""A step that took so many times what was expected says nothing: the machine did something else."""
+"""A step counts as at most so many times what was expected: the machine may have done something else."""
 _FORGETTING = 0.99
 _PRIOR_WEIGHT = 2.0
 _TRIAL_STEPS = 8
@@ -143,6 +144,7 @@ class StepTimes:
         self._drafted: deque[tuple[int, float]] = deque(maxlen=_DRAFTED_SAMPLES)
         """(drafted tokens, seconds beyond a plain step)."""
         self._fit: tuple[float, float] | None = None
+        self._most_drafted = 0
 
     def observe(self, *, batch: int, drafted: int, seconds: float) -> None:
         """A step of so many decoding sequences and nothing else, without the time of drafting."""
@@ -151,13 +153,13 @@ class StepTimes:
             self._since_plain[batch] = 0
             return
         self._since_plain[batch] = self._since_plain.get(batch, 0) + 1
+        self._most_drafted = max(self._most_drafted, drafted)
         plain_s = self.plain_s(batch)
         if plain_s is None:
             return
         fixed_s, row_s = self.added_s(batch)
-        if seconds > _SPIKE * (plain_s + fixed_s + row_s * drafted):
-            return
-        self._drafted.append((drafted, seconds - plain_s))
+        most_s = _SPIKE * (plain_s + fixed_s + row_s * drafted)
+        self._drafted.append((drafted, min(seconds, most_s) - plain_s))
         self._fit = None
 
     def plain_s(self, batch: int) -> float | None:
@@ -168,6 +170,11 @@ class StepTimes:
     def wants_plain(self, batch: int) -> bool:
         """What a plain step of this size takes is not known, or not any more."""
         return len(self._plain.get(batch, ())) < 2 or self._since_plain.get(batch, 0) >= _STALE_STEPS
+
+    @property
+    def room(self) -> int:
+        """Tokens that may be drafted without going far beyond what was measured."""
+        return max(_FIRST_DRAFTED, 2 * self._most_drafted)
 
     def added_s(self, batch: int) -> tuple[float, float]:
         """(fixed, per drafted token) beyond a plain step."""
@@ -291,7 +298,12 @@ class SpeculationController:
             return (0,) * len(proposals)
         fixed_s, row_s = self.times.added_s(batch)
         return best_lengths(
-            proposals, batch=batch, plain_s=plain_s, fixed_s=fixed_s, row_s=row_s, room=room
+            proposals,
+            batch=batch,
+            plain_s=plain_s,
+            fixed_s=fixed_s,
+            row_s=row_s,
+            room=min(room, self.times.room),
         ).lengths
 
     def observe_draft_step(self, count: int, seconds: float) -> None:
@@ -326,11 +338,9 @@ class SpeculationController:
             return
         trial = self._trials.setdefault(batch.bit_length(), _Trial())
         worth_s = plain_s * tokens / batch
-        if seconds > _SPIKE * max(worth_s, plain_s):
-            return
         keep = 1.0 - 1.0 / (2 * _TRIAL_STEPS)
         trial.gained = keep * trial.gained + worth_s
-        trial.spent = keep * trial.spent + seconds
+        trial.spent = keep * trial.spent + min(seconds, _SPIKE * worth_s)
         trial.steps += 1
         if trial.steps < _TRIAL_STEPS:
             return
