@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,7 @@ _UNITS: Final[Mapping[str, Sequence[str]]] = {
         "-mtune=icelake-server",
     ),
 }
+_INCLUDE: Final = re.compile(r'^#include "(.+)"', re.MULTILINE)
 
 
 class BuildFailed(Exception):
@@ -44,12 +46,22 @@ def is_supported() -> bool:
     return sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")
 
 
+def source_files() -> tuple[Path, ...]:
+    """What the library is built from: the units, and what they include."""
+    names, found = list(_UNITS), dict.fromkeys(_UNITS)
+    while names:
+        text = (SOURCES / names.pop()).read_text(encoding="utf-8")
+        new = [name for name in _INCLUDE.findall(text) if name not in found]
+        names += new
+        found |= dict.fromkeys(new)
+    return tuple(SOURCES / name for name in sorted(found))
+
+
 def library_path() -> Path:
     """Where the library of the present sources is, or would be."""
     digest = hashlib.sha256(repr((_FLAGS, _UNITS)).encode())
-    for path in sorted(SOURCES.iterdir()):
-        if path.suffix in (".h", ".cpp"):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in source_files():
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return DIRECTORY / f"libtrireme_cpu_{digest.hexdigest()[:16]}.so"
 
 

@@ -76,6 +76,9 @@ class CpuLibrary:
     linear: Callable[[Any, int, int], int]
     """Takes the address of a `NativeCall`, the level and the threads; returns 0, or what went wrong. Runs
     without the interpreter's lock."""
+    read: Callable[[int, int, int], int]
+    """Takes an address, a number of bytes and the threads, reads them, and returns their sum as 64-bit words:
+    nothing that uses all of the bytes can be faster."""
 
 
 @functools.cache
@@ -91,8 +94,10 @@ def cpu_library() -> CpuLibrary | None:
         _log.warning("cpu_kernels_absent", extra={"reason": str(error), "advice": advice})
         return None
     native.trireme_linear.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
+    native.trireme_read.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
+    native.trireme_read.restype = ctypes.c_uint64
     level = Level(native.trireme_level())
     if level is Level.NONE:
         _log.info("cpu_kernels_absent", extra={"reason": "the CPU has no AVX2"})
         return None
-    return CpuLibrary(level=level, linear=native.trireme_linear)
+    return CpuLibrary(level=level, linear=native.trireme_linear, read=native.trireme_read)

@@ -1,4 +1,5 @@
-// What Python calls: trireme_level says which kernels this CPU can run, trireme_linear runs them.
+// What Python calls: trireme_level says which kernels this CPU can run, trireme_linear runs them, trireme_read is
+// their floor.
 #include <cstdlib>
 
 #include "linear.h"
@@ -71,6 +72,22 @@ void multiply_piece(void* context, int64_t index) {
     job.kernels.multiply(job.call, job.activations, first_tile, last_tile, first_row, last_row, work);
 }
 
+struct Reading {
+    const uint64_t* words;
+    int64_t count;
+    uint64_t sums[256];
+};
+
+constexpr int64_t kReadingPieces = 256;
+
+void read_piece(void* context, int64_t index) {
+    Reading& reading = *static_cast<Reading*>(context);
+    const int64_t last = reading.count * (index + 1) / kReadingPieces;
+    uint64_t sum = 0;
+    for (int64_t i = reading.count * index / kReadingPieces; i < last; ++i) sum += reading.words[i];
+    reading.sums[index] = sum;
+}
+
 int multiply(const Call& call, const Kernels& kernels, int threads) {
     const Weight& weight = *call.weight;
     const int64_t blocks = blocks_of(weight.inputs), rows = call.rows, tiles = tiles_of(weight.outputs);
@@ -125,4 +142,13 @@ TRIREME_EXPORT int trireme_linear(const trireme::Call* call, int level, int thre
         default:
             return trireme::kNoKernels;
     }
+}
+
+// Read `bytes` bytes, a multiple of 8, on up to `threads` threads and do nothing with them: their sum.
+TRIREME_EXPORT uint64_t trireme_read(const void* from, int64_t bytes, int threads) {
+    trireme::Reading reading{static_cast<const uint64_t*>(from), bytes / 8, {}};
+    trireme::run_pieces(trireme::read_piece, &reading, trireme::kReadingPieces, threads);
+    uint64_t sum = 0;
+    for (const uint64_t part : reading.sums) sum += part;
+    return sum;
 }
