@@ -78,7 +78,7 @@ def test_paged_attention_equals_dense_attention_per_sequence(data: st.DataObject
     heads = kv_heads * data.draw(st.sampled_from([1, 3]))
     window = data.draw(st.sampled_from([None, 1, 5, 16]))
     decodes = data.draw(st.lists(st.integers(1, 300), max_size=5))
-    chunks = data.draw(st.lists(st.tuples(st.integers(2, 20), st.integers(0, 60)), max_size=3))
+    chunks = data.draw(st.lists(st.tuples(st.integers(2, 20), st.integers(0, 130)), max_size=5))
     if not decodes and not chunks:
         decodes = [1]
     query_lens = [1] * len(decodes) + [length for length, _ in chunks]

@@ -132,7 +132,7 @@ def play(
     draft_s: float,
     chance: random.Random,
 ) -> float:
-    """Virtual seconds per token of a batch whose drafts are right by `right(step)`, over those of plain steps.
+    """Virtual seconds per token of a batch over those of plain steps; drafts are right by `right(step)`.
 
     Args:
         machine: seconds of a step of so many sequences with so many drafted tokens.
@@ -189,7 +189,7 @@ def play(
 def test_over_any_machine_and_drafter_nothing_is_lost_for_long(
     batch: int, rightness: float, row: float, jump: float, draft: float, seed: int
 ) -> None:
-    """Times in plain steps of one sequence; a step may jump where anything is drafted, or grow with a curve."""
+    """Times in plain steps; one may jump where anything is drafted, or grow with a curve."""
 
     def machine(sequences: int, drafted: int) -> float:
         return 1.0 + 0.1 * sequences + (jump + row * drafted + 0.01 * drafted**1.5 if drafted else 0.0)

@@ -20,6 +20,8 @@ _GROUP_SPREAD: Final = 2
 blocks of the shortest."""
 _GROUP_MIN_BLOCKS: Final = 8
 """Below this length padding is cheaper than another gather."""
+_SHORT_CHUNK: Final = 16
+"""Chunks of at most so many queries, of which a batch that verifies drafts has many, share calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,38 @@ class ChunkPlan:
     """The chunk starts its sequence: plain causal attention."""
 
 
+@dataclass(frozen=True, slots=True)
+class ChunkGroup:
+    """Short chunks of sequences of similar length, attended to in one call: drafts that are verified."""
+
+    queries: Tensor
+    """(sequences * num_queries,) int64: their tokens in the batch, padded with each one's first."""
+    tokens: Tensor
+    """(tokens,) int64: their tokens in the batch, without padding."""
+    places: Tensor
+    """(tokens,) int64: where those stand in `queries`."""
+    blocks: Tensor
+    """(sequences * width,) int64: their blocks, padded with the first one's."""
+    run_start: None
+    """They do not lie side by side."""
+    num_sequences: int
+    num_queries: int
+    """Per sequence, after padding."""
+    width: int
+    """Blocks per sequence, after padding."""
+    mask: Tensor
+    """(sequences, num_queries, width * block_size), added to the scores."""
+    _repeated: dict[int, Tensor]
+
+    def mask_of_heads(self, heads_per_key: int) -> Tensor:
+        """The mask for query heads that stand as a key head's queries, each with its queries in order:
+        (sequences, 1, heads_per_key * num_queries, width * block_size)."""
+        mask = self._repeated.get(heads_per_key)
+        if mask is None:
+            mask = self._repeated[heads_per_key] = self.mask.repeat(1, heads_per_key, 1)[:, None]
+        return mask
+
+
 class AttentionBatch:
     """One step's sequences, decoding ones first.
 
@@ -75,6 +109,7 @@ class AttentionBatch:
     """
 
     __slots__ = (
+        "_chunk_groups",
         "_chunks",
         "_decodes",
         "block_size",
@@ -115,6 +150,7 @@ class AttentionBatch:
         """(tokens,) int64: where each token's key and value go."""
         self._decodes: dict[int | None, tuple[DecodeGroup, ...]] = {}
         self._chunks: dict[int | None, tuple[ChunkPlan, ...]] = {}
+        self._chunk_groups: dict[int | None, tuple[tuple[ChunkGroup, ...], tuple[ChunkPlan, ...]]] = {}
 
     def decode_groups(self, window: int | None) -> tuple[DecodeGroup, ...]:
         """The decoding sequences, in groups of similar length."""
@@ -128,6 +164,13 @@ class AttentionBatch:
         plans = self._chunks.get(window)
         if plans is None:
             plans = self._chunks[window] = self._plan_chunks(window)
+        return plans
+
+    def chunk_groups(self, window: int | None) -> tuple[tuple[ChunkGroup, ...], tuple[ChunkPlan, ...]]:
+        """The same, short ones in groups, and all others."""
+        plans = self._chunk_groups.get(window)
+        if plans is None:
+            plans = self._chunk_groups[window] = self._plan_chunk_groups(window)
         return plans
 
     def _to_device(self, array: NDArray[np.int64]) -> Tensor:
@@ -214,6 +257,75 @@ class AttentionBatch:
             plans.append(self._chunk(index, token, length, context, window))
             token += length
         return tuple(plans)
+
+    def _plan_chunk_groups(self, window: int | None) -> tuple[tuple[ChunkGroup, ...], tuple[ChunkPlan, ...]]:
+        lengths = np.asarray(self.query_lens, dtype=np.int64)
+        short = np.flatnonzero((lengths > 1) & (lengths <= _SHORT_CHUNK))
+        if len(short) < 2:
+            return (), self.chunks(window)
+        first_tokens = np.cumsum(lengths) - lengths
+        stop = np.asarray(self.context_lens, dtype=np.int64)
+        first_query = stop - lengths
+        start = np.zeros_like(stop) if window is None else np.maximum(first_query - window + 1, 0)
+        first_block = start // self.block_size
+        widths = -(-stop // self.block_size) - first_block
+        order = short[np.argsort(widths[short], kind="stable")]
+        groups: list[ChunkGroup] = []
+        begin = 0
+        for end in range(1, len(order) + 1):
+            shortest = max(_GROUP_MIN_BLOCKS, _GROUP_SPREAD * int(widths[order[begin]]))
+            if end < len(order) and int(widths[order[end]]) <= shortest:
+                continue
+            members = order[begin:end]
+            groups.append(
+                self._chunk_group(
+                    members, first_tokens[members], first_block[members], int(widths[members[-1]]), window
+                )
+            )
+            begin = end
+        longer = [
+            self._chunk(index, int(first_tokens[index]), int(lengths[index]), int(stop[index]), window)
+            for index in range(self.num_decodes, len(lengths))
+            if lengths[index] > _SHORT_CHUNK
+        ]
+        return tuple(groups), tuple(longer)
+
+    def _chunk_group(
+        self,
+        members: NDArray[np.int64],
+        first_tokens: NDArray[np.int64],
+        first_block: NDArray[np.int64],
+        width: int,
+        window: int | None,
+    ) -> ChunkGroup:
+        size = self.block_size
+        lengths = np.asarray(self.query_lens, dtype=np.int64)[members]
+        stop = np.asarray(self.context_lens, dtype=np.int64)[members]
+        most = int(lengths.max())
+        steps = np.arange(most)
+        is_query = steps < lengths[:, None]
+        steps = np.where(is_query, steps, 0)
+        queries = first_tokens[:, None] + steps
+        positions = (stop - lengths)[:, None] + steps  # (sequences, queries)
+        columns = first_block[:, None] + np.arange(width)
+        columns[columns * size >= stop[:, None]] = 0
+        keys = (first_block[:, None] * size + np.arange(width * size))[:, None]  # (sequences, 1, keys)
+        hidden = keys > positions[:, :, None]
+        if window is not None:
+            hidden |= keys <= positions[:, :, None] - window
+        zeros = torch.zeros(hidden.shape, dtype=self.dtype)
+        return ChunkGroup(
+            queries=self._to_device(queries.reshape(-1)),
+            tokens=self._to_device(queries[is_query]),
+            places=self._to_device(np.flatnonzero(is_query)),
+            blocks=self._to_device(self.block_tables[members[:, None], columns].reshape(-1)),
+            run_start=None,
+            num_sequences=len(members),
+            num_queries=most,
+            width=width,
+            mask=zeros.masked_fill_(torch.from_numpy(hidden), float("-inf")).to(self.device),
+            _repeated={},
+        )
 
     def _chunk(self, index: int, token: int, length: int, context: int, window: int | None) -> ChunkPlan:
         size = self.block_size

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trireme.kernels import kv_forms
-from trireme.kernels.attention_batch import AttentionBatch, ChunkPlan, DecodeGroup
+from trireme.kernels.attention_batch import AttentionBatch, ChunkGroup, ChunkPlan, DecodeGroup
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -78,7 +78,11 @@ def paged_attention(
             out.index_copy_(
                 0, group.rows, _decode(q.index_select(0, group.rows), k_cache, v_cache, group, scale)
             )
-    for chunk in batch.chunks(window):
+    short, longer = batch.chunk_groups(window)
+    for several in short:
+        found = _short_chunks(q.index_select(0, several.queries), k_cache, v_cache, several, scale)
+        out.index_copy_(0, several.tokens, found.index_select(0, several.places))
+    for chunk in longer:
         tokens = slice(chunk.first_token, chunk.first_token + chunk.num_tokens)
         out[tokens] = _prefill(q[tokens], k_cache, v_cache, chunk, scale)
     return out
@@ -107,6 +111,25 @@ def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: DecodeGroup, sca
     return out.reshape(count, -1)
 
 
+def _short_chunks(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: ChunkGroup, scale: float) -> Tensor:
+    """q (sequences * queries, heads, head_dim) -> (sequences * queries, heads * head_dim)."""
+    count, queries = group.num_sequences, group.num_queries
+    _, block_size, kv_heads, _ = k_cache.shape
+    _, heads, head_dim = q.shape
+    shared = heads // kv_heads
+    shape = (count, group.width * block_size, kv_heads, head_dim)
+    q = q.view(count, queries, kv_heads, shared, head_dim).permute(0, 2, 3, 1, 4)
+    out = F.scaled_dot_product_attention(
+        q.reshape(count, kv_heads, shared * queries, head_dim),
+        _blocks(k_cache, group, q.dtype).view(shape).transpose(1, 2),
+        _blocks(v_cache, group, q.dtype).view(shape).transpose(1, 2),
+        attn_mask=group.mask_of_heads(shared),
+        scale=scale,
+    )
+    out = out.view(count, kv_heads, shared, queries, head_dim).permute(0, 3, 1, 2, 4)
+    return out.reshape(count * queries, heads * head_dim)
+
+
 def _prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: ChunkPlan, scale: float) -> Tensor:
     """q (tokens, heads, head_dim) -> (tokens, heads * head_dim)."""
     kv_heads = k_cache.shape[2]
@@ -126,7 +149,7 @@ def _prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: ChunkPlan, scal
     return out.permute(2, 0, 1, 3).reshape(tokens, -1)
 
 
-def _blocks(cache: Tensor, plan: DecodeGroup | ChunkPlan, dtype: torch.dtype) -> Tensor:
+def _blocks(cache: Tensor, plan: DecodeGroup | ChunkGroup | ChunkPlan, dtype: torch.dtype) -> Tensor:
     """The plan's blocks, in order, as `dtype`: read in place where they lie side by side, else copied."""
     if plan.run_start is None:
         blocks = cache.index_select(0, plan.blocks)
