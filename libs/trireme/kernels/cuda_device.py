@@ -1,0 +1,108 @@
+"""Launch kernels on an NVIDIA GPU, on PyTorch's current stream."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from trireme.errors import Kind, TriremeError
+from trireme.kernels.cuda_compile import CubinCache, architecture, default_cache
+from trireme.kernels.cuda_launch import Argument, Geometry, Kernel, PackedArguments
+
+_PLAIN_SHARED_BYTES: Final = 48 << 10
+"""More of it a kernel gets only if it asks."""
+
+
+class LaunchFailed(TriremeError):
+    """The driver refused a kernel; or the bindings to it are not installed."""
+
+    kind = Kind.UNAVAILABLE
+    code = "kernel_launch_failed"
+
+
+class CudaDevice:
+    """A launcher on one GPU.
+
+    Args:
+        device: which, as PyTorch counts.
+        cache: where compiled kernels are kept; None: `default_cache()`.
+
+    Raises:
+        UnsupportedGpu: compute capability below 8.0.
+        LaunchFailed: `cuda-bindings` is not installed.
+    """
+
+    __slots__ = ("_cubins", "_device", "_driver", "_functions", "_modules", "_multiprocessors")
+
+    def __init__(self, device: torch.device, *, cache: Path | None = None) -> None:
+        properties = torch.cuda.get_device_properties(device)
+        self._device = device
+        self._multiprocessors: int = properties.multi_processor_count
+        target = architecture((properties.major, properties.minor))
+        self._cubins = CubinCache(cache or default_cache(), target)
+        try:
+            self._driver: Any = importlib.import_module("cuda.bindings.driver")
+        except ModuleNotFoundError as error:
+            raise LaunchFailed(
+                "install cuda-bindings (pip install trireme[nvidia]) to run CUDA kernels"
+            ) from error
+        self._modules: list[Any] = []
+        self._functions: dict[Kernel, Any] = {}
+
+    @property
+    def multiprocessors(self) -> int:
+        return self._multiprocessors
+
+    def launch(self, kernel: Kernel, geometry: Geometry, arguments: Sequence[Argument]) -> None:
+        """Enqueue a kernel; it is compiled and loaded the first time.
+
+        Raises:
+            CompilationFailed: it does not compile.
+            LaunchFailed: the driver refuses it.
+        """
+        with torch.cuda.device(self._device):
+            function = self._functions.get(kernel)
+            if function is None:
+                function = self._functions[kernel] = self._load(kernel)
+            packed = PackedArguments(arguments)
+            stream = torch.cuda.current_stream(self._device).cuda_stream
+            self._checked(
+                kernel,
+                self._driver.cuLaunchKernel(
+                    function,
+                    *geometry.grid,
+                    geometry.threads,
+                    1,
+                    1,
+                    self._asked(kernel, function, geometry.shared_bytes),
+                    stream,
+                    ctypes.addressof(packed.pointers),
+                    0,
+                ),
+            )
+
+    def _load(self, kernel: Kernel) -> Any:
+        torch.cuda.current_stream(self._device).synchronize()  # the device's context is current from here on
+        cubin = self._cubins.get(kernel)
+        module = self._checked(kernel, self._driver.cuModuleLoadData(cubin.image))
+        self._modules.append(module)
+        return self._checked(kernel, self._driver.cuModuleGetFunction(module, cubin.symbol.encode()))
+
+    def _asked(self, kernel: Kernel, function: Any, shared_bytes: int) -> int:
+        """Ask for what the launch needs beyond what every kernel gets."""
+        if shared_bytes > _PLAIN_SHARED_BYTES:
+            attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self._checked(kernel, self._driver.cuFuncSetAttribute(function, attribute, shared_bytes))
+        return shared_bytes
+
+    def _checked(self, kernel: Kernel, result: tuple[Any, ...]) -> Any:
+        """What a call of the driver returns beside its status."""
+        status, *values = result
+        if status != self._driver.CUresult.CUDA_SUCCESS:
+            raise LaunchFailed(f"the driver refuses {kernel.name}: {status}")
+        return values[0] if values else None

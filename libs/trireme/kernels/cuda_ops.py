@@ -1,0 +1,92 @@
+"""`kernels.ops` on an NVIDIA GPU: the same signatures, by native kernels or else by PyTorch.
+
+Matrix products with 16-bit weights are cuBLAS's by way of PyTorch. `low_bit_linear`, `add_rms_norm`,
+`rotary_append_kv`, `copy_blocks`, `sample` and the others that `ops` does not have are called directly, with
+`launcher_of` the tensor's device.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from trireme.kernels import cuda_attention, cuda_elementwise, reference
+from trireme.kernels.attention_batch import AttentionBatch
+from trireme.kernels.cuda_compile import LOWEST_CAPABILITY
+from trireme.kernels.cuda_device import CudaDevice
+from trireme.kernels.cuda_launch import TYPE_NAMES, Launcher
+
+
+@functools.cache
+def is_available(device: torch.device) -> bool:
+    """Whether kernels run on a device: a GPU from compute capability 8.0 on, and bindings to its driver."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    has_bindings = importlib.util.find_spec("cuda") is not None
+    return has_bindings and torch.cuda.get_device_capability(device) >= LOWEST_CAPABILITY
+
+
+@functools.cache
+def launcher_of(device: torch.device) -> Launcher:
+    """The launcher of a GPU, one for each."""
+    return CudaDevice(device)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if x.dtype not in TYPE_NAMES or x.shape[-1] % 8:
+        return reference.rms_norm(x, weight, eps)
+    return cuda_elementwise.rms_norm(launcher_of(x.device), x, weight, eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return reference.layer_norm(x, weight, bias, eps)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if x.dtype not in TYPE_NAMES or x.shape[-1] % 16:
+        return reference.rotary(x, cos, sin)
+    return cuda_elementwise.rotary(launcher_of(x.device), x, cos, sin)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    if gate_up.dtype not in TYPE_NAMES or gate_up.shape[-1] % 16:
+        return reference.swiglu(gate_up)
+    return cuda_elementwise.swiglu(launcher_of(gate_up.device), gate_up)
+
+
+def activation(x: Tensor, kind: str) -> Tensor:
+    return reference.activation(x, kind)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return reference.linear(x, weight, bias)
+
+
+def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+    return reference.linear_add(x, weight, residual, bias)
+
+
+def append_kv(k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    if k_new.dtype not in TYPE_NAMES or k_new.shape[-1] % 8:
+        reference.append_kv(k_new, v_new, k_cache, v_cache, slots)
+    else:
+        cuda_elementwise.append_kv(launcher_of(k_new.device), k_new, v_new, k_cache, v_cache, slots)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    if not cuda_attention.takes(q, batch):
+        return reference.paged_attention(q, k_cache, v_cache, batch, scale=scale, window=window)
+    return cuda_attention.paged_attention(
+        launcher_of(q.device), q, k_cache, v_cache, batch, scale=scale, window=window
+    )
