@@ -4,9 +4,10 @@
 
 Each product runs over copies of the weight that together exceed the caches, as the layers of a model do; a
 figure is the best of the rounds, in which all candidates take turns. `of_floor` is the time of reading the
-packed bytes, with as many threads, over the time of the product; `over_float32` and `over_bfloat16` are the times
-of `ops.linear` on the same matrix in those types, packed as it is served, over that time. With one thread the
-clock is that thread's CPU time: others' work on the machine then counts only by what it takes of the memory.
+packed bytes, with as many threads, over the time of the product. `over_float32` and `over_bfloat16` are the
+times of oneDNN on float32 weights packed for it, which is how float32 models are served, and of PyTorch on
+bfloat16 weights and activations, over that time. With one thread the clock is that thread's CPU time: others'
+work on the machine then counts only by what it takes of the memory.
 """
 
 from __future__ import annotations
@@ -16,14 +17,12 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.fleet import write_result
-from trireme.kernels import ops
+from trireme.kernels import onednn
 from trireme.kernels.cpu_library import CpuLibrary, cpu_library
 from trireme.kernels.low_bit_cpu import PackedLinear, linear, pack, pack_bf16
 from trireme.quant.formats import FORMATS
@@ -75,19 +74,25 @@ def few_bits(name: str, weight: Tensor, library: CpuLibrary, threads: int) -> li
     ]
 
 
-def _linear(weight: Any, x: Tensor) -> object:
-    return ops.linear(x, weight)
+def float32_served(weight: Tensor) -> Candidate:
+    """oneDNN on packed float32."""
+
+    def product(one: Tensor) -> Callable[[Tensor], object]:
+        return lambda x: onednn.linear(x, one, None)
+
+    calls = [product(onednn.pack(weight.clone())) for _ in range(copies(weight.nbytes))]
+    return Candidate(name="float32", calls=calls, nbytes=weight.nbytes)
 
 
-def served(weight: Tensor, dtype: torch.dtype) -> Candidate:
-    nbytes = weight.numel() * dtype.itemsize
-    several = [ops.pack_weight(weight.to(dtype, copy=True)) for _ in range(copies(nbytes))]
-    return Candidate(
-        name=str(dtype).removeprefix("torch."),
-        calls=[partial(_linear, one) for one in several],
-        nbytes=nbytes,
-        dtype=dtype,
-    )
+def bfloat16_plain(weight: Tensor) -> Candidate:
+    """PyTorch on plain bfloat16."""
+
+    def product(one: Tensor) -> Callable[[Tensor], object]:
+        return lambda x: torch.nn.functional.linear(x, one)
+
+    nbytes = weight.numel() * 2
+    calls = [product(weight.to(torch.bfloat16, copy=True)) for _ in range(copies(nbytes))]
+    return Candidate(name="bfloat16", calls=calls, nbytes=nbytes, dtype=torch.bfloat16)
 
 
 def best_seconds(
@@ -124,7 +129,7 @@ def main() -> None:
     found = []
     for outputs, inputs in SHAPES:
         weight = torch.randn(outputs, inputs) / inputs**0.5
-        baselines = [served(weight, dtype) for dtype in (torch.float32, torch.bfloat16)]
+        baselines = [float32_served(weight), bfloat16_plain(weight)]
         for name, rows in itertools.product(
             arguments.formats.split(","), map(int, arguments.rows.split(","))
         ):

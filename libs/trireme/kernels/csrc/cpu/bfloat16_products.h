@@ -31,13 +31,17 @@ inline void multiply_real_row(const uint8_t* words, int64_t tile_bytes, const fl
     for (int tile = 0; tile < kTiles; ++tile) store_reals(totals + tile * kTile, total[tile]);
 }
 
+// While it computes, it fetches what is to be decoded next: `next_bytes` for each input from `next` on.
 template <int kRows>
-inline void multiply_real_panel(const float* panel, int64_t inputs, const float* x, int64_t stride, float* totals) {
+inline void multiply_real_panel(const float* panel, int64_t inputs, const float* x, int64_t stride, float* totals,
+                                const uint8_t* next, int64_t next_bytes) {
     Reals total[kRows];
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) total[row] = load_reals(totals + row * kTile);
 #pragma GCC unroll 1
     for (int64_t i = 0; i < inputs; ++i) {
+        __builtin_prefetch(next);
+        next += next_bytes;
         Reals weight = load_reals(panel + kTile * i);
         settle(weight);
 #pragma GCC unroll 16
@@ -52,12 +56,12 @@ inline void multiply_real_panel(const float* panel, int64_t inputs, const float*
 
 template <int kRows>
 inline void multiply_real_rows(int64_t rows, const float* panel, int64_t inputs, const float* x, int64_t stride,
-                               float* totals) {
+                               float* totals, const uint8_t* next, int64_t next_bytes) {
     if constexpr (kRows > 0) {
         if (rows == kRows) {
-            multiply_real_panel<kRows>(panel, inputs, x, stride, totals);
+            multiply_real_panel<kRows>(panel, inputs, x, stride, totals, next, next_bytes);
         } else {
-            multiply_real_rows<kRows - 1>(rows, panel, inputs, x, stride, totals);
+            multiply_real_rows<kRows - 1>(rows, panel, inputs, x, stride, totals, next, next_bytes);
         }
     }
 }
@@ -81,7 +85,8 @@ inline void bfloat16_totals(const Weight& weight, int64_t tile, const Activation
         for (int64_t row = first_row; row < last_row; row += kRowsInRegisters) {
             multiply_real_rows<kRowsInRegisters>(least(kRowsInRegisters, last_row - row), panel, inputs,
                                                  x.reals + row * x.stride + first, x.stride,
-                                                 totals + (row - first_row) * kTile);
+                                                 totals + (row - first_row) * kTile, words + 32 * (first + inputs),
+                                                 row == first_row ? 32 : 0);
         }
     }
 }

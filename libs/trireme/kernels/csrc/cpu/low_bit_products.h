@@ -14,7 +14,7 @@ namespace {
 
 enum Scaling { kPerRow, kPerGroup, kPerSpan };  // kPerGroup: of 64 or 128 inputs
 
-constexpr int kPanelBlocks = 8;  // 16 KiB of int16: half of a first-level cache
+constexpr int kPanelBlocks = 4;  // 8 KiB of int16, which with the words and activations stays in a first-level cache
 
 // Where the scales of a weight are.
 struct Groups {
@@ -119,10 +119,12 @@ inline void decode_panel(const Weight& weight, int64_t tile, int64_t first, int6
     }
 }
 
-// Add blocks [first, last) of one tile to the totals of `kRows` rows; all pointers are the first row's.
+// Add blocks [first, last) of one tile to the totals of `kRows` rows; all pointers are the first row's. While it
+// computes, it fetches what is to be decoded next: `next_bytes` of each pair from `next` on.
 template <int kRows, Scaling kScaling>
 inline void multiply_panel(const Weight& weight, int64_t tile, int64_t first, int64_t last, const uint8_t* panel,
-                           const int16_t* codes, int64_t stride, const float* steps, float* totals) {
+                           const int16_t* codes, int64_t stride, const float* steps, float* totals,
+                           const uint8_t* next, int64_t next_bytes) {
     constexpr int kPairs = kScaling == kPerSpan ? 16 : 32;
     const int64_t blocks = blocks_of(weight.inputs);
     const Groups groups(weight);
@@ -133,6 +135,8 @@ inline void multiply_panel(const Weight& weight, int64_t tile, int64_t first, in
         const int16_t* x = codes + 2 * pair;
 #pragma GCC unroll 1
         for (int i = 0; i < kPairs; ++i) {
+            __builtin_prefetch(next);
+            next += next_bytes;
             Bits decoded = load(panel + 64 * i);
             settle(decoded);
 #pragma GCC unroll 16
@@ -158,12 +162,14 @@ inline void multiply_panel(const Weight& weight, int64_t tile, int64_t first, in
 template <int kRows, Scaling kScaling>
 inline void multiply_rows(int64_t rows, const Weight& weight, int64_t tile, int64_t first, int64_t last,
                           const uint8_t* panel, const int16_t* codes, int64_t stride, const float* steps,
-                          float* totals) {
+                          float* totals, const uint8_t* next, int64_t next_bytes) {
     if constexpr (kRows > 0) {
         if (rows == kRows) {
-            multiply_panel<kRows, kScaling>(weight, tile, first, last, panel, codes, stride, steps, totals);
+            multiply_panel<kRows, kScaling>(weight, tile, first, last, panel, codes, stride, steps, totals, next,
+                                            next_bytes);
         } else {
-            multiply_rows<kRows - 1, kScaling>(rows, weight, tile, first, last, panel, codes, stride, steps, totals);
+            multiply_rows<kRows - 1, kScaling>(rows, weight, tile, first, last, panel, codes, stride, steps, totals,
+                                               next, next_bytes);
         }
     }
 }
@@ -183,10 +189,12 @@ inline void low_bit_totals(const Weight& weight, int64_t tile, const Activations
     for (int64_t first = 0; first < blocks; first += kPanelBlocks) {
         const int64_t last = least(first + kPanelBlocks, blocks);
         decode_panel<kFormat, kZeros>(weight, tile, first, last, panel);
+        const uint8_t* next = weight.words + (tile * blocks + last) * 2 * span_bytes<kFormat>();
         for (int64_t row = first_row; row < last_row; row += kRowsInRegisters) {
             multiply_rows<kRowsInRegisters, kScaling>(least(kRowsInRegisters, last_row - row), weight, tile, first,
                                                       last, panel, x.codes + row * x.stride, x.stride,
-                                                      x.steps + row * blocks, totals + (row - first_row) * kTile);
+                                                      x.steps + row * blocks, totals + (row - first_row) * kTile,
+                                                      next, row == first_row ? span_bytes<kFormat>() / 16 : 0);
         }
     }
 }
