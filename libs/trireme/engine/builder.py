@@ -12,6 +12,7 @@ from trireme.engine.engine import Engine
 from trireme.engine.kv_copies import Link
 from trireme.engine.kv_preloads import LayersNeeded
 from trireme.engine.settings import EngineSettings
+from trireme.engine.speculation.draft_checkpoint import load_draft
 from trireme.engine.tier import KvTier
 from trireme.loading.whole import load_whole
 from trireme.models.checkpoint import Checkpoint
@@ -25,6 +26,7 @@ def build(
     settings: EngineSettings | None = None,
     *,
     precision: str = AUTO,
+    draft_dir: Path | str | None = None,
     kv_tier: KvTier | None = None,
     preload_layers: int | LayersNeeded = 1,
     link: Link | None = None,
@@ -35,11 +37,13 @@ def build(
     Args:
         settings: None: 512 blocks and the defaults.
         precision: of the linear layers: see `load_whole`.
+        draft_dir: checkpoint of a model that drafts, where the settings speculate.
         kv_tier, preload_layers, link, clock: as for `Engine`.
 
     Raises:
         InvalidCheckpoint: the files are missing, malformed or of an unsupported architecture.
-        InvalidConfiguration: a size is out of range, or the checkpoint is quantized to another precision.
+        InvalidConfiguration: a size is out of range, the checkpoint is quantized to another precision, or the
+            draft model has other tokens.
     """
     settings = settings or EngineSettings(num_blocks=512)
     with Checkpoint(checkpoint_dir) as checkpoint:
@@ -48,6 +52,9 @@ def build(
         loaded = load_whole(
             checkpoint, device=device, dtype=dtype, max_positions=min(limit, wanted), precision=precision
         )
+        draft = None
+        if draft_dir is not None:
+            draft = load_draft(Path(draft_dir), Path(checkpoint_dir), device=device, dtype=dtype)
         return Engine(
             loaded.model,
             settings,
@@ -57,4 +64,5 @@ def build(
             preload_layers=preload_layers,
             link=link,
             clock=clock,
+            draft=draft,
         )

@@ -59,6 +59,18 @@ class Variant(_Section):
     """KV cache to reserve, MiB; 0: the worker's share."""
     max_sequences: int = Field(default=0, ge=0, le=1024)
     """Sequences run at once; 0: the worker's default."""
+    speculate: Literal["off", "auto"] | Annotated[int, Field(ge=1, le=64)] = "off"
+    """Tokens drafted per sequence and step, to be verified together: as many as pay (auto), or always so
+    many. Answers are the same."""
+    draft: Path | None = None
+    """Checkpoint of a smaller model with the same tokenizer that drafts; absent: drafts come from repetitions
+    in prompt and answer alone."""
+
+    @model_validator(mode="after")
+    def _drafts_are_wanted(self) -> Variant:
+        if self.draft is not None and self.speculate == "off":
+            raise ValueError("draft names a model, but speculate is off: set speculate to auto")
+        return self
 
     @model_validator(mode="after")
     def _types_agree(self) -> Variant:
@@ -264,7 +276,9 @@ def _anchored(fleet: Fleet, root: Path) -> Fleet:
         name: model.model_copy(
             update={
                 "variants": {
-                    key: variant.model_copy(update={"checkpoint": absolute(variant.checkpoint)})
+                    key: variant.model_copy(
+                        update={"checkpoint": absolute(variant.checkpoint), "draft": absolute(variant.draft)}
+                    )
                     for key, variant in model.variants.items()
                 }
             }

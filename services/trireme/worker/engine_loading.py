@@ -8,10 +8,12 @@ import torch
 
 from trireme.engine import Engine, EngineSettings, KvTier, SamplingParams, SequenceRequest
 from trireme.engine.kv_memory import block_bytes
+from trireme.engine.speculation.draft_checkpoint import load_draft
 from trireme.loading.whole import load_whole
 from trireme.models.checkpoint import Checkpoint
 from trireme.models.null import NullModel
 from trireme.policies.mlfq import MlfqSettings
+from trireme.policies.speculation import SpeculationSettings
 from trireme.worker.engine_messages import Loaded
 from trireme.worker.preload_rule import PreloadRule
 from trireme.worker.variant_plan import VariantPlan
@@ -43,6 +45,10 @@ def build(plan: VariantPlan, tier: KvTier) -> tuple[Engine, PreloadRule | None]:
         per_block = block_bytes(
             checkpoint.config, block_size=plan.block_tokens, dtype=dtype, kv_dtype=plan.kv_dtype
         )
+        draft, drafting_bytes = None, 0
+        if plan.draft is not None:
+            draft = load_draft(plan.draft, plan.checkpoint, device=device, dtype=dtype)
+            drafting_bytes = block_bytes(draft.config, block_size=plan.block_tokens, dtype=dtype)
         loaded = load_whole(checkpoint, device=device, dtype=dtype, precision=plan.precision)
         rule = PreloadRule(
             num_layers=checkpoint.config.num_layers,
@@ -53,13 +59,14 @@ def build(plan: VariantPlan, tier: KvTier) -> tuple[Engine, PreloadRule | None]:
             loaded.model,
             _settings(
                 plan,
-                num_blocks=max(2, plan.kv_bytes // per_block),
+                num_blocks=max(2, plan.kv_bytes // (per_block + drafting_bytes)),
                 host_blocks=plan.swap_bytes // per_block,
             ),
             tier,
             eos_token_ids=checkpoint.eos_token_ids,
             model_key=loaded.key,
             preload_layers=rule,
+            draft=draft,
         )
         return engine, rule
 
@@ -112,4 +119,11 @@ def _settings(
         max_model_len=max_model_len,
         policy=plan.policy,  # type: ignore[arg-type]  # the settings refuse what they do not know
         mlfq=MlfqSettings(learns_quanta=plan.learns_quanta),
+        speculation=_speculation(plan),
     )
+
+
+def _speculation(plan: VariantPlan) -> SpeculationSettings | None:
+    if plan.speculate == "off":
+        return None
+    return SpeculationSettings(fixed_tokens=None if plan.speculate == "auto" else plan.speculate)

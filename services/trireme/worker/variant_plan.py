@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from trireme.errors import InvalidConfiguration, InvalidRequest
 from trireme.kernels.kv_forms import KV_DTYPES
@@ -38,6 +39,10 @@ class VariantPlan:
     """Host memory for the KV of preempted sequences."""
     precision: str = AUTO
     """Of the linear layers' weights: one of `quant.precisions`."""
+    speculate: Literal["off", "auto"] | int = "off"
+    """Tokens drafted per sequence and step."""
+    draft: Path | None = None
+    """Checkpoint of the model that drafts."""
     kv_dtype: str = AUTO
     """What keys and values are stored as: one of `KV_DTYPES`."""
 
@@ -74,6 +79,8 @@ def plans_of(fleet: Fleet, group: WorkerGroup) -> list[VariantPlan]:
                 dtype=dtype_of(variant.dtype, variant.precision),
                 precision=variant.precision,
                 kv_dtype=variant.kv_dtype,
+                speculate=variant.speculate,
+                draft=variant.draft,
                 kv_bytes=(variant.kv_mib or group.kv_mib) * 2**20,
                 block_tokens=fleet.block_tokens,
                 max_sequences=sequences,

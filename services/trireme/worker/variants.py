@@ -68,7 +68,10 @@ class LoadedVariant:
             rate = news.prefill_tokens / max(news.prefill_s, 1e-9)
             self.prefill_tokens_per_s = _smooth(self.prefill_tokens_per_s, rate)
         elif news.seconds > 0 and not news.prefill_tokens and (news.tokens or news.work):
-            self.decode_tokens_per_s = _smooth(self.decode_tokens_per_s, 1.0 / news.seconds)
+            # A sequence gets more than one token where it speculates.
+            plain = len(news.tokens) // 3
+            each = (plain + len(news.outputs)) / (plain + len(news.work))
+            self.decode_tokens_per_s = _smooth(self.decode_tokens_per_s, max(1.0, each) / news.seconds)
 
     def take_residency(self) -> tuple[list[bytes], list[bytes]]:
         """Blocks that came and went since the last call."""
