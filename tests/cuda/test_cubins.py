@@ -57,7 +57,10 @@ BUDGETS = {
     Kernel(source="append_kv", name="append_kv<bf16>"): Budget(46, 350),
     Kernel(source="swiglu", name="swiglu<bf16>"): Budget(36, 500),
     Kernel(source="copy_blocks", name="copy_blocks"): Budget(28, 100),
+    Kernel(source="append_coded_kv", name="append_coded_kv<bf16, Int8Code>"): Budget(48, 1650),
+    Kernel(source="append_coded_kv", name="append_coded_kv<bf16, Fp8Code>"): Budget(48, 1400),
     attention_kernel("bf16", 128, 1): Budget(192, 4050),
+    attention_kernel("bf16", 128, 1, "Int8Code"): Budget(192, 4100),
     attention_kernel("bf16", 128, 4): Budget(224, 7850),
     merge_kernel("bf16", 128): Budget(48, 1050),
     gemm("fp6_e3m2", 8, "f16"): Budget(63, 1950),
@@ -132,6 +135,8 @@ def mangled_prefix(kernel: Kernel) -> str:
         name, _, inner = argument.partition("<")
         if name.isdigit():
             arguments.append(f"Li{name}E")
+        elif arguments and arguments[0] == f"{len(name)}{name}":
+            arguments.append("S0_")
         else:
             arguments.append(f"{len(name)}{name}" + ("IS0_E" if inner else ""))
     return f"{prefix}I{''.join(arguments)}E"

@@ -12,6 +12,8 @@ from torch import Tensor
 from trireme.kernels import cuda_ops, ops
 from trireme.kernels.attention_batch import AttentionBatch
 from trireme.kernels.cuda_emulator import Emulator
+from trireme.quant.formats import weight_format
+from trireme.quant.quantization import dequantize, quantize
 
 OPERATORS = (
     "rms_norm",
@@ -38,8 +40,12 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_signatures_are_those_of_ops(name: str) -> None:
-    assert inspect.signature(getattr(cuda_ops, name)) == inspect.signature(getattr(ops, name))
+def test_parameters_are_those_of_ops(name: str) -> None:
+    parameters = [
+        [(p.name, p.kind, p.default) for p in inspect.signature(getattr(module, name)).parameters.values()]
+        for module in (cuda_ops, ops)
+    ]
+    assert parameters[0] == parameters[1]
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -75,6 +81,24 @@ def test_gates_and_products_are_alike(dtype: torch.dtype, width: int) -> None:
     torch.testing.assert_close(cuda_ops.linear(gate_up, weight, bias), ops.linear(gate_up, weight, bias))
     expected = ops.linear_add(gate_up, weight, residual, bias)
     torch.testing.assert_close(cuda_ops.linear_add(gate_up, weight, residual, bias), expected)
+
+
+@pytest.mark.parametrize("name", ["fp6_e3m2", "int4_g32_zeros"])
+def test_products_with_few_bits_are_alike(name: str) -> None:
+    weight = quantize(torch.randn(70, 96), weight_format(name))
+    assert cuda_ops.takes_quantized(weight.form, torch.device("cuda"), torch.bfloat16)
+    packed = cuda_ops.pack_quantized(weight, device=torch.device("cpu"))
+    x, bias, residual = (torch.randn(*size, dtype=torch.bfloat16) for size in ((5, 96), (70,), (5, 70)))
+    exact = x.double() @ dequantize(weight, torch.float64).t() + bias.double()
+    assert_same(cuda_ops.linear(x, packed, bias), exact.bfloat16())
+    assert_same(cuda_ops.linear_add(x, packed, residual, bias), (exact + residual.double()).bfloat16())
+
+
+def test_what_has_no_kernel_is_not_taken() -> None:
+    gpu, fp5 = torch.device("cuda"), weight_format("fp5_e2m2")
+    assert not cuda_ops.takes_quantized(fp5, gpu, torch.bfloat16)
+    assert not cuda_ops.takes_quantized(weight_format("fp6_e3m2"), gpu, torch.float32)
+    assert not cuda_ops.takes_quantized(weight_format("fp6_e3m2"), torch.device("cpu"), torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from trireme.kernels.attention_batch import AttentionBatch
 from trireme.kernels.cuda_launch import (
+    CODE_NAMES,
+    SCALE_BYTES,
+    TYPE_NAMES,
     Argument,
     Geometry,
     Kernel,
@@ -47,10 +50,11 @@ class SplitRule:
 _SPLITS: Final = SplitRule()
 
 
-def takes(q: Tensor, batch: AttentionBatch) -> bool:
-    """Whether `paged_attention` takes queries (tokens, heads, head_dim) like these."""
+def takes(q: Tensor, k_cache: Tensor, batch: AttentionBatch) -> bool:
+    """Whether `paged_attention` takes queries (tokens, heads, head_dim) and a cache like these."""
     is_power = batch.block_size & (batch.block_size - 1) == 0
-    return q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] in HEAD_DIMS and is_power
+    is_typed = q.dtype in TYPE_NAMES and k_cache.dtype in (q.dtype, *CODE_NAMES)
+    return is_typed and q.shape[2] in HEAD_DIMS and is_power
 
 
 def paged_attention(
@@ -73,7 +77,8 @@ def paged_attention(
 
     Args:
         q: (tokens, heads, head_dim) float16 or bfloat16; tokens may be strided, head_dim one of `HEAD_DIMS`.
-        k_cache, v_cache: (blocks, block_size, kv_heads, head_dim), contiguous; block_size is a power of two.
+        k_cache, v_cache: (blocks, block_size, kv_heads, row), contiguous, of q's type or in 8 bits
+            (`kernels.kv_forms`): row is head_dim, or 4 more. block_size is a power of two.
         batch: which tokens belong to which sequence, and where its blocks lie.
         scale: factor on the dot products.
         window: a query at position p sees keys at positions > p - window; None: all up to p.
@@ -125,7 +130,7 @@ def paged_attention(
             np.float32(soft_cap or 0.0),
         ]
         launcher.launch(
-            attention_kernel(kind, head_dim, part.row_warps),
+            attention_kernel(kind, head_dim, part.row_warps, CODE_NAMES.get(k_cache.dtype, kind)),
             Geometry(
                 grid=(part.tiles.shape[0], kv_heads, num_splits), threads=128, shared_bytes=shared_bytes
             ),
@@ -148,9 +153,10 @@ def paged_attention(
     return out
 
 
-def attention_kernel(kind: str, head_dim: int, row_warps: int) -> Kernel:
-    """Of element type `f16` or `bf16`; row_warps 1 for decoding, 4 for prefill."""
-    return Kernel(source="paged_attention", name=f"paged_attention<{kind}, {head_dim}, {row_warps}>")
+def attention_kernel(kind: str, head_dim: int, row_warps: int, stored: str | None = None) -> Kernel:
+    """Of element type `f16` or `bf16`; row_warps 1 for decoding, 4 for prefill; stored: the cache's type."""
+    arguments = f"{kind}, {stored or kind}, {head_dim}, {row_warps}"
+    return Kernel(source="paged_attention", name=f"paged_attention<{arguments}>")
 
 
 def merge_kernel(kind: str, head_dim: int) -> Kernel:
@@ -247,9 +253,11 @@ def _check(
     if q.stride(2) != 1 or (heads > 1 and q.stride(1) != head_dim) or q.stride(0) % 8:
         raise ShapeMismatch("the heads of a token of q do not lie side by side at a multiple of 16 bytes")
     blocks = k_cache.shape[0]
-    cache_shape = (blocks, batch.block_size, k_cache.shape[2], head_dim)
+    is_coded = k_cache.dtype in CODE_NAMES
+    row = head_dim + SCALE_BYTES if is_coded else head_dim
+    cache_shape = (blocks, batch.block_size, k_cache.shape[2], row)
     for cache, name in ((k_cache, "k_cache"), (v_cache, "v_cache")):
-        check(cache, name, shape=cache_shape, dtype=q.dtype, device=q.device)
+        check(cache, name, shape=cache_shape, dtype=k_cache.dtype if is_coded else q.dtype, device=q.device)
     if tree_masks is not None:
         check(tree_masks, "tree_masks", shape=(tokens,), dtype=torch.int64, device=q.device)
         if max(batch.query_lens) > MAX_TREE_TOKENS:

@@ -6,16 +6,13 @@ import ctypes
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
 from trireme.errors import Kind, TriremeError
 from trireme.kernels.cuda_compile import CubinCache, architecture, default_cache
 from trireme.kernels.cuda_launch import Argument, Geometry, Kernel, PackedArguments
-
-_PLAIN_SHARED_BYTES: Final = 48 << 10
-"""More of it a kernel gets only if it asks."""
 
 
 class LaunchFailed(TriremeError):
@@ -37,12 +34,21 @@ class CudaDevice:
         LaunchFailed: `cuda-bindings` is not installed.
     """
 
-    __slots__ = ("_cubins", "_device", "_driver", "_functions", "_modules", "_multiprocessors")
+    __slots__ = (
+        "_cubins",
+        "_device",
+        "_driver",
+        "_functions",
+        "_modules",
+        "_multiprocessors",
+        "_shared_bytes",
+    )
 
     def __init__(self, device: torch.device, *, cache: Path | None = None) -> None:
         properties = torch.cuda.get_device_properties(device)
         self._device = device
         self._multiprocessors: int = properties.multi_processor_count
+        self._shared_bytes: int = properties.shared_memory_per_block_optin
         target = architecture((properties.major, properties.minor))
         self._cubins = CubinCache(cache or default_cache(), target)
         try:
@@ -63,8 +69,13 @@ class CudaDevice:
 
         Raises:
             CompilationFailed: it does not compile.
-            LaunchFailed: the driver refuses it.
+            LaunchFailed: the driver refuses it, or a block wants more shared memory than there is.
         """
+        if geometry.shared_bytes > self._shared_bytes:
+            raise LaunchFailed(
+                f"{kernel.name} wants {geometry.shared_bytes} bytes of shared memory; a block of this GPU has "
+                f"{self._shared_bytes}"
+            )
         with torch.cuda.device(self._device):
             function = self._functions.get(kernel)
             if function is None:
@@ -79,7 +90,7 @@ class CudaDevice:
                     geometry.threads,
                     1,
                     1,
-                    self._asked(kernel, function, geometry.shared_bytes),
+                    geometry.shared_bytes,
                     stream,
                     ctypes.addressof(packed.pointers),
                     0,
@@ -91,14 +102,11 @@ class CudaDevice:
         cubin = self._cubins.get(kernel)
         module = self._checked(kernel, self._driver.cuModuleLoadData(cubin.image))
         self._modules.append(module)
-        return self._checked(kernel, self._driver.cuModuleGetFunction(module, cubin.symbol.encode()))
-
-    def _asked(self, kernel: Kernel, function: Any, shared_bytes: int) -> int:
-        """Ask for what the launch needs beyond what every kernel gets."""
-        if shared_bytes > _PLAIN_SHARED_BYTES:
-            attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            self._checked(kernel, self._driver.cuFuncSetAttribute(function, attribute, shared_bytes))
-        return shared_bytes
+        function = self._checked(kernel, self._driver.cuModuleGetFunction(module, cubin.symbol.encode()))
+        # Beyond 48 KiB of shared memory a kernel gets only what it was allowed before its launch.
+        most = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        self._checked(kernel, self._driver.cuFuncSetAttribute(function, most, self._shared_bytes))
+        return function
 
     def _checked(self, kernel: Kernel, result: tuple[Any, ...]) -> Any:
         """What a call of the driver returns beside its status."""

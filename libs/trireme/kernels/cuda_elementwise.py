@@ -12,7 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trireme.kernels.cuda_launch import Geometry, Kernel, Launcher, ShapeMismatch, ceil_div, check, type_name
+from trireme.kernels.cuda_launch import (
+    CODE_NAMES,
+    SCALE_BYTES,
+    Geometry,
+    Kernel,
+    Launcher,
+    ShapeMismatch,
+    ceil_div,
+    check,
+    type_name,
+)
 
 _ROWS_OF_A_WARP: Final = 1024
 """Rows up to this width are a warp's, wider ones a block's."""
@@ -169,9 +179,14 @@ def append_kv(
 ) -> None:
     """Write one step's keys and values into the paged cache, as `kernels.ops.append_kv`; slot -1 skips.
 
+    The cache is of the keys' type, or in 8 bits (`kernels.kv_forms`).
+
     Raises:
         ShapeMismatch: a shape, type, device or layout differs; kv_heads * head_dim is no multiple of 8.
     """
+    if k_cache.dtype in CODE_NAMES:
+        _append_coded(launcher, k_new, v_new, k_cache, v_cache, slots)
+        return
     _check_cache(k_new, k_new, v_new, k_cache, v_cache, slots)
     tokens, kv_heads, head_dim = k_new.shape
     row = kv_heads * head_dim
@@ -189,6 +204,37 @@ def append_kv(
             v_cache,
             np.int32(tokens),
             np.int32(row),
+            np.int64(k_new.stride(0)),
+            np.int64(v_new.stride(0)),
+        ],
+    )
+
+
+def append_coded_kernel(kind: str, code: str) -> Kernel:
+    """From element type `f16` or `bf16` to one of `CODE_NAMES`."""
+    return Kernel(source="append_coded_kv", name=f"append_coded_kv<{kind}, {code}>")
+
+
+def _append_coded(
+    launcher: Launcher, k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
+) -> None:
+    tokens, kv_heads, head_dim = k_new.shape
+    _check_multiple(head_dim, 4, "head_dim")
+    _check_cache(k_new, k_new, v_new, k_cache, v_cache, slots, row=head_dim + SCALE_BYTES)
+    if tokens == 0:
+        return
+    launcher.launch(
+        append_coded_kernel(type_name(k_new, "k_new"), CODE_NAMES[k_cache.dtype]),
+        Geometry(grid=(ceil_div(tokens * kv_heads, 4), 1, 1), threads=128),
+        [
+            k_new,
+            v_new,
+            slots,
+            k_cache,
+            v_cache,
+            np.int32(tokens),
+            np.int32(kv_heads),
+            np.int32(head_dim),
             np.int64(k_new.stride(0)),
             np.int64(v_new.stride(0)),
         ],
@@ -282,7 +328,17 @@ def _check_heads(x: Tensor, name: str, tokens: int, head_dim: int, like: Tensor)
     _check_row_starts(x, name)
 
 
-def _check_cache(like: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+def _check_cache(
+    like: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    *,
+    row: int | None = None,
+) -> None:
+    """`row`: elements of a coded row; None: the cache has plain numbers of the keys' type."""
     tokens, kv_heads, head_dim = k.shape
     for new, name in ((k, "k"), (v, "v")):
         _check_heads(new, name, like.shape[0], like.shape[2], like)
@@ -295,8 +351,8 @@ def _check_cache(like: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: T
         check(
             cache,
             name,
-            shape=(blocks, block_size, kv_heads, head_dim),
-            dtype=like.dtype,
+            shape=(blocks, block_size, kv_heads, row or head_dim),
+            dtype=k_cache.dtype if row else like.dtype,
             device=like.device,
         )
 

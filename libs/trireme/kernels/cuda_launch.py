@@ -21,6 +21,10 @@ from trireme.errors import Kind, TriremeError
 SOURCES: Final = Path(__file__).parent / "csrc" / "cuda"
 TYPE_NAMES: Final = {torch.float16: "f16", torch.bfloat16: "bf16"}
 """Types of kernels, as `csrc/cuda/prim.cuh` calls them."""
+CODE_NAMES: Final = {torch.int8: "Int8Code", torch.uint8: "Fp8Code"}
+"""Types of caches in 8 bits by their storage (`kernels.kv_forms`), as `csrc/cuda/kv_codes.cuh` calls them."""
+SCALE_BYTES: Final = 4
+"""Behind the codes of a row of such a cache."""
 
 Argument = Tensor | None | np.int32 | np.int64 | np.float32
 """A pointer, or a number of exactly the kernel's type."""

@@ -106,18 +106,20 @@ def splits_for(outputs: int, inputs: int, *, multiprocessors: int) -> int:
     return max(1, min(wanted, column_tiles // (_WARPS * _TILES_OF_A_WARP)))
 
 
+def takes(form: WeightFormat) -> bool:
+    """Whether there is a kernel for weights of a format."""
+    return form.minifloat == FP6_E3M2 or (form.minifloat is None and form.bits in (4, 8))
+
+
 def gemm_kernel(kind: str, form: WeightFormat, tile: int) -> Kernel:
     """For activations of type `f16` or `bf16`, weights of a format, and blocks of `tile` tokens.
 
     Raises:
         InvalidCheckpoint: there is no kernel for the format.
     """
-    if form.minifloat == FP6_E3M2:
-        codes = "Fp6"
-    elif form.minifloat is None and form.bits in (4, 8):
-        codes = f"Int{form.bits}"
-    else:
+    if not takes(form):
         raise InvalidCheckpoint(f"there is no CUDA kernel for {form.name}; use fp6_e3m2, int8_ch or int4")
+    codes = "Fp6" if form.minifloat else f"Int{form.bits}"
     return Kernel(
         source="low_bit_gemm", name=f"low_bit_gemm<{kind}, {codes}<{kind}>, {form.group_size or 0}, {tile}>"
     )

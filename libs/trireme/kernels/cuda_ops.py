@@ -1,23 +1,27 @@
 """`kernels.ops` on an NVIDIA GPU: the same signatures, by native kernels or else by PyTorch.
 
-Matrix products with 16-bit weights are cuBLAS's by way of PyTorch. `low_bit_linear`, `add_rms_norm`,
-`rotary_append_kv`, `copy_blocks`, `sample` and the others that `ops` does not have are called directly, with
-`launcher_of` the tensor's device.
+Matrix products with 16-bit weights are cuBLAS's by way of PyTorch. Low-bit weights have
+kernels of their own. `add_rms_norm`, `rotary_append_kv`, `copy_blocks`, `sample` and what else `ops` does not
+have are called directly, with `launcher_of` the tensor's device.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from trireme.kernels import cuda_attention, cuda_elementwise, reference
+from trireme.kernels import cuda_attention, cuda_elementwise, cuda_linear, reference
 from trireme.kernels.attention_batch import AttentionBatch
 from trireme.kernels.cuda_compile import LOWEST_CAPABILITY
 from trireme.kernels.cuda_device import CudaDevice
-from trireme.kernels.cuda_launch import TYPE_NAMES, Launcher
+from trireme.kernels.cuda_launch import CODE_NAMES, TYPE_NAMES, Launcher
+from trireme.quant.device_layouts import DIRECT, PackedWeight, pack_for_device
+from trireme.quant.formats import WeightFormat
+from trireme.quant.quantization import QuantizedWeight
 
 
 @functools.cache
@@ -61,16 +65,38 @@ def activation(x: Tensor, kind: str) -> Tensor:
     return reference.activation(x, kind)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def takes_quantized(form: WeightFormat, device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and dtype in TYPE_NAMES and cuda_linear.takes(form)
+
+
+def pack_quantized(weight: QuantizedWeight, *, device: torch.device) -> PackedWeight:
+    """Bring a weight of a format that `takes_quantized` to the device, in the order of its tensor cores."""
+    packed = pack_for_device(weight, DIRECT)
+    return replace(
+        packed,
+        words=packed.words.to(device),
+        scales=packed.scales.to(device),
+        zeros=None if packed.zeros is None else packed.zeros.to(device),
+    )
+
+
+def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
+    if isinstance(weight, PackedWeight):
+        return cuda_linear.low_bit_linear(launcher_of(x.device), x, weight, bias)
     return reference.linear(x, weight, bias)
 
 
-def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_add(
+    x: Tensor, weight: Tensor | PackedWeight, residual: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    if isinstance(weight, PackedWeight):
+        return cuda_linear.low_bit_linear(launcher_of(x.device), x, weight, bias, residual)
     return reference.linear_add(x, weight, residual, bias)
 
 
 def append_kv(k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    if k_new.dtype not in TYPE_NAMES or k_new.shape[-1] % 8:
+    is_stored = k_cache.dtype in (k_new.dtype, *CODE_NAMES)
+    if k_new.dtype not in TYPE_NAMES or not is_stored or k_new.shape[-1] % 8:
         reference.append_kv(k_new, v_new, k_cache, v_cache, slots)
     else:
         cuda_elementwise.append_kv(launcher_of(k_new.device), k_new, v_new, k_cache, v_cache, slots)
@@ -85,7 +111,7 @@ def paged_attention(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    if not cuda_attention.takes(q, batch):
+    if not cuda_attention.takes(q, k_cache, batch):
         return reference.paged_attention(q, k_cache, v_cache, batch, scale=scale, window=window)
     return cuda_attention.paged_attention(
         launcher_of(q.device), q, k_cache, v_cache, batch, scale=scale, window=window

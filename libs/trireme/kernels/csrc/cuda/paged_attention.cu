@@ -1,7 +1,8 @@
 // paged_attention: causal attention of one step's queries over the paged KV cache, for decode, prefill and trees.
 //
 //   q            [tokens, heads, head_dim]                      T, tokens `q_stride` elements apart
-//   k_cache, v_cache  [blocks, block_size, kv_heads, head_dim]  T, contiguous, block_size = 1 << block_shift
+//   k_cache, v_cache  [blocks, block_size, kv_heads, row]       contiguous, block_size = 1 << block_shift: row is head_dim
+//                elements of T, or head_dim codes and a scale (kv_codes.cuh)
 //   block_tables [sequences, table_width]                       int32, the blocks of each sequence in order
 //   sequences    [sequences, 3]                                 int32: first token in q, tokens in q, tokens in the cache
 //   tiles        [grid.x, 2]                                    int32: sequence, the first of 16 * ROW_WARPS rows
@@ -20,7 +21,7 @@
 // Invariant   splits depend on a sequence's own length; tiles of keys and who takes them, on the position alone. So a
 //             query's result does not depend on the batch, and prefill's not on how it is cut into chunks.
 // Launch      grid (tiles, kv_heads, splits) of 128 threads; 512 * (head_dim + 8) bytes of shared memory.
-// Cost        decode: memory bound, 4 * keys * head_dim bytes a key head. Prefill: 4 * head_dim FLOP a pair.
+// Cost        decode: memory bound, 4 (of codes 2) * keys * head_dim bytes a key head. Prefill: 4 * head_dim FLOP a pair.
 // Reference   tests/cuda/test_attention.py, float64.
 // Source      Dao, FlashAttention-2, 2023 (online softmax); Kwon et al., SOSP 2023 (paging); Dao et al., Flash-Decoding,
 //             2023 (splits); Miao et al., SpecInfer, ASPLOS 2024 (tree masks); Gemma 2, 2024 (soft cap).
@@ -28,9 +29,9 @@
 #include "attention_rows.cuh"
 #include "key_tiles.cuh"
 
-template <class T, int HEAD_DIM, int ROW_WARPS>
+template <class T, class Stored, int HEAD_DIM, int ROW_WARPS>
 __global__ void __launch_bounds__(128)
-    paged_attention(const T* q, const T* k_cache, const T* v_cache, const int* block_tables, const int* sequences,
+    paged_attention(const T* q, const u8* k_cache, const u8* v_cache, const int* block_tables, const int* sequences,
                     const int* tiles, const u64* tree_masks, T* out, float* partial, float* partial_max,
                     float* partial_sum, int heads, int kv_heads, int table_width, int block_shift, int window,
                     int split_unit, int max_splits, int tokens, i64 q_stride, float scale, float soft_cap) {
@@ -48,10 +49,10 @@ __global__ void __launch_bounds__(128)
     const int warp_row = block_row + (ROW_WARPS == 1 ? 0 : 16 * warp);
     AttentionRows<T, HEAD_DIM> rows;
     rows.start(q + i64(first_token) * q_stride + kv_head * group * HEAD_DIM, queries, warp_row, q_stride, lane);
-    const PagedKeys<T> cache = {k_cache,     v_cache,  block_tables + i64(sequence) * table_width,
-                                block_shift, kv_heads, kv_head,
-                                end};
-    const KeyTiles<T, HEAD_DIM, ROW_WARPS> keys(prim_shared(), lane, warp);
+    const PagedKeys cache = {k_cache,     v_cache,  block_tables + i64(sequence) * table_width,
+                             block_shift, kv_heads, kv_head,
+                             end};
+    const KeyTiles<T, Stored, HEAD_DIM, ROW_WARPS> keys(prim_shared(), lane, warp);
     const ScoreScale scores = {scale, soft_cap};
     int first = begin + (ROW_WARPS == 1 ? warp * keys.tile : 0);
     keys.fetch(0, cache, first);
