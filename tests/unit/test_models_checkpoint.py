@@ -13,8 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.unit.engine_support import answer, greedy, prompt_of, reference_model, save, settings
+from tests.unit.test_models_parity import all_logits
 from trireme.engine import EngineSettings, build
 from trireme.errors import InvalidCheckpoint, InvalidConfiguration
+from trireme.kernels import ops
+from trireme.kernels.cpu_library import cpu_library
 from trireme.loading.whole import load_model
 from trireme.models.checkpoint import Checkpoint
 from trireme.models.config import RopeKind, parse_config
@@ -232,6 +235,25 @@ def test_half_precision_answers(saved: Path) -> None:
     engine = build(saved, dtype=torch.bfloat16, settings=settings())
     assert engine.kv_layout.endswith(":bfloat16")
     assert len(answer(engine, prompt_of(1, 20), greedy(8))) == 8
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+@pytest.mark.parametrize("name", ["llama3", "gpt2"])
+def test_weights_stored_in_bfloat16_are_computed_with_in_float32(
+    name: str, is_native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_native:
+        monkeypatch.setattr(ops, "takes_bf16", lambda device, dtype: False)
+    elif cpu_library() is None:
+        pytest.skip("the native kernels are not built, or this CPU lacks AVX2")
+    directory = save(reference_model(name).bfloat16(), tmp_path)
+    reference, token_ids = reference_model(name), prompt_of(3, 60)
+    with torch.inference_mode():
+        for parameter in reference.parameters():
+            parameter.copy_(parameter.bfloat16())
+        expected = reference(torch.tensor([token_ids])).logits[0]
+    found = all_logits(load_model(directory), token_ids)
+    assert (found - expected).abs().max().item() <= 1e-4
 
 
 def test_a_quantization_that_is_not_described_is_refused_by_field(copy: Path) -> None:

@@ -68,18 +68,29 @@ def activation(x: Tensor, kind: str) -> Tensor:
     return reference.activation(x, kind)
 
 
-def pack_weight(weight: Tensor) -> LinearWeight:
+def takes_bf16(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `linear` computes from bfloat16 weights as they are, faster than from wider ones."""
+    if device.type != "cpu" or not low_bit_cpu.takes(None, dtype):
+        return False
+    return dtype != torch.bfloat16 or not onednn.is_available(dtype)
+
+
+def pack_weight(weight: Tensor, dtype: torch.dtype | None = None) -> LinearWeight:
     """Bring a weight (outputs, inputs) into the form that `linear` is fastest with on its device.
 
-    The result is good for `linear` and `linear_add` alone; it may be `weight` itself.
+    The result is good for `linear` and `linear_add` alone; it may be `weight` itself. bfloat16 weights stay
+    bfloat16 where that is faster; products are summed in float32.
+
+    Args:
+        weight: floating.
+        dtype: of the activations; None: the weight's.
     """
-    if weight.device.type != "cpu":
-        return weight
-    if onednn.is_available(weight.dtype):
-        return onednn.pack(weight)
-    if weight.dtype == torch.bfloat16 and low_bit_cpu.takes(None, weight.dtype):
+    dtype = dtype or weight.dtype
+    if weight.dtype == torch.bfloat16 and takes_bf16(weight.device, dtype):
         return low_bit_cpu.pack_bf16(weight)
-    return weight
+    weight = weight.to(dtype)
+    is_packable = weight.device.type == "cpu" and onednn.is_available(dtype)
+    return onednn.pack(weight) if is_packable else weight
 
 
 def takes_quantized(form: WeightFormat, device: torch.device, dtype: torch.dtype) -> bool:

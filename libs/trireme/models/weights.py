@@ -59,11 +59,7 @@ class ModelWeights:
         Raises:
             InvalidCheckpoint: it is missing or has another shape; names it.
         """
-        if self._is_in_few_bits(name):
-            tensor = dequantize(self._quantized(name, shape), self.dtype)
-        else:
-            tensor = self._checkpoint.tensor(name, shape)
-        return tensor.to(self.device, self.dtype)
+        return self._stored(name, shape).to(self.device, self.dtype)
 
     def linear(self, parts: Sequence[Part], inputs: int, *, is_transposed: bool = False) -> LinearWeight:
         """The weights of layers that read the same inputs as one matrix, the first on top.
@@ -84,7 +80,7 @@ class ModelWeights:
             return ops.pack_quantized(quantized, device=self.device, dtype=self.dtype)
         matrices = [self._matrix(name, (rows, inputs), is_transposed=is_transposed) for name, rows in parts]
         matrix = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
-        return ops.pack_weight(matrix)
+        return ops.pack_weight(matrix.to(self.device), self.dtype)
 
     def head(self, embedding: Tensor, embedding_name: str) -> LinearWeight:
         """What scores tokens, (vocabulary, hidden): `lm_head`, or the embedding where it serves as both.
@@ -95,15 +91,21 @@ class ModelWeights:
         rows, inputs = embedding.shape
         if not self.config.tie_embeddings:
             return self.linear([("lm_head.weight", rows)], inputs)
-        if self._is_in_few_bits(embedding_name):
+        if self._is_in_few_bits(embedding_name) or ops.takes_bf16(self.device, self.dtype):
             return self.linear([(embedding_name, rows)], inputs)
         return ops.pack_weight(embedding)
 
     def _matrix(self, name: str, shape: tuple[int, int], *, is_transposed: bool) -> Tensor:
-        """(outputs, inputs)."""
+        """(outputs, inputs) on the CPU."""
         if self._is_in_few_bits(name) or not is_transposed:
-            return self.tensor(name, shape)
-        return self.tensor(name, shape[::-1]).t().contiguous()
+            return self._stored(name, shape)
+        return self._stored(name, shape[::-1]).t().contiguous()
+
+    def _stored(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """On the CPU, in the type it is stored in; codes in `dtype`."""
+        if self._is_in_few_bits(name):
+            return dequantize(self._quantized(name, shape), self.dtype)
+        return self._checkpoint.tensor(name, shape)
 
     def _is_in_few_bits(self, name: str) -> bool:
         return self._few_bits is not None and name in self._few_bits
