@@ -28,6 +28,8 @@ _FLAGS: Final = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-cont
 _UNITS: Final[Mapping[str, Sequence[str]]] = {
     "library.cpp": (),
     "thread_pool.cpp": (),
+    "decoder_layers.cpp": (),
+    "decoder_kernels.cpp": ("-mavx2", "-mfma", "-mtune=znver3"),
     "avx2.cpp": ("-mavx2", "-mfma", "-mtune=znver3"),
     "avx512.cpp": (
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2", "-mfma"),

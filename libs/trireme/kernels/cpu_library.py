@@ -76,6 +76,9 @@ class CpuLibrary:
     linear: Callable[[Any, int, int], int]
     """Takes the address of a `NativeCall`, the level and the threads; returns 0, or what went wrong. Runs
     without the interpreter's lock."""
+    decoder_layers: Callable[[Any, Any, int, int, Any, int, int], int]
+    """Takes the addresses of a shape and of layers (`decoder_cpu`), the first and one past the last of them
+    to run, the address of a step, the level and the threads; as `linear`."""
     read: Callable[[int, int, int], int]
     """Takes an address, a number of bytes and the threads, reads them, and returns their sum as 64-bit words:
     nothing that uses all of the bytes can be faster."""
@@ -94,10 +97,19 @@ def cpu_library() -> CpuLibrary | None:
         _log.warning("cpu_kernels_absent", extra={"reason": str(error), "advice": advice})
         return None
     native.trireme_linear.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
+    native.trireme_decoder_layers.argtypes = (
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
+        *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int),
+    )
     native.trireme_read.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
     native.trireme_read.restype = ctypes.c_uint64
     level = Level(native.trireme_level())
     if level is Level.NONE:
         _log.info("cpu_kernels_absent", extra={"reason": "the CPU has no AVX2"})
         return None
-    return CpuLibrary(level=level, linear=native.trireme_linear, read=native.trireme_read)
+    return CpuLibrary(
+        level=level,
+        linear=native.trireme_linear,
+        decoder_layers=native.trireme_decoder_layers,
+        read=native.trireme_read,
+    )

@@ -14,8 +14,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from trireme.kernels import ops
+from trireme.kernels import decoder_cpu, ops
 from trireme.kernels.attention_batch import AttentionBatch
+from trireme.kernels.low_bit_cpu import PackedLinear
 from trireme.kernels.ops import LinearWeight
 from trireme.models.config import ModelConfig, RopeConfig
 from trireme.models.model import LayerKv
@@ -75,6 +76,7 @@ class Decoder:
             dtype=self.dtype,
         )
         self.key_rotation = self._rope.key_rotation
+        self._native = self._native_layers()
 
     @classmethod
     def load(cls, weights: ModelWeights, *, max_positions: int) -> Self:
@@ -102,6 +104,10 @@ class Decoder:
     ) -> Tensor:
         config = self.config
         eps, scale = config.norm_eps, self._scale
+        if self._native is not None and decoder_cpu.takes_kv(kv[0][0].dtype):
+            x = self._embedding.index_select(0, tokens)
+            self._native.forward(x, positions, kv, batch)
+            return ops.rms_norm(x, self._final_norm, eps)
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         rotated = heads + kv_heads
         cos, sin = self._rope.at(positions)
@@ -122,8 +128,48 @@ class Decoder:
             x = ops.linear_add(ops.swiglu(gate_up), layer.down, x, layer.down_bias)
         return ops.rms_norm(x, self._final_norm, eps)
 
+    def _native_layers(self) -> decoder_cpu.DecoderLayers | None:
+        """All layers in one call, where the CPU's library takes them."""
+        config = self.config
+        layers = [_native_layer(layer) for layer in self._layers]
+        found = [layer for layer in layers if layer is not None]
+        if len(found) < len(layers) or not decoder_cpu.takes(found, config.head_dim, self.dtype):
+            return None
+        cosines, sines = self._rope.tables
+        return decoder_cpu.DecoderLayers(
+            found,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            eps=config.norm_eps,
+            scale=self._scale,
+            cosines=cosines,
+            sines=sines,
+        )
+
     def logits(self, hidden: Tensor) -> Tensor:
         return ops.linear(hidden, self._head).float()
+
+
+def _native_layer(layer: DecoderLayer) -> decoder_cpu.LayerWeights | None:
+    """None: not all of its products are packed for the CPU's library."""
+    match layer.qkv, layer.out, layer.gate_up, layer.down:
+        case PackedLinear() as qkv, PackedLinear() as out, PackedLinear() as gate_up, PackedLinear() as down:
+            return decoder_cpu.LayerWeights(
+                qkv=qkv,
+                out=out,
+                gate_up=gate_up,
+                down=down,
+                input_norm=layer.input_norm,
+                mlp_norm=layer.mlp_norm,
+                qk_norm=layer.qk_norm,
+                qkv_bias=layer.qkv_bias,
+                out_bias=layer.out_bias,
+                gate_up_bias=layer.gate_up_bias,
+                down_bias=layer.down_bias,
+                window=layer.window,
+            )
+    return None
 
 
 def _read_layer(weights: ModelWeights, prefix: str, index: int) -> DecoderLayer:

@@ -70,6 +70,11 @@ class RopeTable:
         self._cos = torch.cat((cos, cos), -1)[:, None, :].to(device, dtype)  # (positions, 1, head_dim)
         self._sin = torch.cat((-sin, sin), -1)[:, None, :].to(device, dtype)
 
+    @property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines: (positions, 1, head_dim)."""
+        return self._cos, self._sin
+
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and signed sine (tokens, 1, head_dim) for positions (tokens,) int64."""
         return self._cos.index_select(0, positions), self._sin.index_select(0, positions)

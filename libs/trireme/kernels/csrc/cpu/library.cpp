@@ -1,15 +1,14 @@
 // What Python calls: trireme_level says which kernels this CPU can run, trireme_linear runs them, trireme_read is
 // their floor.
-#include <cstdlib>
-
-#include "linear.h"
+#include "decoder_layers.h"
+#include "multiply.h"
+#include "room.h"
 #include "thread_pool.h"
 
 namespace trireme {
 namespace {
 
 enum Level { kNone, kAvx2, kAvx512 };
-enum Outcome { kDone, kNoMemory, kNoKernels };
 
 constexpr int64_t kPieceBytes = 64 * 1024;  // of weights, at least; smaller ones cost more to hand out than they save
 constexpr int64_t kFewProducts = 64 * 1024;  // less than this is done before another thread has heard of it
@@ -23,25 +22,6 @@ int best_level() {
                             __builtin_cpu_supports("avx512vnni");
     return has_avx512 ? kAvx512 : kAvx2;
 }
-
-// Memory of one thread that grows and stays.
-class Room {
-  public:
-    ~Room() { std::free(start_); }
-    char* at_least(int64_t bytes) {
-        if (bytes > size_) {
-            std::free(start_);
-            size_ = (bytes + 4095) / 4096 * 4096;
-            start_ = static_cast<char*>(std::aligned_alloc(4096, static_cast<size_t>(size_)));
-            if (!start_) size_ = 0;
-        }
-        return start_;
-    }
-
-  private:
-    char* start_ = nullptr;
-    int64_t size_ = 0;
-};
 
 thread_local Room activation_room;
 
@@ -88,6 +68,18 @@ void read_piece(void* context, int64_t index) {
     reading.sums[index] = sum;
 }
 
+int level_here() {
+    static const int level = best_level();
+    return level;
+}
+
+const Kernels* kernels_of(int level) {
+    if (level > level_here()) return nullptr;
+    return level == kAvx512 ? &kAvx512Kernels : level == kAvx2 ? &kAvx2Kernels : nullptr;
+}
+
+}  // namespace
+
 int multiply(const Call& call, const Kernels& kernels, int threads) {
     const Weight& weight = *call.weight;
     const int64_t blocks = blocks_of(weight.inputs), rows = call.rows, tiles = tiles_of(weight.outputs);
@@ -119,29 +111,26 @@ int multiply(const Call& call, const Kernels& kernels, int threads) {
     return kDone;
 }
 
-}  // namespace
 }  // namespace trireme
 
 #define TRIREME_EXPORT extern "C" __attribute__((visibility("default")))
 
 // The best level of this CPU: 0 none, 1 AVX2, 2 AVX-512.
-TRIREME_EXPORT int trireme_level() {
-    static const int level = trireme::best_level();
-    return level;
-}
+TRIREME_EXPORT int trireme_level() { return trireme::level_here(); }
 
 // Compute call.out with the kernels of `level`, one that the CPU has, on up to `threads` threads. Returns 0, or 1
 // without memory for the activations, or 2 where there are no kernels of that level.
 TRIREME_EXPORT int trireme_linear(const trireme::Call* call, int level, int threads) {
-    if (level > trireme_level()) return trireme::kNoKernels;
-    switch (level) {
-        case trireme::kAvx2:
-            return trireme::multiply(*call, trireme::kAvx2Kernels, threads);
-        case trireme::kAvx512:
-            return trireme::multiply(*call, trireme::kAvx512Kernels, threads);
-        default:
-            return trireme::kNoKernels;
-    }
+    const trireme::Kernels* kernels = trireme::kernels_of(level);
+    return kernels ? trireme::multiply(*call, *kernels, threads) : trireme::kNoKernels;
+}
+
+// Take step.x through layers [first, last). Returns as trireme_linear.
+TRIREME_EXPORT int trireme_decoder_layers(const trireme::DecoderShape* shape, const trireme::DecoderLayer* layers,
+                                          int64_t first, int64_t last, const trireme::DecoderStep* step, int level,
+                                          int threads) {
+    const trireme::Kernels* kernels = trireme::kernels_of(level);
+    return kernels ? trireme::run_layers(*shape, layers, first, last, *step, *kernels, threads) : trireme::kNoKernels;
 }
 
 // Read `bytes` bytes, a multiple of 8, on up to `threads` threads and do nothing with them: their sum.

@@ -1,0 +1,302 @@
+// What a decoder layer does between its products, for AVX2 and FMA.
+//
+// Sums over a row run in 8 lanes, in order, and the lanes are added in one fixed way at the end, so they do not
+// depend on how the work is cut.
+#include <immintrin.h>
+
+#include <cmath>
+#include <initializer_list>
+
+#include "decoder_layers.h"
+
+namespace trireme {
+namespace {
+
+inline __m256 load_reals(const float* at) { return _mm256_loadu_ps(at); }
+inline __m256 load_reals(const uint16_t* at) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+
+inline void store_reals(float* at, __m256 a) { _mm256_storeu_ps(at, a); }
+inline void store_reals(uint16_t* at, __m256 a) {  // to nearest, ties to even; NaN stays NaN
+    const __m256i bits = _mm256_castps_si256(a);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    const __m256i upper = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(at), packed);
+}
+
+inline float sum_lanes(__m256 a) {
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+
+// The sums of four: each as `sum_lanes` would add it.
+inline __m128 sum_lanes(__m256 a, __m256 b, __m256 c, __m256 d) {
+    const __m128 a4 = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 b4 = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+    const __m128 c4 = _mm_add_ps(_mm256_castps256_ps128(c), _mm256_extractf128_ps(c, 1));
+    const __m128 d4 = _mm_add_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1));
+    const __m128 ab = _mm_add_ps(_mm_movelh_ps(a4, b4), _mm_movehl_ps(b4, a4));
+    const __m128 cd = _mm_add_ps(_mm_movelh_ps(c4, d4), _mm_movehl_ps(d4, c4));
+    return _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xDD));
+}
+
+// e to the x within 2 units in the last place; 0 below -87, NaN stays NaN.
+inline __m256 exponential(__m256 x) {
+    const __m256 is_small = _mm256_cmp_ps(x, _mm256_set1_ps(-87.0f), _CMP_LT_OQ);
+    x = _mm256_max_ps(_mm256_set1_ps(-87.0f), _mm256_min_ps(_mm256_set1_ps(88.0f), x));
+    const __m256 power =
+        _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 rest = _mm256_fnmadd_ps(power, _mm256_set1_ps(0.693359375f), x);
+    rest = _mm256_fnmadd_ps(power, _mm256_set1_ps(-2.12194440e-4f), rest);
+    __m256 sum = _mm256_set1_ps(1.0f / 5040.0f);
+    for (const float term : {1.0f / 720.0f, 1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f}) {
+        sum = _mm256_fmadd_ps(sum, rest, _mm256_set1_ps(term));
+    }
+    const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(power), _mm256_set1_epi32(127)), 23);
+    return _mm256_andnot_ps(is_small, _mm256_mul_ps(sum, _mm256_castsi256_ps(bits)));
+}
+
+inline __m256 rotated(const float* x, const float* turned, const float* cosine, const float* sine) {
+    return _mm256_fmadd_ps(load_reals(turned), load_reals(sine), _mm256_mul_ps(load_reals(x), load_reals(cosine)));
+}
+
+// One head in place; `room` has its width.
+inline void rotate(float* head, const float* cosine, const float* sine, int64_t width, float* room) {
+    const int64_t half = width / 2;
+    for (int64_t i = 0; i < half; i += 8) {
+        store_reals(room + i, rotated(head + i, head + half + i, cosine + i, sine + i));
+        store_reals(room + half + i, rotated(head + half + i, head + i, cosine + half + i, sine + half + i));
+    }
+    __builtin_memcpy(head, room, width * sizeof(float));
+}
+
+template <class Element>
+inline void place_rows_as(const DecoderShape& shape, const DecoderLayer& layer, const DecoderStep& step, float* fused,
+                          Element* k_cache, Element* v_cache, int64_t first, int64_t last) {
+    const int64_t width = shape.head_dim, rotated_heads = shape.heads + shape.kv_heads;
+    const int64_t row_width = (rotated_heads + shape.kv_heads) * width;
+    float room[1024];
+    for (int64_t row = first; row < last; ++row) {
+        float* heads = fused + row * row_width;
+        const float* cosine = step.cosines + step.positions[row] * width;
+        const float* sine = step.sines + step.positions[row] * width;
+        for (int64_t head = 0; head < rotated_heads; ++head) {
+            float* at = heads + head * width;
+            if (layer.qk_norm) normalise_rows(at, layer.qk_norm + head * width, shape.eps, width, 1, at);
+            rotate(at, cosine, sine, width, room);
+        }
+        const int64_t to = step.slots[row] * shape.kv_heads * width;
+        const float* keys = heads + shape.heads * width;
+        const float* values = heads + rotated_heads * width;
+        for (int64_t i = 0; i < shape.kv_heads * width; i += 8) {
+            store_reals(k_cache + to + i, load_reals(keys + i));
+            store_reals(v_cache + to + i, load_reals(values + i));
+        }
+    }
+}
+
+template <class Element>
+inline __m256 product(const float* query, const Element* key, int64_t width) {
+    __m256 sum = _mm256_mul_ps(load_reals(query), load_reals(key));
+    for (int64_t i = 8; i < width; i += 8) sum = _mm256_fmadd_ps(load_reals(query + i), load_reals(key + i), sum);
+    return sum;
+}
+
+// Keys [first, last) of the sequence, of which the cache's rows lie `stride` apart.
+template <class Element>
+class KeyRows {
+  public:
+    KeyRows(const void* cache, const int64_t* table, int64_t block_size, int64_t stride)
+        : cache_(static_cast<const Element*>(cache)), table_(table), block_size_(block_size), stride_(stride) {}
+    // Addresses of rows [first, last), at most kKeysAtOnce.
+    void find(int64_t first, int64_t last, const Element** rows) const {
+        int64_t block = first / block_size_, offset = first % block_size_;
+        for (int64_t key = first; key < last; ++key) {
+            *rows++ = cache_ + (table_[block] * block_size_ + offset) * stride_;
+            if (++offset == block_size_) {
+                offset = 0;
+                ++block;
+            }
+        }
+    }
+
+  private:
+    const Element* cache_;
+    const int64_t* table_;
+    int64_t block_size_, stride_;
+};
+
+inline int64_t first_key(const AttentionPiece& piece, int64_t row) {
+    const int64_t position = piece.position + row;
+    return piece.window > 0 && position + 1 > piece.window ? position + 1 - piece.window : 0;
+}
+
+template <class Element>
+inline void score_keys(const float* query, const Element* const* keys, int64_t count, int64_t width, float scale,
+                       float* scores) {
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+        const __m128 sums = sum_lanes(product(query, keys[i], width), product(query, keys[i + 1], width),
+                                      product(query, keys[i + 2], width), product(query, keys[i + 3], width));
+        _mm_storeu_ps(scores + i, _mm_mul_ps(sums, _mm_set1_ps(scale)));
+    }
+    for (; i < count; ++i) {
+        const __m256 one = product(query, keys[i], width);
+        scores[i] = _mm_cvtss_f32(sum_lanes(one, one, one, one)) * scale;
+    }
+}
+
+// Weights that sum to 1 in place of the scores; behind them zeros up to a multiple of 8.
+inline void weigh(float* scores, int64_t count) {
+    const int64_t padded = (count + 7) / 8 * 8;
+    for (int64_t i = count; i < padded; ++i) scores[i] = -INFINITY;
+    __m256 most = load_reals(scores);
+    for (int64_t i = 8; i < padded; i += 8) most = _mm256_max_ps(most, load_reals(scores + i));
+    float lanes[8];
+    store_reals(lanes, most);
+    float highest = lanes[0];
+    for (int i = 1; i < 8; ++i) highest = lanes[i] > highest ? lanes[i] : highest;
+    const __m256 from = _mm256_set1_ps(highest);
+    __m256 total = _mm256_setzero_ps();
+    for (int64_t i = 0; i < padded; i += 8) {
+        const __m256 weight = exponential(_mm256_sub_ps(load_reals(scores + i), from));
+        store_reals(scores + i, weight);
+        total = _mm256_add_ps(total, weight);
+    }
+    const __m256 share = _mm256_set1_ps(1.0f / sum_lanes(total));
+    for (int64_t i = 0; i < padded; i += 8) store_reals(scores + i, _mm256_mul_ps(load_reals(scores + i), share));
+}
+
+// Adds `count` weighted values to 8 * kParts columns of `out`.
+template <int kParts, class Element>
+inline void gather_columns(const float* weights, const Element* const* values, int64_t count, float* out) {
+    __m256 sums[kParts];
+#pragma GCC unroll 8
+    for (int part = 0; part < kParts; ++part) sums[part] = load_reals(out + 8 * part);
+    for (int64_t i = 0; i < count; ++i) {
+        const __m256 weight = _mm256_set1_ps(weights[i]);
+#pragma GCC unroll 8
+        for (int part = 0; part < kParts; ++part) {
+            sums[part] = _mm256_fmadd_ps(weight, load_reals(values[i] + 8 * part), sums[part]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int part = 0; part < kParts; ++part) store_reals(out + 8 * part, sums[part]);
+}
+
+template <class Element>
+inline void gather_values(const float* weights, const Element* const* values, int64_t count, int64_t width, float* out) {
+    const Element* shifted[kKeysAtOnce];
+    for (int64_t column = 0; column < width;) {
+        for (int64_t i = 0; i < count; ++i) shifted[i] = values[i] + column;
+        if (width - column >= 64) {
+            gather_columns<8>(weights, shifted, count, out + column);
+            column += 64;
+        } else {
+            gather_columns<2>(weights, shifted, count, out + column);
+            column += 16;
+        }
+    }
+}
+
+template <class Element>
+inline void attend_as(const DecoderShape& shape, const AttentionPiece& piece, float* scores) {
+    const int64_t width = shape.head_dim, stride = shape.kv_heads * width, room = score_room(piece);
+    const int64_t begin = first_key(piece, 0), end = piece.position + piece.count;
+    const KeyRows<Element> keys(piece.keys, piece.table, shape.block_size, stride);
+    const KeyRows<Element> values(piece.values, piece.table, shape.block_size, stride);
+    const Element* rows[kKeysAtOnce];
+    for (int64_t first = begin; first < end; first += kKeysAtOnce) {
+        const int64_t last = least(first + kKeysAtOnce, end);
+        keys.find(first, last, rows);
+        for (int64_t row = 0; row < piece.count; ++row) {
+            const int64_t from = first > first_key(piece, row) ? first : first_key(piece, row);
+            const int64_t to = least(last, piece.position + row + 1);
+            if (from >= to) continue;
+            for (int64_t head = 0; head < piece.shared; ++head) {
+                score_keys(piece.queries + row * piece.query_stride + head * width, rows + (from - first), to - from,
+                           width, shape.scale,
+                           scores + (row * piece.shared + head) * room + (from - first_key(piece, row)));
+            }
+        }
+    }
+    for (int64_t row = 0; row < piece.count; ++row) {
+        for (int64_t head = 0; head < piece.shared; ++head) {
+            weigh(scores + (row * piece.shared + head) * room, piece.position + row + 1 - first_key(piece, row));
+            float* out = piece.out + row * piece.out_stride + head * width;
+            for (int64_t i = 0; i < width; i += 8) store_reals(out + i, _mm256_setzero_ps());
+        }
+    }
+    for (int64_t first = begin; first < end; first += kKeysAtOnce) {
+        const int64_t last = least(first + kKeysAtOnce, end);
+        values.find(first, last, rows);
+        for (int64_t row = 0; row < piece.count; ++row) {
+            const int64_t from = first > first_key(piece, row) ? first : first_key(piece, row);
+            const int64_t to = least(last, piece.position + row + 1);
+            if (from >= to) continue;
+            for (int64_t head = 0; head < piece.shared; ++head) {
+                gather_values(scores + (row * piece.shared + head) * room + (from - first_key(piece, row)),
+                              rows + (from - first), to - from, width,
+                              piece.out + row * piece.out_stride + head * width);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+void normalise_rows(const float* x, const float* weight, float eps, int64_t width, int64_t rows, float* out) {
+    for (int64_t row = 0; row < rows; ++row, x += width, out += width) {
+        __m256 squares = _mm256_setzero_ps();
+        for (int64_t i = 0; i < width; i += 8) squares = _mm256_fmadd_ps(load_reals(x + i), load_reals(x + i), squares);
+        const float mean = sum_lanes(squares) / static_cast<float>(width);
+        const __m256 factor = _mm256_set1_ps(1.0f / std::sqrt(mean + eps));
+        for (int64_t i = 0; i < width; i += 8) {
+            store_reals(out + i, _mm256_mul_ps(_mm256_mul_ps(load_reals(x + i), factor), load_reals(weight + i)));
+        }
+    }
+}
+
+void place_rows(const DecoderShape& shape, const DecoderLayer& layer, const DecoderStep& step, float* fused,
+                void* k_cache, void* v_cache, int64_t first, int64_t last) {
+    if (shape.kv_type == kKvFloat32) {
+        place_rows_as(shape, layer, step, fused, static_cast<float*>(k_cache), static_cast<float*>(v_cache), first, last);
+    } else {
+        place_rows_as(shape, layer, step, fused, static_cast<uint16_t*>(k_cache), static_cast<uint16_t*>(v_cache), first,
+                      last);
+    }
+}
+
+int64_t score_room(const AttentionPiece& piece) {
+    const int64_t keys = piece.position + piece.count;
+    const int64_t most = piece.window > 0 ? least(piece.window, keys) : keys;
+    return (most + 7) / 8 * 8;
+}
+
+void attend(const DecoderShape& shape, const AttentionPiece& piece, float* scores) {
+    if (shape.kv_type == kKvFloat32) {
+        attend_as<float>(shape, piece, scores);
+    } else {
+        attend_as<uint16_t>(shape, piece, scores);
+    }
+}
+
+void gate_rows(const float* gate_up, int64_t inner, int64_t rows, float* out) {
+    const __m256 one = _mm256_set1_ps(1.0f), sign = _mm256_set1_ps(-0.0f);
+    for (int64_t row = 0; row < rows; ++row, gate_up += 2 * inner, out += inner) {
+        for (int64_t i = 0; i < inner; i += 8) {
+            const __m256 gate = load_reals(gate_up + i);
+            const __m256 open = _mm256_div_ps(gate, _mm256_add_ps(one, exponential(_mm256_xor_ps(gate, sign))));
+            store_reals(out + i, _mm256_mul_ps(open, load_reals(gate_up + inner + i)));
+        }
+    }
+}
+
+}  // namespace trireme

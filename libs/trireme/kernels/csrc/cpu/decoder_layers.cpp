@@ -1,0 +1,163 @@
+#include "decoder_layers.h"
+
+#include <atomic>
+
+#include "multiply.h"
+#include "room.h"
+#include "thread_pool.h"
+
+namespace trireme {
+namespace {
+
+constexpr int64_t kFewElements = 16 * 1024;  // less than this is done before another thread has heard of it
+
+thread_local Room buffers;
+thread_local Room scores_room;
+
+struct Job {
+    const DecoderShape& shape;
+    const DecoderLayer* layer;
+    const DecoderStep& step;
+    float* normed;   // (rows, hidden)
+    float* fused;    // (rows, (heads + 2 * kv_heads) * head_dim)
+    float* seen;     // (rows, heads * head_dim)
+    float* gate_up;  // (rows, 2 * inner)
+    float* gated;    // (rows, inner)
+    const float* norm;
+    void* k_cache;
+    void* v_cache;
+    int64_t rows_per_piece;
+    int64_t pieces;
+    std::atomic<bool> is_out_of_memory{false};
+
+    int64_t row_width() const { return (shape.heads + 2 * shape.kv_heads) * shape.head_dim; }
+    int64_t first_row(int64_t index) const { return index * rows_per_piece; }
+    int64_t last_row(int64_t index) const { return least(first_row(index) + rows_per_piece, step.rows); }
+};
+
+void normalise_piece(void* context, int64_t index) {
+    Job& job = *static_cast<Job*>(context);
+    const int64_t first = job.first_row(index), width = job.shape.hidden;
+    normalise_rows(job.step.x + first * width, job.norm, job.shape.eps, width, job.last_row(index) - first,
+                   job.normed + first * width);
+}
+
+void place_piece(void* context, int64_t index) {
+    Job& job = *static_cast<Job*>(context);
+    place_rows(job.shape, *job.layer, job.step, job.fused, job.k_cache, job.v_cache, job.first_row(index),
+               job.last_row(index));
+}
+
+void gate_piece(void* context, int64_t index) {
+    Job& job = *static_cast<Job*>(context);
+    const int64_t first = job.first_row(index), inner = job.shape.inner;
+    gate_rows(job.gate_up + first * 2 * inner, inner, job.last_row(index) - first, job.gated + first * inner);
+}
+
+// Which rows of which sequence; pieces are counted sequence by sequence, the latest rows, which see most, first.
+struct Place {
+    int64_t sequence, first, count, row;
+};
+
+Place place_of(const DecoderStep& step, int64_t index) {
+    int64_t row = 0;
+    for (int64_t sequence = 0;; ++sequence) {
+        const int64_t length = step.query_lens[sequence], pieces = (length + kQueryRows - 1) / kQueryRows;
+        if (index < pieces) {
+            const int64_t first = (pieces - 1 - index) * kQueryRows;
+            return {sequence, first, least(kQueryRows, length - first), row + first};
+        }
+        index -= pieces;
+        row += length;
+    }
+}
+
+void attend_piece(void* context, int64_t index) {
+    Job& job = *static_cast<Job*>(context);
+    const DecoderShape& shape = job.shape;
+    const Place place = place_of(job.step, index / shape.kv_heads);
+    const int64_t head = index % shape.kv_heads, shared = shape.heads / shape.kv_heads, width = shape.head_dim;
+    const int64_t element = shape.kv_type == kKvFloat32 ? 4 : 2;
+    const int64_t context_len = job.step.context_lens[place.sequence], length = job.step.query_lens[place.sequence];
+    AttentionPiece piece{};
+    piece.queries = job.fused + place.row * job.row_width() + head * shared * width;
+    piece.out = job.seen + place.row * shape.heads * width + head * shared * width;
+    piece.keys = static_cast<const char*>(job.k_cache) + head * width * element;
+    piece.values = static_cast<const char*>(job.v_cache) + head * width * element;
+    piece.table = job.step.tables + place.sequence * job.step.table_width;
+    piece.position = context_len - length + place.first;
+    piece.count = place.count;
+    piece.shared = shared;
+    piece.query_stride = job.row_width();
+    piece.out_stride = shape.heads * width;
+    piece.window = job.layer->window;
+    char* room = scores_room.at_least(score_room(piece) * piece.count * shared * 4);
+    if (!room) {
+        job.is_out_of_memory.store(true, std::memory_order_relaxed);
+        return;
+    }
+    attend(shape, piece, reinterpret_cast<float*>(room));
+}
+
+int64_t rounded(int64_t elements) { return (elements + 15) / 16 * 16; }
+
+}  // namespace
+
+int run_layers(const DecoderShape& shape, const DecoderLayer* layers, int64_t first, int64_t last, const DecoderStep& step,
+               const Kernels& kernels, int threads) {
+    const int64_t rows = step.rows;
+    if (rows == 0) return kDone;
+    Job job{shape, layers, step, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 0, 0};
+    const int64_t sizes[] = {rounded(rows * shape.hidden), rounded(rows * job.row_width()),
+                             rounded(rows * shape.heads * shape.head_dim), rounded(rows * 2 * shape.inner),
+                             rounded(rows * shape.inner)};
+    int64_t total = 0;
+    for (const int64_t size : sizes) total += size;
+    float* at = reinterpret_cast<float*>(buffers.at_least(total * 4));
+    if (!at) return kNoMemory;
+    float** parts[] = {&job.normed, &job.fused, &job.seen, &job.gate_up, &job.gated};
+    for (int i = 0; i < 5; ++i) {
+        *parts[i] = at;
+        at += sizes[i];
+    }
+    const auto over_rows = [&](Piece piece, int64_t width) {
+        const int used = rows * width < kFewElements ? 1 : threads;
+        job.rows_per_piece = (rows + 4 * used - 1) / (4 * used);
+        run_pieces(piece, &job, (rows + job.rows_per_piece - 1) / job.rows_per_piece, used);
+    };
+    int64_t tiles = 0, keys = 0;
+    for (int64_t sequence = 0; sequence < step.sequences; ++sequence) {
+        tiles += (step.query_lens[sequence] + kQueryRows - 1) / kQueryRows;
+        keys += step.query_lens[sequence] * step.context_lens[sequence];
+    }
+    const int attention_threads = keys * shape.heads * shape.head_dim < 4 * kFewElements ? 1 : threads;
+    const auto product = [&](const Weight* weight, const float* x, int64_t inputs, const float* bias,
+                             const float* residual, float* out) {
+        return multiply(Call{weight, x, bias, residual, out, rows, inputs, kFloat32}, kernels, threads);
+    };
+    for (int64_t index = first; index < last; ++index) {
+        const DecoderLayer& layer = layers[index];
+        job.layer = &layer;
+        job.k_cache = step.k_caches[index];
+        job.v_cache = step.v_caches[index];
+        job.norm = layer.input_norm;
+        over_rows(normalise_piece, shape.hidden);
+        int outcome = product(layer.qkv, job.normed, shape.hidden, layer.qkv_bias, nullptr, job.fused);
+        if (outcome) return outcome;
+        over_rows(place_piece, job.row_width());
+        run_pieces(attend_piece, &job, tiles * shape.kv_heads, attention_threads);
+        if (job.is_out_of_memory.load(std::memory_order_relaxed)) return kNoMemory;
+        outcome = product(layer.out, job.seen, shape.heads * shape.head_dim, layer.out_bias, step.x, step.x);
+        if (outcome) return outcome;
+        job.norm = layer.mlp_norm;
+        over_rows(normalise_piece, shape.hidden);
+        outcome = product(layer.gate_up, job.normed, shape.hidden, layer.gate_up_bias, nullptr, job.gate_up);
+        if (outcome) return outcome;
+        over_rows(gate_piece, shape.inner);
+        outcome = product(layer.down, job.gated, shape.inner, layer.down_bias, step.x, step.x);
+        if (outcome) return outcome;
+    }
+    return kDone;
+}
+
+}  // namespace trireme

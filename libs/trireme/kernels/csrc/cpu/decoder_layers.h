@@ -1,0 +1,95 @@
+// The layers of a Llama-type model over one step's tokens, in one call: what a step costs beside its products is
+// then a few microseconds and not a Python call per operator.
+//
+// Activations are float32. A row's result depends on its own sequence alone, bit for bit: not on the other rows, how
+// a prompt is cut into chunks, or the threads.
+#pragma once
+
+#include <cstdint>
+
+#include "linear.h"
+
+namespace trireme {
+
+// Mirrored by ctypes in decoder_cpu.py, as the two below.
+struct DecoderLayer {
+    const Weight* qkv;      // queries, keys, values
+    const Weight* out;
+    const Weight* gate_up;  // gate, up
+    const Weight* down;
+    const float* input_norm;    // (hidden)
+    const float* mlp_norm;      // (hidden)
+    const float* qk_norm;       // (heads + kv_heads, head_dim), or null
+    const float* qkv_bias;      // each (outputs), or null
+    const float* out_bias;
+    const float* gate_up_bias;
+    const float* down_bias;
+    int64_t window;             // 0: all keys are seen
+};
+
+enum KvType : int32_t { kKvFloat32, kKvBfloat16 };
+
+struct DecoderShape {
+    int64_t hidden;
+    int64_t inner;  // of the feed-forward
+    int64_t heads;
+    int64_t kv_heads;
+    int64_t head_dim;  // a multiple of 16
+    int64_t block_size;
+    float eps;
+    float scale;
+    int32_t kv_type;
+};
+
+struct DecoderStep {
+    float* x;               // (rows, hidden): the residual stream, in and out
+    const int64_t* positions;  // (rows)
+    const float* cosines;   // (positions, head_dim)
+    const float* sines;     // the same, negated in the first half
+    const int64_t* slots;   // (rows): where each row's key and value go
+    const int64_t* query_lens;    // (sequences): rows of each, in order
+    const int64_t* context_lens;  // (sequences): keys of each, its rows' own included
+    const int64_t* tables;        // (sequences, table_width): its blocks
+    void* const* k_caches;  // (layers): (blocks, block_size, kv_heads, head_dim)
+    void* const* v_caches;
+    int64_t rows;
+    int64_t sequences;
+    int64_t table_width;
+};
+
+static_assert(sizeof(DecoderLayer) == 96 && sizeof(DecoderShape) == 64 && sizeof(DecoderStep) == 104,
+              "decoder_cpu.py has these sizes too");
+
+// Rows of one sequence that read the same keys in turn: those in a first-level cache serve all of them.
+constexpr int64_t kQueryRows = 8;
+constexpr int64_t kKeysAtOnce = 64;
+
+// Queries [first, last) of one sequence, for one head of keys.
+struct AttentionPiece {
+    const float* queries;  // of row `first`, the first of the heads that share the keys
+    float* out;            // the same place in the result
+    const void* keys;      // of the whole cache, this head's
+    const void* values;
+    const int64_t* table;
+    int64_t position;      // of row `first`
+    int64_t count;         // rows
+    int64_t shared;        // heads that share the keys
+    int64_t query_stride;  // elements from row to row
+    int64_t out_stride;
+    int64_t window;
+};
+
+void normalise_rows(const float* x, const float* weight, float eps, int64_t width, int64_t rows, float* out);
+// Normalise queries and keys per head where the layer says so, rotate them, and take keys and values to the cache.
+void place_rows(const DecoderShape& shape, const DecoderLayer& layer, const DecoderStep& step, float* fused,
+                void* k_cache, void* v_cache, int64_t first, int64_t last);
+// `scores` has room for count * shared rows of `score_room(piece)` floats each.
+int64_t score_room(const AttentionPiece& piece);
+void attend(const DecoderShape& shape, const AttentionPiece& piece, float* scores);
+void gate_rows(const float* gate_up, int64_t inner, int64_t rows, float* out);
+
+// Outcomes as of trireme_linear.
+int run_layers(const DecoderShape& shape, const DecoderLayer* layers, int64_t first, int64_t last, const DecoderStep& step,
+               const Kernels& kernels, int threads);
+
+}  // namespace trireme

@@ -1,0 +1,219 @@
+"""The layers of a Llama-type model on x86 CPUs in one native call (`csrc/cpu/decoder_layers.h`).
+
+A small model's step in PyTorch is mostly the cost of calling operators. Here it is the products and the
+memory they read. A row's result is the same, to the last bit, whatever else is in the batch and however its
+prompt was cut.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trireme.errors import InvalidConfiguration
+from trireme.kernels.attention_batch import AttentionBatch
+from trireme.kernels.cpu_library import cpu_library
+from trireme.kernels.low_bit_cpu import PackedLinear
+
+_KV_TYPES: Final = {torch.float32: 0, torch.bfloat16: 1}
+"""As in decoder_layers.h."""
+_MOST_HEAD_DIM: Final = 1024
+_SIZES: Final = ("hidden", "inner", "heads", "kv_heads", "head_dim", "block_size")
+_PLACES: Final = ("query_lens", "context_lens", "tables", "k_caches", "v_caches")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerWeights:
+    """One layer: products packed by `low_bit_cpu`, the others float32 and contiguous; None: it has none."""
+
+    qkv: PackedLinear
+    out: PackedLinear
+    gate_up: PackedLinear
+    down: PackedLinear
+    input_norm: Tensor
+    """(hidden,)."""
+    mlp_norm: Tensor
+    """(hidden,)."""
+    qk_norm: Tensor | None
+    """(heads + kv_heads, head_dim)."""
+    qkv_bias: Tensor | None
+    out_bias: Tensor | None
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+    window: int | None
+
+
+class _Layer(ctypes.Structure):
+    """`DecoderLayer`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, ctypes.c_void_p) for name in ("input_norm", "mlp_norm", "qk_norm")),
+        *((name, ctypes.c_void_p) for name in ("qkv_bias", "out_bias", "gate_up_bias", "down_bias")),
+        ("window", ctypes.c_int64),
+    )
+
+
+class _Shape(ctypes.Structure):
+    """`DecoderShape`."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in _SIZES),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+        ("kv_type", ctypes.c_int32),
+    )
+
+
+class _Step(ctypes.Structure):
+    """`DecoderStep`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "positions", "cosines", "sines", "slots")),
+        *((name, ctypes.c_void_p) for name in _PLACES),
+        *((name, ctypes.c_int64) for name in ("rows", "sequences", "table_width")),
+    )
+
+
+class DecoderLayers:
+    """All layers of one model.
+
+    Args:
+        layers: their weights, which `takes` takes.
+        heads, kv_heads, head_dim: of the attention.
+        eps: of the norms.
+        scale: factor on the dot products.
+        cosines, sines: (positions, head_dim) float32, sines negated in the first half.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerWeights],
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        eps: float,
+        scale: float,
+        cosines: Tensor,
+        sines: Tensor,
+    ) -> None:
+        library = cpu_library()
+        assert library is not None, "takes() says so"
+        self._run = library.decoder_layers
+        self._level = library.level
+        self._kept = (tuple(layers), cosines, sines)  # the library reads in them
+        self._layers = (_Layer * len(layers))(*map(_native, layers))
+        self._num_layers = len(layers)
+        self._cosines, self._sines = cosines.data_ptr(), sines.data_ptr()
+        self._shape = _Shape(
+            hidden=layers[0].qkv.shape[1],
+            inner=layers[0].down.shape[1],
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            eps=eps,
+            scale=scale,
+        )
+        self._pointers = ctypes.c_void_p * self._num_layers
+
+    def forward(
+        self, x: Tensor, positions: Tensor, kv: Sequence[tuple[Tensor, Tensor]], batch: AttentionBatch
+    ) -> None:
+        """Take the residual stream through all layers, in place; keys and values go to the cache.
+
+        Args:
+            x: (tokens, hidden) float32, contiguous.
+            positions: (tokens,) int64.
+            kv: per layer, caches (blocks, block_size, kv_heads, head_dim) of a type that `takes_kv`. What is
+                no list or tuple is walked layer by layer, as each is computed.
+            batch: the tokens' sequences.
+
+        Raises:
+            MemoryError: there is too little for the step.
+        """
+        query_lens = np.asarray(batch.query_lens, dtype=np.int64)
+        context_lens = np.asarray(batch.context_lens, dtype=np.int64)
+        tables = np.ascontiguousarray(batch.block_tables, dtype=np.int64)
+        shape, threads = self._shape, torch.get_num_threads()
+        shape.block_size = batch.block_size
+        keys, values = self._pointers(), self._pointers()
+        step = _Step(
+            x.data_ptr(),
+            positions.data_ptr(),
+            self._cosines,
+            self._sines,
+            batch.slots.data_ptr(),
+            query_lens.ctypes.data,
+            context_lens.ctypes.data,
+            tables.ctypes.data,
+            ctypes.addressof(keys),
+            ctypes.addressof(values),
+            x.shape[0],
+            len(query_lens),
+            tables.shape[1],
+        )
+        first = 0
+        is_there = isinstance(kv, (list, tuple))
+        for index, (k_cache, v_cache) in enumerate(kv):
+            if index == 0:
+                shape.kv_type = _KV_TYPES[k_cache.dtype]
+            keys[index], values[index] = k_cache.data_ptr(), v_cache.data_ptr()
+            if not is_there or index == self._num_layers - 1:
+                outcome = self._run(
+                    ctypes.addressof(shape),
+                    ctypes.addressof(self._layers),
+                    first,
+                    index + 1,
+                    ctypes.addressof(step),
+                    self._level,
+                    threads,
+                )
+                if outcome:
+                    raise MemoryError(f"no memory for a step of {x.shape[0]} tokens")
+                first = index + 1
+
+
+def takes(layers: Sequence[LayerWeights], head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether `DecoderLayers` runs here for such layers and activations of `dtype`: of float32 it does."""
+    products = [product for each in layers for product in (each.qkv, each.out, each.gate_up, each.down)]
+    return (
+        bool(products)
+        and dtype == torch.float32
+        and head_dim % 16 == 0
+        and head_dim <= _MOST_HEAD_DIM
+        and all(width % 8 == 0 for product in products for width in product.shape)
+        and cpu_library() is not None
+    )
+
+
+def takes_kv(dtype: torch.dtype) -> bool:
+    """Whether keys and values of this type can be read."""
+    return dtype in _KV_TYPES
+
+
+def _native(layer: LayerWeights) -> _Layer:
+    products = (layer.qkv, layer.out, layer.gate_up, layer.down)
+    reals = (
+        layer.input_norm,
+        layer.mlp_norm,
+        layer.qk_norm,
+        layer.qkv_bias,
+        layer.out_bias,
+        layer.gate_up_bias,
+        layer.down_bias,
+    )
+    for tensor in reals:
+        if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
+            raise InvalidConfiguration("norms and biases must be contiguous float32")
+    return _Layer(
+        *(ctypes.addressof(product.native) for product in products),
+        *(None if tensor is None else tensor.data_ptr() for tensor in reals),
+        layer.window or 0,
+    )
