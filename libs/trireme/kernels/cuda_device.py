@@ -48,15 +48,15 @@ class CudaDevice:
         properties = torch.cuda.get_device_properties(device)
         self._device = device
         self._multiprocessors: int = properties.multi_processor_count
-        self._shared_bytes: int = properties.shared_memory_per_block_optin
         target = architecture((properties.major, properties.minor))
         self._cubins = CubinCache(cache or default_cache(), target)
         try:
             self._driver: Any = importlib.import_module("cuda.bindings.driver")
         except ModuleNotFoundError as error:
             raise LaunchFailed(
-                "install cuda-bindings (pip install trireme[nvidia]) to run CUDA kernels"
+                "cuda-bindings is not installed; PyTorch's builds for CUDA bring it with them"
             ) from error
+        self._shared_bytes = self._most_shared_bytes()
         self._modules: list[Any] = []
         self._functions: dict[Kernel, Any] = {}
 
@@ -83,7 +83,7 @@ class CudaDevice:
             packed = PackedArguments(arguments)
             stream = torch.cuda.current_stream(self._device).cuda_stream
             self._checked(
-                kernel,
+                kernel.name,
                 self._driver.cuLaunchKernel(
                     function,
                     *geometry.grid,
@@ -98,19 +98,28 @@ class CudaDevice:
             )
 
     def _load(self, kernel: Kernel) -> Any:
-        torch.cuda.current_stream(self._device).synchronize()  # the device's context is current from here on
+        torch.cuda.current_stream(self._device).synchronize()  # makes the device's context current
         cubin = self._cubins.get(kernel)
-        module = self._checked(kernel, self._driver.cuModuleLoadData(cubin.image))
+        name = kernel.name
+        module = self._checked(name, self._driver.cuModuleLoadData(cubin.image))
         self._modules.append(module)
-        function = self._checked(kernel, self._driver.cuModuleGetFunction(module, cubin.symbol.encode()))
+        function = self._checked(name, self._driver.cuModuleGetFunction(module, cubin.symbol.encode()))
         # Beyond 48 KiB of shared memory a kernel gets only what it was allowed before its launch.
         most = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        self._checked(kernel, self._driver.cuFuncSetAttribute(function, most, self._shared_bytes))
+        self._checked(name, self._driver.cuFuncSetAttribute(function, most, self._shared_bytes))
         return function
 
-    def _checked(self, kernel: Kernel, result: tuple[Any, ...]) -> Any:
+    def _most_shared_bytes(self) -> int:
+        """Shared memory that one block may have."""
+        index = torch.cuda.current_device() if self._device.index is None else self._device.index
+        handle = self._checked("a device", self._driver.cuDeviceGet(index))
+        attributes = self._driver.CUdevice_attribute
+        most = attributes.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        return int(self._checked("an attribute", self._driver.cuDeviceGetAttribute(most, handle)))
+
+    def _checked(self, what: str, result: tuple[Any, ...]) -> Any:
         """What a call of the driver returns beside its status."""
         status, *values = result
         if status != self._driver.CUresult.CUDA_SUCCESS:
-            raise LaunchFailed(f"the driver refuses {kernel.name}: {status}")
+            raise LaunchFailed(f"the driver refuses {what}: {status}")
         return values[0] if values else None
