@@ -23,10 +23,10 @@ setup: $(STAMP) ## make .venv with the pinned versions of constraints.txt
 $(STAMP): pyproject.toml constraints.txt .ci/setup.sh
 	PYTHON=$(PYTHON) .ci/setup.sh $(VENV)
 
-demo: setup ## run a fleet, ask it, kill a worker while it answers
+demo: kernels ## run a fleet, ask it, kill a worker while it answers
 	$(TRIREME) demo
 
-up: setup ## run the fleet in the background (CONFIG=fleet.yaml)
+up: kernels ## run the fleet in the background (CONFIG=fleet.yaml)
 	$(TRIREME) up --detach $(if $(CONFIG),--config $(CONFIG))
 
 down: setup ## stop it
