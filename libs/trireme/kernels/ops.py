@@ -11,13 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trireme.kernels import low_bit_cpu, onednn, reference
+from trireme.kernels import cuda_ops, low_bit_cpu, onednn, reference
 from trireme.kernels.attention_batch import AttentionBatch
 from trireme.kernels.low_bit_cpu import PackedLinear
+from trireme.quant.device_layouts import PackedWeight
 from trireme.quant.formats import WeightFormat
 from trireme.quant.quantization import QuantizedWeight, dequantize
 
-LinearWeight = Tensor | PackedLinear
+LinearWeight = Tensor | PackedLinear | PackedWeight
 """A linear layer's matrix (outputs, inputs) in the form that `linear` takes: a plain tensor, or what
 `pack_weight` or `pack_quantized` made of it."""
 
@@ -34,6 +35,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         The shape and type of `x`; the mean is taken in float32.
     """
+    if x.is_cuda and cuda_ops.is_available(x.device):
+        return cuda_ops.rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps)
 
 
@@ -55,11 +58,15 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Source: Su et al., RoFormer, 2021; half-split pairing as in Hugging Face checkpoints.
     """
+    if x.is_cuda and cuda_ops.is_available(x.device):
+        return cuda_ops.rotary(x, cos, sin)
     return reference.rotary(x, cos, sin)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, where `gate_up` is (tokens, 2 * width): gate first; returns (tokens, width)."""
+    if gate_up.is_cuda and cuda_ops.is_available(gate_up.device):
+        return cuda_ops.swiglu(gate_up)
     return reference.swiglu(gate_up)
 
 
@@ -95,7 +102,9 @@ def pack_weight(weight: Tensor, dtype: torch.dtype | None = None) -> LinearWeigh
 
 def takes_quantized(form: WeightFormat, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `linear` computes from codes of this format on the device; else weights are expanded first."""
-    return device.type == "cpu" and low_bit_cpu.takes(form, dtype)
+    if device.type == "cpu":
+        return low_bit_cpu.takes(form, dtype)
+    return cuda_ops.is_available(device) and cuda_ops.takes_quantized(form, device, dtype)
 
 
 def pack_quantized(weight: QuantizedWeight, *, device: torch.device, dtype: torch.dtype) -> LinearWeight:
@@ -106,9 +115,11 @@ def pack_quantized(weight: QuantizedWeight, *, device: torch.device, dtype: torc
         device: where the result goes.
         dtype: of the activations: float32, bfloat16 or float16.
     """
-    if takes_quantized(weight.form, device, dtype):
+    if not takes_quantized(weight.form, device, dtype):
+        return pack_weight(dequantize(weight, dtype).to(device))
+    if device.type == "cpu":
         return low_bit_cpu.pack(weight)
-    return pack_weight(dequantize(weight, dtype).to(device))
+    return cuda_ops.pack_quantized(weight, device=device)
 
 
 def linear(x: Tensor, weight: LinearWeight, bias: Tensor | None = None) -> Tensor:
@@ -118,6 +129,8 @@ def linear(x: Tensor, weight: LinearWeight, bias: Tensor | None = None) -> Tenso
     """
     if isinstance(weight, PackedLinear):
         return low_bit_cpu.linear(x, weight, bias)
+    if isinstance(weight, PackedWeight):
+        return cuda_ops.linear(x, weight, bias)
     if weight.is_mkldnn:
         return onednn.linear(x, weight, bias)
     return reference.linear(x, weight, bias)
@@ -127,6 +140,8 @@ def linear_add(x: Tensor, weight: LinearWeight, residual: Tensor, bias: Tensor |
     """`linear`, plus residual (tokens, outputs), in one pass where that is possible."""
     if isinstance(weight, PackedLinear):
         return low_bit_cpu.linear(x, weight, bias, residual)
+    if isinstance(weight, PackedWeight):
+        return cuda_ops.linear_add(x, weight, residual, bias)
     if weight.is_mkldnn:
         return onednn.linear_add(x, weight, residual, bias)
     return reference.linear_add(x, weight, residual, bias)
@@ -141,7 +156,10 @@ def append_kv(k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, sl
             head_dim, or in 8 bits a little more.
         slots: (tokens,) int64, block * block_size + offset; distinct.
     """
-    reference.append_kv(k_new, v_new, k_cache, v_cache, slots)
+    if k_new.is_cuda and cuda_ops.is_available(k_new.device):
+        cuda_ops.append_kv(k_new, v_new, k_cache, v_cache, slots)
+    else:
+        reference.append_kv(k_new, v_new, k_cache, v_cache, slots)
 
 
 def paged_attention(
@@ -170,4 +188,6 @@ def paged_attention(
     Returns:
         (tokens, heads * head_dim), contiguous.
     """
+    if q.is_cuda and cuda_ops.is_available(q.device):
+        return cuda_ops.paged_attention(q, k_cache, v_cache, batch, scale=scale, window=window)
     return reference.paged_attention(q, k_cache, v_cache, batch, scale=scale, window=window)
