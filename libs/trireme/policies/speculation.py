@@ -19,21 +19,23 @@ Leviathan et al., ICML 2023; the choice by measured marginal time is our own.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from trireme.errors import InvalidConfiguration
 from trireme.policies.least_squares import non_negative_solution
 
-_PLAIN_SAMPLES = 9
+_PLAIN_SAMPLES = 5
+_LEAST_PLAIN = 2
+_LEAST_DRAFTED = 4
 _DRAFTED_SAMPLES = 48
 _STALE_STEPS = 96
 """After so many steps of a batch size that draft, one that does not shows what it would take."""
 _UNMEASURED_SHARE = 0.06
 """Of a plain step, that a drafted token adds while nothing was measured."""
 _FIRST_DRAFTED = 4
-_SPIKE = 4.0
+_SPIKE = 1.5
 """A step counts as at most so many times what was expected: the machine may have done something else."""
 _FORGETTING = 0.99
 _PRIOR_WEIGHT = 2.0
@@ -136,7 +138,11 @@ def best_lengths(
 
 
 class StepTimes:
-    """What steps of decoding sequences take, without drafted tokens and with them."""
+    """What steps of decoding sequences take, without drafted tokens and with them.
+
+    Both are told by what lies in the middle of what was measured: a step in which the machine did something
+    else says nothing, with drafts or without.
+    """
 
     def __init__(self) -> None:
         self._plain: dict[int, deque[float]] = {}
@@ -155,21 +161,34 @@ class StepTimes:
         self._since_plain[batch] = self._since_plain.get(batch, 0) + 1
         self._most_drafted = max(self._most_drafted, drafted)
         plain_s = self.plain_s(batch)
-        if plain_s is None:
-            return
-        fixed_s, row_s = self.added_s(batch)
-        most_s = _SPIKE * (plain_s + fixed_s + row_s * drafted)
-        self._drafted.append((drafted, min(seconds, most_s) - plain_s))
-        self._fit = None
+        if plain_s is not None:
+            self._drafted.append((drafted, seconds - plain_s))
+            self._fit = None
 
     def plain_s(self, batch: int) -> float | None:
         """Of a step that drafts nothing; None: a step of this size has to be measured first."""
-        samples = self._plain.get(batch)
-        return None if not samples else sorted(samples)[len(samples) // 2]
+        samples = self._plain.get(batch, ())
+        if len(samples) >= _LEAST_PLAIN:
+            return _median(samples)
+        below = max((size for size in self._known() if size < batch), default=0)
+        above = min((size for size in self._known() if size > batch), default=0)
+        if not below or not above or above > 2 * below:
+            return None
+        low, high = _median(self._plain[below]), _median(self._plain[above])
+        return low + (high - low) * (batch - below) / (above - below)
 
     def wants_plain(self, batch: int) -> bool:
         """What a plain step of this size takes is not known, or not any more."""
-        return len(self._plain.get(batch, ())) < 2 or self._since_plain.get(batch, 0) >= _STALE_STEPS
+        return self.plain_s(batch) is None or self._since_plain.get(batch, 0) >= _STALE_STEPS
+
+    def is_fresh(self, batch: int) -> bool:
+        """A plain step of this size was measured lately."""
+        return batch in self._plain and self._since_plain.get(batch, 0) <= 3 * _TRIAL_STEPS
+
+    def forget_plain(self, batch: int) -> None:
+        """Plain steps of this size are to be measured anew."""
+        self._plain.pop(batch, None)
+        self._since_plain[batch] = _STALE_STEPS
 
     @property
     def room(self) -> int:
@@ -178,15 +197,26 @@ class StepTimes:
 
     def added_s(self, batch: int) -> tuple[float, float]:
         """(fixed, per drafted token) beyond a plain step."""
-        if len(self._drafted) < 4:
+        if len(self._drafted) < _LEAST_DRAFTED:
             return 0.0, _UNMEASURED_SHARE * (self.plain_s(1) or self.plain_s(batch) or 0.0)
         if self._fit is None:
-            fixed_s, row_s = non_negative_solution(
-                [(1.0, float(drafted)) for drafted, _ in self._drafted],
-                [seconds for _, seconds in self._drafted],
-            )
+            samples = list(self._drafted)
+            for _ in range(2):  # the second time without what lies far from the first
+                fixed_s, row_s = non_negative_solution(
+                    [(1.0, float(drafted)) for drafted, _ in samples], [seconds for _, seconds in samples]
+                )
+                samples.sort(key=lambda sample: sample[1] - fixed_s - row_s * sample[0])
+                samples = samples[len(samples) // 4 : len(samples) - len(samples) // 4]
             self._fit = fixed_s, row_s
         return self._fit
+
+    def _known(self) -> Iterator[int]:
+        return (size for size, samples in self._plain.items() if len(samples) >= _LEAST_PLAIN)
+
+
+def _median(samples: Iterable[float]) -> float:
+    ordered = sorted(samples)
+    return ordered[len(ordered) // 2]
 
 
 class _Trial:
@@ -220,6 +250,8 @@ class SpeculationController:
         self._draft_s: dict[int, deque[float]] = {}
         """Of one draft step, by the bits of the number of its sequences."""
         self._since_draft = 0
+        self._expected_draft_s = 0.0
+        """Of the draft steps since the last step."""
 
     def is_on(self, batch: int) -> bool:
         """Tokens may be drafted in a step of so many decoding sequences.
@@ -282,7 +314,7 @@ class SpeculationController:
     def draft_s(self, count: int) -> float | None:
         """Of one step of the draft model for so many sequences; None: not known."""
         samples = self._draft_s.get(count.bit_length())
-        return None if not samples else sorted(samples)[len(samples) // 2]
+        return None if not samples else _median(samples)
 
     def choose(self, proposals: Sequence[Sequence[float]], *, batch: int, room: int) -> tuple[int, ...]:
         """How many tokens of each proposal are verified."""
@@ -308,7 +340,9 @@ class SpeculationController:
 
     def observe_draft_step(self, count: int, seconds: float) -> None:
         """A step of the draft model for so many sequences, one token each."""
-        self._draft_s.setdefault(count.bit_length(), deque(maxlen=_PLAIN_SAMPLES)).append(seconds)
+        samples = self._draft_s.setdefault(count.bit_length(), deque(maxlen=_PLAIN_SAMPLES))
+        samples.append(seconds)
+        self._expected_draft_s += _median(samples)
         self._since_draft = 0
 
     def observe_draft(self, marks: Sequence[Mark], num_right: int) -> None:
@@ -333,21 +367,26 @@ class SpeculationController:
             seconds: of the step, with `drafting_s` in it.
         """
         self.times.observe(batch=batch, drafted=drafted, seconds=seconds - drafting_s)
+        expected_draft_s, self._expected_draft_s = self._expected_draft_s, 0.0
         plain_s = self.times.plain_s(batch)
         if plain_s is None or (not drafted and drafting_s < 0.02 * plain_s):
             return
+        fixed_s, row_s = self.times.added_s(batch) if drafted else (0.0, 0.0)
+        expected_s = plain_s + fixed_s + row_s * drafted + expected_draft_s
         trial = self._trials.setdefault(batch.bit_length(), _Trial())
-        worth_s = plain_s * tokens / batch
         keep = 1.0 - 1.0 / (2 * _TRIAL_STEPS)
-        trial.gained = keep * trial.gained + worth_s
-        trial.spent = keep * trial.spent + min(seconds, _SPIKE * worth_s)
+        trial.gained = keep * trial.gained + plain_s * tokens / batch
+        trial.spent = keep * trial.spent + min(seconds, _SPIKE * expected_s)
         trial.steps += 1
         if trial.steps < _TRIAL_STEPS:
             return
         if trial.gained < _LEAST_TRIAL_GAIN * trial.spent:
-            trial.paused_steps = trial.pause
-            trial.pause = min(2 * trial.pause, _LONGEST_PAUSE_STEPS)
             trial.gained = trial.spent = 0.0
             trial.steps = 0
+            if not self.times.is_fresh(batch):  # it may be that everything is slower now
+                self.times.forget_plain(batch)
+                return
+            trial.paused_steps = trial.pause
+            trial.pause = min(2 * trial.pause, _LONGEST_PAUSE_STEPS)
         elif trial.steps >= 8 * _TRIAL_STEPS:
             trial.pause = _FIRST_PAUSE_STEPS
