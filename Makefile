@@ -13,7 +13,7 @@ PEERS := .tools/peers
 CONFIG ?=
 
 .PHONY: help setup demo up down status test test-unit check lint types imports proto clean \
-        kernels bench bench-engine bench-floor bench-overhead bench-scaling bench-kvstore bench-peers
+        kernels bench bench-engine bench-floor bench-overhead bench-scaling bench-kvstore bench-peers bench-gpu
 
 help: ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -75,6 +75,9 @@ bench-scaling: setup ## cost per request as workers, streams and tenants grow
 
 bench-kvstore: setup ## blocks to and from the KV store, against the floor of copying them
 	$(VENV)/bin/python benchmarks/kvstore_transfer.py
+
+bench-gpu: setup ## CUDA kernels on one GPU: right first, then beside PyTorch and beside copying
+	$(VENV)/bin/python -m benchmarks.gpu
 
 bench-peers: setup $(PEERS)/.installed ## the fleet, llama-cpp-python's server and transformers on one trace
 	$(VENV)/bin/python -m benchmarks.peers

@@ -15,6 +15,7 @@ from trireme.quant.quantization import dequantize, quantize
 def test_weights_packed_for_a_gpu_are_multiplied_by_its_kernels(
     emulator: Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    torch.manual_seed(0)
     monkeypatch.setattr(cuda_ops, "launcher_of", lambda device: emulator)
     weight = quantize(torch.randn(70, 96), weight_format("fp6_e3m2"))
     packed = cuda_ops.pack_quantized(weight, device=torch.device("cpu"))

@@ -73,8 +73,8 @@ class CudaDevice:
         """
         if geometry.shared_bytes > self._shared_bytes:
             raise LaunchFailed(
-                f"{kernel.name} wants {geometry.shared_bytes} bytes of shared memory; a block of this GPU has "
-                f"{self._shared_bytes}"
+                f"{kernel.name} wants {geometry.shared_bytes} bytes of shared memory; a block of this GPU "
+                f"has {self._shared_bytes}"
             )
         with torch.cuda.device(self._device):
             function = self._functions.get(kernel)

@@ -1,0 +1,38 @@
+"""The checks that open `make bench-gpu` pass in the emulator, and notice a kernel that is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from benchmarks.gpu_checks import SMALL, check
+from trireme.kernels.cuda_emulator import Emulator
+from trireme.kernels.cuda_launch import Argument, Geometry, Kernel
+
+CPU = torch.device("cpu")
+
+
+class Forgetful:
+    """A launcher that does not run one kernel."""
+
+    multiprocessors = 4
+
+    def __init__(self, emulator: Emulator, forgotten: str) -> None:
+        self._emulator = emulator
+        self._forgotten = forgotten
+
+    def launch(self, kernel: Kernel, geometry: Geometry, arguments: Sequence[Argument]) -> None:
+        if kernel.source != self._forgotten:
+            self._emulator.launch(kernel, geometry, arguments)
+
+
+def test_all_kernels_are_right(emulator: Emulator) -> None:
+    checks = check(emulator, CPU, SMALL)
+    assert len(checks) > 20
+    assert not [result for result in checks if not result.error < 1.0]
+
+
+def test_a_kernel_that_does_nothing_is_noticed(emulator: Emulator) -> None:
+    checks = check(Forgetful(emulator, "low_bit_gemm"), CPU, SMALL)
+    assert [result for result in checks if not result.error < 1.0]
