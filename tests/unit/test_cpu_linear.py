@@ -73,7 +73,7 @@ def documented(x: Tensor, weight: QuantizedWeight) -> Tensor:
     form = weight.form
     outputs = len(weight.codes)
     codes, steps = fixed_point(x)
-    unit = 1.0 if form.minifloat is None else float(form.minifloat.values()[1])
+    unit = 1.0 if form.minifloat is None else form.minifloat.magnitudes[1]
     ones = torch.ones_like(weight.scales)
     values = dequantize(
         QuantizedWeight(form=form, codes=weight.codes, scales=ones, zeros=weight.zeros), torch.float64

@@ -18,6 +18,7 @@ from trireme.quant.formats import FORMATS, weight_format
 from trireme.quant.integer_layout import pack_integers
 from trireme.quant.interleaved_layout import pack_interleaved
 from trireme.quant.minifloat import FP6_E3M2
+from trireme.quant.minifloat_codes import decode
 from trireme.quant.quantization import QuantizedWeight, dequantize
 
 
@@ -82,7 +83,7 @@ def test_direct_words_decode_by_shift_and_mask_to_halves() -> None:
     slices = 2 * 12
     tops = words[: slices * 64].reshape(slices, 2, 32)
     nibbles = words[slices * 64 :].reshape(slices, 4, 32)
-    values = FP6_E3M2.decode(codes).numpy()
+    values = decode(FP6_E3M2, codes).numpy()
     lane = np.arange(32)
     for s in range(slices):
         for block in range(4):

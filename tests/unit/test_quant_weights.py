@@ -13,6 +13,7 @@ from torch import Tensor
 from trireme.errors import InvalidCheckpoint, InvalidConfiguration
 from trireme.quant import quantization
 from trireme.quant.formats import FORMATS, WeightFormat, weight_format
+from trireme.quant.minifloat_codes import values_of
 from trireme.quant.quantization import QuantizedWeight, dequantize, quantize
 from trireme.quant.weight_error import pooled, weight_error
 
@@ -48,7 +49,7 @@ def steps_at(quantized: QuantizedWeight, weight: Tensor) -> Tensor:
     scale = scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
     if form.minifloat is None:
         return scale.abs()
-    magnitudes = form.minifloat.values()[: form.minifloat.sign_bit]
+    magnitudes = values_of(form.minifloat)[: form.minifloat.sign_bit]
     above = torch.searchsorted(magnitudes, (weight.double() / scale).abs()).clamp(1, len(magnitudes) - 1)
     return (magnitudes[above] - magnitudes[above - 1]) * scale
 

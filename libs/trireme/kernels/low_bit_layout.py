@@ -78,7 +78,7 @@ def minifloat_tables(form: Minifloat) -> tuple[list[int], list[int], float]:
         power = 1 << max(field - 1, 0)
         powers.append(-power if code & form.sign_bit else power)
         parts.append(mantissa + (1 << form.mantissa_bits if field else 0))
-    smallest = float(form.values()[1])
+    smallest = form.magnitudes[1]
     return powers, parts, smallest
 
 

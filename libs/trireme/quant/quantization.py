@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trireme.errors import InvalidCheckpoint
 from trireme.quant.formats import WeightFormat
+from trireme.quant.minifloat_codes import decode, encode
 
 _SMALLEST_SCALE: Final = torch.finfo(torch.float32).tiny
 """Scales below the normal range of float32 would lose their own bits."""
@@ -102,7 +103,7 @@ def dequantize_rows(weight: QuantizedWeight, rows: slice) -> Tensor:
     groups = form.groups(in_channels)
     grouped = codes.view(-1, groups, in_channels // groups)
     if form.minifloat is not None:
-        values = form.minifloat.decode(grouped)
+        values = decode(form.minifloat, grouped)
     else:
         zero: Tensor | int = 1 << (form.bits - 1)
         if weight.zeros is not None:
@@ -198,7 +199,7 @@ def _zeros(scaled: Tensor) -> Tensor:
 
 def _encode(scaled: Tensor, zero: Tensor | None, form: WeightFormat) -> Tensor:
     if form.minifloat is not None:
-        return form.minifloat.encode(scaled)
+        return encode(form.minifloat, scaled)
     last = (1 << form.bits) - 1
     if zero is not None:
         return (scaled + zero[..., None]).round().clamp(0, last).to(torch.uint8)

@@ -40,6 +40,9 @@ Precision = Literal[
     "int4_g128_zeros",
 ]
 
+KvDtype = Literal["auto", "bf16", "int8", "fp8"]
+"""What keys and values are stored as: as the model computes, or in these types."""
+
 
 class Variant(_Section):
     """One way to answer a model's requests."""
@@ -52,7 +55,7 @@ class Variant(_Section):
     kinds is nearer to the weights, int4 has 64 weights a scale."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What is computed in; `auto`: float32 on CPUs, bfloat16 on GPUs, or what `precision` says."""
-    kv_dtype: Literal["auto", "bf16", "int8", "fp8"] = "auto"
+    kv_dtype: KvDtype = "auto"
     """What keys and values are stored as; `auto`: what is computed in. int8 and fp8 (e4m3) have a scale for
     each token and head."""
     kv_mib: int = Field(default=0, ge=0)

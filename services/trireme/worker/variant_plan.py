@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from trireme.errors import InvalidConfiguration, InvalidRequest
-from trireme.kernels.kv_forms import KV_DTYPES
 from trireme.quant.precisions import AUTO, FLOATS, candidate_formats
-from trireme.runtime.fleet import Fleet, WorkerGroup
+from trireme.runtime.fleet import Fleet, KvDtype, WorkerGroup
 from trireme.wire.worker.v1 import worker_pb2 as pb
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -112,8 +111,10 @@ def plan_from_request(
     except InvalidConfiguration as error:
         raise InvalidRequest(error.message, param="precision") from error
     kv_dtype = request.kv_dtype or AUTO
-    if kv_dtype not in KV_DTYPES:
-        raise InvalidRequest(f"kv_dtype {kv_dtype!r} is not one of {', '.join(KV_DTYPES)}", param="kv_dtype")
+    if kv_dtype not in get_args(KvDtype):
+        raise InvalidRequest(
+            f"kv_dtype {kv_dtype!r} is not one of {', '.join(get_args(KvDtype))}", param="kv_dtype"
+        )
     sequences = request.max_sequences or group.max_sequences
     return VariantPlan(
         variant=request.variant,
