@@ -33,7 +33,7 @@ async def test_a_conversation_moves_to_another_node_with_its_kv(tmp_path: Path, 
         first_process.kill()
         first_process.wait()
 
-        # What comes too late is computed, and a busy machine is late: the test waits longer than a worker does.
+        # What comes too late is computed, and a busy machine is late: here it may be.
         second = await node.living("worker", node.start_worker(1, node="b", store_deadline_s=5))
         assert second.worker.variants[0].kv_namespace == first.worker.variants[0].kv_namespace
         turn = [*prompt, *answer, *node.tokens(24)]
