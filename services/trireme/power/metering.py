@@ -39,7 +39,7 @@ class MeterState:
 
 
 class WorkerNodes:
-    """Which node a worker runs on, from the registry; remembered after its death."""
+    """Which node's meters a worker draws on, from the registry; remembered after its death."""
 
     def __init__(self, registry: Registry, node: str) -> None:
         self._registry = registry
@@ -50,7 +50,8 @@ class WorkerNodes:
         """Look up workers not seen before."""
         if worker_ids <= self._nodes.keys():
             return
-        living = {record.id: record.node for record in await self._registry.living("worker")}
+        records = await self._registry.living("worker")
+        living = {record.id: record.meter_node or record.node for record in records}
         for worker_id in worker_ids - self._nodes.keys():
             # A worker that left before it was looked up is taken for one of this node.
             self._nodes[worker_id] = living.get(worker_id) or self._node

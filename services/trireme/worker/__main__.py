@@ -79,7 +79,7 @@ async def serve(settings: Settings) -> None:
         registry = Registry(redis, keys)
         events = Stream(redis, keys.events, Event, max_entries=100_000)
         assignments = Stream(redis, keys.assignments(worker_id), Assignment)
-        biller = Biller(group.device, node=settings.node)
+        biller = Biller(group.device, node=settings.meter_node or settings.node)
         tasks_of_turns: set[asyncio.Task[None]] = set()
 
         def deliver(news: StepNews) -> None:
@@ -211,6 +211,7 @@ async def serve(settings: Settings) -> None:
                 healthy=found.healthy,
                 status=found.status,
                 fleet=fleet.name,
+                meter_node=settings.meter_node,
                 worker=WorkerStatus(
                     device=group.device,
                     variants=[loaded.status() for loaded in variants],

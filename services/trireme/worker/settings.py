@@ -13,6 +13,9 @@ class Settings:
     """The fleet's file."""
     bus_prefix: str = "trireme"
     node: str = "local"
+    """The node whose KV store it shares memory with."""
+    meter_node: str = ""
+    """The node whose power service meters it, where one node's meters serve several stores; empty: `node`."""
     group: str = "worker"
     """The worker group in the fleet's file that says what to serve."""
     index: int = 0

@@ -1411,6 +1411,7 @@ class ProcessRecord(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     WORKER_FIELD_NUMBER: _builtins.int
     FLEET_FIELD_NUMBER: _builtins.int
+    METER_NODE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique per process start: service, name and a random suffix."""
     service: _builtins.str
@@ -1431,6 +1432,8 @@ class ProcessRecord(_message.Message):
     """One line where it does not."""
     fleet: _builtins.str
     """The checkpoints a gateway or worker needs for a variant come from here (fleet.yaml's name)."""
+    meter_node: _builtins.str
+    """For workers: the node whose power service meters it; empty: `node`."""
     @_builtins.property
     def worker(self) -> Global___WorkerStatus:
         """For workers."""
@@ -1449,10 +1452,11 @@ class ProcessRecord(_message.Message):
         status: _builtins.str = ...,
         worker: Global___WorkerStatus | None = ...,
         fleet: _builtins.str = ...,
+        meter_node: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fleet", b"fleet", "grpc_address", b"grpc_address", "healthy", b"healthy", "http_address", b"http_address", "id", b"id", "node", b"node", "pid", b"pid", "service", b"service", "started_unix_s", b"started_unix_s", "status", b"status", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fleet", b"fleet", "grpc_address", b"grpc_address", "healthy", b"healthy", "http_address", b"http_address", "id", b"id", "meter_node", b"meter_node", "node", b"node", "pid", b"pid", "service", b"service", "started_unix_s", b"started_unix_s", "status", b"status", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
