@@ -1,9 +1,10 @@
-"""Measure what weights in few bits cost the checkpoints, on modules they were not trained on.
+"""Measure what weights and KV in few bits cost the checkpoints, on modules they were not trained on.
 
     PYTHONPATH=. python checkpoints/quantized_quality.py --out checkpoints/quantized_quality.json
 
 Each checkpoint is quantized to each format, loaded as a worker loads it, and run by the model and the
-kernels that serve it. Bits per byte and next-line accuracy are those of `evaluate.py`.
+kernels that serve it; unquantized, it is run with its KV in each form. Bits per byte and next-line
+accuracy are those of `evaluate.py`.
 """
 
 import argparse
@@ -11,8 +12,9 @@ import json
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,10 @@ from checkpoints.evaluate import (
     choice_accuracy,
     make_questions,
 )
+from trireme.engine.kv_memory import KvMemory
 from trireme.kernels.attention_batch import AttentionBatch
 from trireme.kernels.cpu_library import cpu_library
+from trireme.kernels.kv_forms import KV_DTYPES
 from trireme.loading.whole import load_model
 from trireme.models.model import Model
 from trireme.quant.formats import FORMATS, WeightFormat
@@ -65,11 +69,10 @@ class ServedModel:
     What a sequence shares with the one before stays in the KV cache, as a prefix does in the engine.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, *, kv_dtype: str = "auto") -> None:
         config, blocks = model.config, -(-2 * WINDOW_TOKENS // BLOCK_TOKENS)
-        shape = (blocks, BLOCK_TOKENS, config.num_kv_heads, config.head_dim)
         self._model = model
-        self._kv = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_layers)]
+        self._kv = KvMemory(model, num_blocks=blocks, block_size=BLOCK_TOKENS, kv_dtype=kv_dtype).layers
         self._blocks = np.arange(blocks, dtype=np.int64)[None]
         self._tokens: list[int] = []
         self._logits = torch.empty(0, config.vocab_size)
@@ -96,9 +99,9 @@ class ServedModel:
         return self._logits[None]
 
 
-def measure(checkpoint: Path, held_out: HeldOut) -> dict[str, float]:
+def measure(checkpoint: Path, held_out: HeldOut, *, kv_dtype: str = "auto") -> dict[str, float]:
     """Bits per byte on library modules and next-line accuracy of one checkpoint, quantized or not."""
-    served = ServedModel(load_model(checkpoint))
+    served = ServedModel(load_model(checkpoint), kv_dtype=kv_dtype)
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     return {
         "bits_per_byte_library": bits_per_byte(served, tokenizer, held_out.texts),
@@ -121,7 +124,12 @@ def measure_format(source: Path, form: WeightFormat, held_out: HeldOut) -> dict[
 
 
 def measure_family(
-    root: Path, names: Sequence[str], formats: Sequence[WeightFormat], *, known: dict[str, Any]
+    root: Path,
+    names: Sequence[str],
+    formats: Sequence[WeightFormat],
+    kv_dtypes: Sequence[str],
+    *,
+    known: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """Every format of every checkpoint, after each one all that is there so far; what is `known` stays."""
     modules = [module for module in read_corpus().held_out if not is_test_module(module.name)]
@@ -138,17 +146,19 @@ def measure_family(
         "bars_percent": BARS_PERCENT,
     }
     for name in names:
-        before = 0.0
-        for form in (None, *formats):
-            if form is None:
-                row = {"bits_per_weight": 16.0, "relative_error": 0.0, **measure(root / name, held_out)}
-                before = row["bits_per_byte_library"]
-            else:
-                row = measure_format(root / name, form, held_out)
-            row["over_bf16_percent"] = 100 * (row["bits_per_byte_library"] / before - 1)
-            of_form = {("bf16" if form is None else form.name): {k: round(v, 5) for k, v in row.items()}}
-            print(name, of_form, flush=True)
-            figures[name] = figures.get(name, {}) | of_form
+        before = figures.get(name, {}).get("bf16") or measure(root / name, held_out)
+        cases: dict[str, Callable[[], dict[str, float]]] = {"bf16": before.copy}
+        cases |= {form.name: partial(measure_format, root / name, form, held_out) for form in formats}
+        cases |= {
+            f"bf16, KV {kv_dtype}": partial(measure, root / name, held_out, kv_dtype=kv_dtype)
+            for kv_dtype in kv_dtypes
+        }
+        for case, measured in cases.items():
+            row = measured()
+            rise = row["bits_per_byte_library"] / before["bits_per_byte_library"] - 1
+            row = {key: round(value, 5) for key, value in (row | {"over_bf16_percent": 100 * rise}).items()}
+            print(name, case, row, flush=True)
+            figures[name] = figures.get(name, {}) | {case: row}
             yield figures
 
 
@@ -158,13 +168,16 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("checkpoints"))
     parser.add_argument("--out", type=Path, default=Path("checkpoints/quantized_quality.json"))
     parser.add_argument("--checkpoints", nargs="+", default=[DRAFT, DEFAULT, LARGE])
-    parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS))
+    parser.add_argument("--formats", nargs="*", choices=list(FORMATS), default=list(FORMATS))
+    parser.add_argument("--kv-dtypes", nargs="*", choices=list(KV_DTYPES), default=["bf16", "int8", "fp8"])
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     formats = [FORMATS[name] for name in arguments.formats]
     known = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else {}
-    for figures in measure_family(arguments.root, arguments.checkpoints, formats, known=known):
+    for figures in measure_family(
+        arguments.root, arguments.checkpoints, formats, arguments.kv_dtypes, known=known
+    ):
         arguments.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
