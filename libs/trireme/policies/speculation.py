@@ -29,6 +29,7 @@ from trireme.policies.least_squares import non_negative_solution
 _PLAIN_SAMPLES = 5
 _LEAST_PLAIN = 2
 _LEAST_DRAFTED = 4
+_LEAST_DRAFT_STEPS = 3
 _DRAFTED_SAMPLES = 48
 _STALE_STEPS = 96
 """After so many steps of a batch size that draft, one that does not shows what it would take."""
@@ -314,7 +315,7 @@ class SpeculationController:
     def draft_s(self, count: int) -> float | None:
         """Of one step of the draft model for so many sequences; None: not known."""
         samples = self._draft_s.get(count.bit_length())
-        return None if not samples else _median(samples)
+        return None if samples is None or len(samples) < _LEAST_DRAFT_STEPS else _median(samples)
 
     def choose(self, proposals: Sequence[Sequence[float]], *, batch: int, room: int) -> tuple[int, ...]:
         """How many tokens of each proposal are verified."""
