@@ -32,16 +32,14 @@ from trireme.engine.roster import Roster
 from trireme.engine.sampling import Sampled, SamplingState, sample
 from trireme.engine.sequence import Sequence
 from trireme.engine.settings import EngineSettings
-from trireme.engine.speculation.draft_model import ModelDrafter
 from trireme.engine.speculation.proposals import Drafter
 from trireme.engine.speculation.rejected_slots import clear_behind
-from trireme.engine.speculation.speculator import Speculator
+from trireme.engine.speculation.speculator import speculator_of
 from trireme.engine.stored_blocks import OnSaved, Room, StoredBlock, let_go_of
 from trireme.engine.tally import StepReport, Tally
 from trireme.engine.tier import KvTier
 from trireme.errors import InvalidConfiguration, RequestConflict, RequestFailed, TriremeError
 from trireme.models.model import Model
-from trireme.policies.speculation import SpeculationController
 
 _COPY_WAIT_S = 0.002
 """Longest rest of a step that has nothing to run until a copy is done."""
@@ -109,37 +107,19 @@ class Engine:
         self._preloads = KvPreloads(self._cache, preload_layers)
         self._tally = Tally()
         self._roster = Roster(self._cache, self._preloads, settings, self._tally)
-        self._speculator = self._make_speculator(draft, drafters)
+        self._speculator = speculator_of(
+            self._cache,
+            model,
+            settings,
+            max_model_len=self.max_model_len,
+            draft=draft,
+            drafters=drafters,
+            clock=clock,
+        )
         self._requests: dict[str, list[Sequence]] = {}
         """The open sequences of each request; several for SCORE."""
         self._ready: list[TokenOutput] = []
         """Ends that need no step."""
-
-    def _make_speculator(self, draft: Model | None, drafters: Seq[Drafter]) -> Speculator | None:
-        settings = self.settings
-        if settings.speculation is None:
-            return None
-        controller = SpeculationController(settings.speculation)
-        if draft is not None:
-            own = ModelDrafter(
-                draft,
-                self.model.config,
-                num_blocks=settings.num_blocks,
-                block_size=settings.block_size,
-                max_model_len=self.max_model_len,
-                controller=controller,
-                clock=self._clock,
-            )
-            drafters = (own, *drafters)
-        return Speculator(
-            self._cache,
-            controller,
-            max_model_len=self.max_model_len,
-            max_batch_tokens=settings.max_batch_tokens,
-            reserve_blocks=max(int(settings.watermark * settings.num_blocks), settings.max_num_seqs),
-            drafters=drafters,
-            clock=self._clock,
-        )
 
     @property
     def kv_layout(self) -> str:

@@ -11,8 +11,11 @@ from trireme.engine.batch import Part
 from trireme.engine.kv_cache import KvCache
 from trireme.engine.request import Mode
 from trireme.engine.sequence import Sequence
+from trireme.engine.settings import EngineSettings
+from trireme.engine.speculation.draft_model import ModelDrafter
 from trireme.engine.speculation.proposals import NOTHING, Drafter, Proposal, Want
 from trireme.engine.speculation.repetitions import RepetitionDrafter
+from trireme.models.model import Model
 from trireme.policies.speculation import SpeculationController
 
 log = logging.getLogger(__name__)
@@ -162,4 +165,44 @@ def _decodes(part: Part) -> bool:
         and sequence.mode is Mode.GENERATE
         and sequence.num_computed + 1 == len(sequence.token_ids)
         and not sequence.is_replaying
+    )
+
+
+def speculator_of(
+    cache: KvCache,
+    target: Model,
+    settings: EngineSettings,
+    *,
+    max_model_len: int,
+    draft: Model | None,
+    drafters: Seq[Drafter],
+    clock: Callable[[], float],
+) -> Speculator | None:
+    """What the settings of an engine ask for; None: it does not speculate.
+
+    Raises:
+        InvalidConfiguration: the draft model has other tokens than the target.
+    """
+    if settings.speculation is None:
+        return None
+    controller = SpeculationController(settings.speculation)
+    if draft is not None:
+        own = ModelDrafter(
+            draft,
+            target.config,
+            num_blocks=settings.num_blocks,
+            block_size=settings.block_size,
+            max_model_len=max_model_len,
+            controller=controller,
+            clock=clock,
+        )
+        drafters = (own, *drafters)
+    return Speculator(
+        cache,
+        controller,
+        max_model_len=max_model_len,
+        max_batch_tokens=settings.max_batch_tokens,
+        reserve_blocks=max(int(settings.watermark * settings.num_blocks), settings.max_num_seqs),
+        drafters=drafters,
+        clock=clock,
     )
