@@ -32,7 +32,20 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-ARCHITECTURES = ("llama2", "llama3", "llama_linear", "mistral", "qwen2", "qwen2_window", "qwen3", "gpt2")
+ARCHITECTURES = (
+    *(
+        "llama2",
+        "llama3",
+        "llama_linear",
+        "mistral",
+        "qwen2",
+        "qwen2_window",
+        "qwen3",
+        "mixtral",
+        "qwen3_moe",
+    ),
+    "gpt2",
+)
 SHARDED = ("llama3", "gpt2")
 
 
@@ -63,6 +76,13 @@ def reference_model(name: str) -> Any:
             return _with_random_biases(hf.Qwen2ForCausalLM(config))
         case "qwen3":
             return hf.Qwen3ForCausalLM(hf.Qwen3Config(**gqa, head_dim=16)).eval()
+        case "mixtral":
+            config = hf.MixtralConfig(**gqa, num_local_experts=4, num_experts_per_tok=2)
+            return hf.MixtralForCausalLM(config).eval()
+        case "qwen3_moe":
+            experts = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+            config = hf.Qwen3MoeConfig(**gqa, head_dim=16, mlp_only_layers=[0], **experts)
+            return hf.Qwen3MoeForCausalLM(config).eval()
         case "gpt2":
             config = hf.GPT2Config(
                 vocab_size=VOCAB,

@@ -38,6 +38,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Mistral": {"sliding_window": 37},
     "Qwen2": {},
     "Qwen3": {"head_dim": 80},
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+    "Qwen3Moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "head_dim": 16,
+        "mlp_only_layers": [1],
+    },
 }
 
 

@@ -29,6 +29,7 @@ _UNITS: Final[Mapping[str, Sequence[str]]] = {
     "library.cpp": (),
     "thread_pool.cpp": (),
     "decoder_layers.cpp": (),
+    "mixture.cpp": (),
     "decoder_kernels.cpp": ("-mavx2", "-mfma", "-mtune=znver3"),
     "avx2.cpp": ("-mavx2", "-mfma", "-mtune=znver3"),
     "avx512.cpp": (

@@ -29,13 +29,34 @@ _PLACES: Final = ("query_lens", "context_lens", "tables", "k_caches", "v_caches"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DenseWeights:
+    """One feed-forward."""
+
+    gate_up: PackedLinear
+    gate_up_bias: Tensor | None
+    down: PackedLinear
+    down_bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertWeights:
+    """A feed-forward of which each token uses a few experts; see `ops.mixture`."""
+
+    router: Tensor
+    """(experts, hidden)."""
+    gate_up: tuple[PackedLinear, ...]
+    down: tuple[PackedLinear, ...]
+    num_chosen: int
+    renormalises: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
     """One layer: products packed by `low_bit_cpu`, the others float32 and contiguous; None: it has none."""
 
     qkv: PackedLinear
     out: PackedLinear
-    gate_up: PackedLinear
-    down: PackedLinear
+    feed_forward: DenseWeights | ExpertWeights
     input_norm: Tensor
     """(hidden,)."""
     mlp_norm: Tensor
@@ -44,16 +65,23 @@ class LayerWeights:
     """(heads + kv_heads, head_dim)."""
     qkv_bias: Tensor | None
     out_bias: Tensor | None
-    gate_up_bias: Tensor | None
-    down_bias: Tensor | None
     window: int | None
+
+
+class _Mixture(ctypes.Structure):
+    """`Mixture`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("router", "gate_up", "down")),
+        *((name, ctypes.c_int64) for name in ("experts", "chosen", "inner", "renormalises")),
+    )
 
 
 class _Layer(ctypes.Structure):
     """`DecoderLayer`."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, ctypes.c_void_p) for name in ("qkv", "out", "gate_up", "down", "mixture")),
         *((name, ctypes.c_void_p) for name in ("input_norm", "mlp_norm", "qk_norm")),
         *((name, ctypes.c_void_p) for name in ("qkv_bias", "out_bias", "gate_up_bias", "down_bias")),
         ("window", ctypes.c_int64),
@@ -108,13 +136,13 @@ class DecoderLayers:
         assert library is not None, "takes() says so"
         self._run = library.decoder_layers
         self._level = library.level
-        self._kept = (tuple(layers), cosines, sines)  # the library reads in them
-        self._layers = (_Layer * len(layers))(*map(_native, layers))
+        self._kept: list[object] = [tuple(layers), cosines, sines]  # the library reads in them
+        self._layers = (_Layer * len(layers))(*[_native(layer, self._kept) for layer in layers])
         self._num_layers = len(layers)
         self._cosines, self._sines = cosines.data_ptr(), sines.data_ptr()
         self._shape = _Shape(
             hidden=layers[0].qkv.shape[1],
-            inner=layers[0].down.shape[1],
+            inner=max([_inner(layer.feed_forward) for layer in layers]),
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
@@ -182,7 +210,7 @@ class DecoderLayers:
 
 def takes(layers: Sequence[LayerWeights], head_dim: int, dtype: torch.dtype) -> bool:
     """Whether `DecoderLayers` runs here for such layers and activations of `dtype`: of float32 it does."""
-    products = [product for each in layers for product in (each.qkv, each.out, each.gate_up, each.down)]
+    products = [product for layer in layers for product in _products(layer)]
     return (
         bool(products)
         and dtype == torch.float32
@@ -198,22 +226,62 @@ def takes_kv(dtype: torch.dtype) -> bool:
     return dtype in _KV_TYPES
 
 
-def _native(layer: LayerWeights) -> _Layer:
-    products = (layer.qkv, layer.out, layer.gate_up, layer.down)
-    reals = (
-        layer.input_norm,
-        layer.mlp_norm,
-        layer.qk_norm,
-        layer.qkv_bias,
-        layer.out_bias,
-        layer.gate_up_bias,
-        layer.down_bias,
+def _inner(feed_forward: DenseWeights | ExpertWeights) -> int:
+    """Width between its two products; 0 where experts have room of their own."""
+    return feed_forward.down.shape[1] if isinstance(feed_forward, DenseWeights) else 0
+
+
+def _products(layer: LayerWeights) -> list[PackedLinear]:
+    inner = layer.feed_forward
+    if isinstance(inner, DenseWeights):
+        return [layer.qkv, layer.out, inner.gate_up, inner.down]
+    return [layer.qkv, layer.out, *inner.gate_up, *inner.down]
+
+
+def _native(layer: LayerWeights, kept: list[object]) -> _Layer:
+    """`kept` is told what the result points into."""
+    native = _Layer(
+        qkv=ctypes.addressof(layer.qkv.native),
+        out=ctypes.addressof(layer.out.native),
+        input_norm=_address(layer.input_norm),
+        mlp_norm=_address(layer.mlp_norm),
+        qk_norm=_address(layer.qk_norm),
+        qkv_bias=_address(layer.qkv_bias),
+        out_bias=_address(layer.out_bias),
+        window=layer.window or 0,
     )
-    for tensor in reals:
-        if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
-            raise InvalidConfiguration("norms and biases must be contiguous float32")
-    return _Layer(
-        *(ctypes.addressof(product.native) for product in products),
-        *(None if tensor is None else tensor.data_ptr() for tensor in reals),
-        layer.window or 0,
+    inner = layer.feed_forward
+    if isinstance(inner, DenseWeights):
+        native.gate_up = ctypes.addressof(inner.gate_up.native)
+        native.down = ctypes.addressof(inner.down.native)
+        native.gate_up_bias = _address(inner.gate_up_bias)
+        native.down_bias = _address(inner.down_bias)
+    else:
+        native.mixture = _native_mixture(inner, kept)
+    return native
+
+
+def _native_mixture(experts: ExpertWeights, kept: list[object]) -> int:
+    count = len(experts.gate_up)
+    pointers = ctypes.c_void_p * count
+    gate_up = pointers(*[ctypes.addressof(product.native) for product in experts.gate_up])
+    down = pointers(*[ctypes.addressof(product.native) for product in experts.down])
+    mixture = _Mixture(
+        _address(experts.router),
+        ctypes.addressof(gate_up),
+        ctypes.addressof(down),
+        count,
+        experts.num_chosen,
+        experts.down[0].shape[1],
+        int(experts.renormalises),
     )
+    kept += [gate_up, down, mixture]
+    return ctypes.addressof(mixture)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    if tensor is None:
+        return None
+    if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+        raise InvalidConfiguration("norms, biases and routers must be contiguous float32")
+    return tensor.data_ptr()

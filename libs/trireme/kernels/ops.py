@@ -8,6 +8,8 @@ for the device is chosen here, behind the same signature.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -145,6 +147,50 @@ def linear_add(x: Tensor, weight: LinearWeight, residual: Tensor, bias: Tensor |
     if weight.is_mkldnn:
         return onednn.linear_add(x, weight, residual, bias)
     return reference.linear_add(x, weight, residual, bias)
+
+
+def choose_experts(
+    x: Tensor, router: Tensor, *, num_chosen: int, renormalises: bool
+) -> tuple[Tensor, Tensor]:
+    """The experts of each token that the router likes best, and their shares.
+
+    Args:
+        x: (tokens, hidden).
+        router: (experts, hidden).
+        num_chosen: experts of one token.
+        renormalises: the chosen ones' shares sum to 1; else they are those of a softmax over all.
+
+    Returns:
+        Shares (tokens, num_chosen) of x's type, computed in float32, and experts, int64 of the same shape.
+    """
+    return reference.choose_experts(x, router, num_chosen=num_chosen, renormalises=renormalises)
+
+
+def mixture_add(
+    x: Tensor,
+    shares: Tensor,
+    experts: Tensor,
+    gate_up: Sequence[LinearWeight],
+    down: Sequence[LinearWeight],
+    residual: Tensor,
+) -> Tensor:
+    """What a token's experts make of it, weighted, plus residual; each expert's weights are read once.
+
+    Args:
+        x, residual: (tokens, hidden).
+        shares, experts: (tokens, chosen), of `choose_experts`.
+        gate_up: of each expert, (2 * inner, hidden): gate first.
+        down: of each expert, (hidden, inner).
+
+    Returns:
+        A new tensor of the shape and type of x.
+    """
+    out = residual.clone()
+    for expert in sorted(set(experts.flatten().tolist())):
+        rows, places = (experts == expert).nonzero(as_tuple=True)
+        made = linear(swiglu(linear(x.index_select(0, rows), gate_up[expert])), down[expert])
+        out.index_add_(0, rows, made * shares[rows, places, None])
+    return out
 
 
 def append_kv(k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:

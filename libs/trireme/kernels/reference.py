@@ -55,6 +55,15 @@ def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None)
     return torch.addmm(residual, x, weight.t())
 
 
+def choose_experts(
+    x: Tensor, router: Tensor, *, num_chosen: int, renormalises: bool
+) -> tuple[Tensor, Tensor]:
+    shares, experts = F.linear(x, router).float().softmax(-1).topk(num_chosen, -1)
+    if renormalises:
+        shares = shares / shares.sum(-1, keepdim=True)
+    return shares.to(x.dtype), experts
+
+
 def append_kv(k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     for new, cache in ((k_new, k_cache), (v_new, v_cache)):
         if cache.dtype != new.dtype:

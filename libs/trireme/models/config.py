@@ -19,7 +19,7 @@ class Family(enum.Enum):
     """Which decoder reads the weights."""
 
     LLAMA = "llama"
-    """Pre-norm RMS, rotary positions, SwiGLU: Llama, Mistral, Qwen2, Qwen3."""
+    """Pre-norm RMS, rotary positions, SwiGLU: Llama, Mistral, Mixtral, Qwen2, Qwen3."""
     GPT2 = "gpt2"
     """Pre-norm with bias, learned positions, GELU."""
 
@@ -45,6 +45,21 @@ class RopeConfig:
     high_freq_factor: float = 4.0
     original_max_positions: int = 0
     """Context before stretching; used by llama3."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureConfig:
+    """Feed-forwards of which each token uses a few."""
+
+    num_experts: int
+    num_chosen: int
+    """Experts of one token."""
+    intermediate_size: int
+    """Of one expert."""
+    renormalises: bool
+    """The chosen experts' shares sum to 1."""
+    layers: tuple[bool, ...]
+    """Which layers have experts; the others have one dense feed-forward."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +95,7 @@ class ModelConfig:
     scale_by_head_dim: bool = True
     """Divide the scores by sqrt(head_dim)."""
     eos_token_ids: tuple[int, ...] = ()
+    mixture: MixtureConfig | None = None
 
     @property
     def context_limit(self) -> int:
@@ -89,7 +105,7 @@ class ModelConfig:
         return self.max_positions
 
 
-_LLAMA_FAMILY: Final = ("llama", "mistral", "qwen2", "qwen3")
+_LLAMA_FAMILY: Final = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 
 
 def parse_config(raw: Mapping[str, Any], *, source: str = "config.json") -> ModelConfig:
@@ -172,13 +188,14 @@ class _Fields:
 
 
 def _parse_llama(fields: _Fields, model_type: str) -> ModelConfig:
+    is_qwen3 = model_type in ("qwen3", "qwen3_moe")
     hidden_size = fields.count("hidden_size")
     num_heads = fields.count("num_attention_heads")
     num_layers = fields.count("num_hidden_layers")
-    head_dim = fields.count("head_dim", 128 if model_type == "qwen3" else max(1, hidden_size // num_heads))
+    head_dim = fields.count("head_dim", 128 if is_qwen3 else max(1, hidden_size // num_heads))
     if head_dim % 2:
         raise InvalidCheckpoint(f"{fields.source}: head_dim {head_dim} is odd; rotary positions need pairs")
-    attention_bias = model_type in ("llama", "qwen3") and fields.flag("attention_bias", False)
+    attention_bias = (model_type == "llama" or is_qwen3) and fields.flag("attention_bias", False)
     return ModelConfig(
         model_type=model_type,
         family=Family.LLAMA,
@@ -196,10 +213,38 @@ def _parse_llama(fields: _Fields, model_type: str) -> ModelConfig:
         qkv_bias=attention_bias or model_type == "qwen2",
         out_bias=attention_bias,
         mlp_bias=model_type == "llama" and fields.flag("mlp_bias", False),
-        qk_norm=model_type == "qwen3",
+        qk_norm=is_qwen3,
         windows=_windows(fields, model_type, num_layers),
         rope=_parse_rope(fields),
         eos_token_ids=token_ids(fields.raw.get("eos_token_id"), source=fields.source),
+        mixture=_parse_mixture(fields, model_type, num_layers),
+    )
+
+
+def _parse_mixture(fields: _Fields, model_type: str, num_layers: int) -> MixtureConfig | None:
+    if model_type not in ("mixtral", "qwen3_moe"):
+        return None
+    # Older files of Qwen3 call it num_experts.
+    num_experts = fields.count("num_local_experts", fields.raw.get("num_experts"))
+    num_chosen = fields.count("num_experts_per_tok", 2 if model_type == "mixtral" else 8)
+    if num_chosen > num_experts:
+        raise InvalidCheckpoint(
+            f"{fields.source}: num_experts_per_tok {num_chosen} exceeds the {num_experts} experts"
+        )
+    if model_type == "mixtral":
+        inner, renormalises, layers = fields.count("intermediate_size"), True, (True,) * num_layers
+    else:
+        inner, renormalises = fields.count("moe_intermediate_size"), fields.flag("norm_topk_prob", False)
+        step, dense = fields.count("decoder_sparse_step", 1), fields.raw.get("mlp_only_layers") or []
+        if not isinstance(dense, list):
+            raise InvalidCheckpoint(f"{fields.source}: mlp_only_layers is {dense!r}; it must be a list")
+        layers = tuple([layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers)])
+    return MixtureConfig(
+        num_experts=num_experts,
+        num_chosen=num_chosen,
+        intermediate_size=inner,
+        renormalises=renormalises,
+        layers=layers,
     )
 
 
@@ -239,9 +284,10 @@ def _parse_gpt2(fields: _Fields) -> ModelConfig:
 
 def _windows(fields: _Fields, model_type: str, num_layers: int) -> tuple[int | None, ...]:
     raw = fields.raw
-    if model_type == "mistral":
-        # An absent key is Mistral 7B v0.1's default; an explicit null switches the window off.
-        window = None if raw.get("sliding_window", 4096) is None else fields.count("sliding_window", 4096)
+    if model_type in ("mistral", "mixtral"):
+        # An absent key is Mistral 7B v0.1's default, an explicit null switches it off; Mixtral has none.
+        absent = 4096 if model_type == "mistral" else None
+        window = None if raw.get("sliding_window", absent) is None else fields.count("sliding_window", 4096)
         return (window,) * num_layers
     if (
         model_type == "llama"

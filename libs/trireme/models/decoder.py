@@ -1,6 +1,6 @@
-"""The Llama family: Llama 2 and 3, Mistral, Qwen2, Qwen3.
+"""The Llama family: Llama 2 and 3, Mistral, Mixtral, Qwen2, Qwen3 and its mixtures of experts.
 
-Pre-norm blocks of grouped-query attention with rotary positions and a SwiGLU feed-forward.
+Pre-norm blocks of grouped-query attention with rotary positions and a SwiGLU feed-forward, or several.
 What differs between the members is a field of `ModelConfig`.
 """
 
@@ -8,41 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Self
 
-import torch
 from torch import Tensor
 
 from trireme.kernels import decoder_cpu, ops
 from trireme.kernels.attention_batch import AttentionBatch
-from trireme.kernels.low_bit_cpu import PackedLinear
 from trireme.kernels.ops import LinearWeight
 from trireme.models.config import ModelConfig, RopeConfig
+from trireme.models.decoder_layer import DecoderLayer, native_layer, read_layer
 from trireme.models.model import LayerKv
 from trireme.models.rope import RopeTable
-from trireme.models.weights import ModelWeights, Part
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecoderLayer:
-    """One layer's weights, those of one input fused."""
-
-    input_norm: Tensor
-    qkv: LinearWeight
-    """((heads + 2 * kv_heads) * head_dim, hidden): queries, keys, values."""
-    qkv_bias: Tensor | None
-    qk_norm: Tensor | None
-    """(heads + kv_heads, head_dim)."""
-    out: LinearWeight
-    out_bias: Tensor | None
-    mlp_norm: Tensor
-    gate_up: LinearWeight
-    """(2 * intermediate, hidden): gate, up."""
-    gate_up_bias: Tensor | None
-    down: LinearWeight
-    down_bias: Tensor | None
-    window: int | None
+from trireme.models.weights import ModelWeights
 
 
 class Decoder:
@@ -93,7 +70,7 @@ class Decoder:
         return cls(
             config,
             embedding=embedding,
-            layers=[_read_layer(weights, prefix, layer) for layer in range(config.num_layers)],
+            layers=[read_layer(weights, prefix, layer) for layer in range(config.num_layers)],
             final_norm=weights.tensor(f"{prefix}norm.weight", (config.hidden_size,)),
             head=weights.head(embedding, embedding_name),
             max_positions=max_positions,
@@ -124,14 +101,13 @@ class Decoder:
                 qk[:, :heads], k_cache, v_cache, batch, scale=scale, window=layer.window
             )
             x = ops.linear_add(seen, layer.out, x, layer.out_bias)
-            gate_up = ops.linear(ops.rms_norm(x, layer.mlp_norm, eps), layer.gate_up, layer.gate_up_bias)
-            x = ops.linear_add(ops.swiglu(gate_up), layer.down, x, layer.down_bias)
+            x = layer.feed_forward.forward(ops.rms_norm(x, layer.mlp_norm, eps), x)
         return ops.rms_norm(x, self._final_norm, eps)
 
     def _native_layers(self) -> decoder_cpu.DecoderLayers | None:
         """All layers in one call, where the CPU's library takes them."""
         config = self.config
-        layers = [_native_layer(layer) for layer in self._layers]
+        layers = [native_layer(layer) for layer in self._layers]
         found = [layer for layer in layers if layer is not None]
         if len(found) < len(layers) or not decoder_cpu.takes(found, config.head_dim, self.dtype):
             return None
@@ -149,63 +125,3 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         return ops.linear(hidden, self._head).float()
-
-
-def _native_layer(layer: DecoderLayer) -> decoder_cpu.LayerWeights | None:
-    """None: not all of its products are packed for the CPU's library."""
-    match layer.qkv, layer.out, layer.gate_up, layer.down:
-        case PackedLinear() as qkv, PackedLinear() as out, PackedLinear() as gate_up, PackedLinear() as down:
-            return decoder_cpu.LayerWeights(
-                qkv=qkv,
-                out=out,
-                gate_up=gate_up,
-                down=down,
-                input_norm=layer.input_norm,
-                mlp_norm=layer.mlp_norm,
-                qk_norm=layer.qk_norm,
-                qkv_bias=layer.qkv_bias,
-                out_bias=layer.out_bias,
-                gate_up_bias=layer.gate_up_bias,
-                down_bias=layer.down_bias,
-                window=layer.window,
-            )
-    return None
-
-
-def _read_layer(weights: ModelWeights, prefix: str, index: int) -> DecoderLayer:
-    config = weights.config
-    hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
-    q_rows, kv_rows = config.num_heads * head_dim, config.num_kv_heads * head_dim
-    at = f"{prefix}layers.{index}."
-
-    def matrix(parts: Sequence[Part], inputs: int) -> LinearWeight:
-        return weights.linear([(f"{at}{name}.weight", rows) for name, rows in parts], inputs)
-
-    def bias(parts: Sequence[Part], wanted: bool) -> Tensor | None:
-        if not wanted:
-            return None
-        return torch.cat([weights.tensor(f"{at}{name}.bias", (rows,)) for name, rows in parts])
-
-    qkv = (("self_attn.q_proj", q_rows), ("self_attn.k_proj", kv_rows), ("self_attn.v_proj", kv_rows))
-    out = (("self_attn.o_proj", hidden),)
-    gate_up = (("mlp.gate_proj", inner), ("mlp.up_proj", inner))
-    down = (("mlp.down_proj", hidden),)
-    qk_norm = None
-    if config.qk_norm:
-        q_norm = weights.tensor(f"{at}self_attn.q_norm.weight", (head_dim,))
-        k_norm = weights.tensor(f"{at}self_attn.k_norm.weight", (head_dim,))
-        qk_norm = torch.stack([q_norm] * config.num_heads + [k_norm] * config.num_kv_heads)
-    return DecoderLayer(
-        input_norm=weights.tensor(f"{at}input_layernorm.weight", (hidden,)),
-        qkv=matrix(qkv, hidden),
-        qkv_bias=bias(qkv, config.qkv_bias),
-        qk_norm=qk_norm,
-        out=matrix(out, q_rows),
-        out_bias=bias(out, config.out_bias),
-        mlp_norm=weights.tensor(f"{at}post_attention_layernorm.weight", (hidden,)),
-        gate_up=matrix(gate_up, hidden),
-        gate_up_bias=bias(gate_up, config.mlp_bias),
-        down=matrix(down, inner),
-        down_bias=bias(down, config.mlp_bias),
-        window=config.windows[index],
-    )

@@ -288,6 +288,37 @@ void attend(const DecoderShape& shape, const AttentionPiece& piece, float* score
     }
 }
 
+void choose_experts(const Mixture& mixture, const float* x, int64_t hidden, float* room, int32_t* experts,
+                    float* shares) {
+    float highest = -INFINITY;
+    for (int64_t expert = 0; expert < mixture.experts; ++expert) {
+        room[expert] = sum_lanes(product(x, mixture.router + expert * hidden, hidden));
+        if (room[expert] > highest) highest = room[expert];
+    }
+    float total = 0.0f;
+    for (int64_t expert = 0; expert < mixture.experts; ++expert) {
+        room[expert] = std::exp(room[expert] - highest);
+        total += room[expert];
+    }
+    // The least probability that is chosen, found one by one: few are chosen, of few.
+    bool is_chosen[kMostExperts] = {};
+    float chosen_total = 0.0f;
+    for (int64_t i = 0; i < mixture.chosen; ++i) {
+        int64_t best = -1;
+        for (int64_t expert = 0; expert < mixture.experts; ++expert) {
+            if (!is_chosen[expert] && (best < 0 || room[expert] > room[best])) best = expert;
+        }
+        is_chosen[best] = true;
+        chosen_total += room[best];
+    }
+    const float over = mixture.renormalises ? chosen_total : total;
+    for (int64_t expert = 0, i = 0; expert < mixture.experts; ++expert) {
+        if (!is_chosen[expert]) continue;
+        experts[i] = static_cast<int32_t>(expert);
+        shares[i++] = room[expert] / over;
+    }
+}
+
 void gate_rows(const float* gate_up, int64_t inner, int64_t rows, float* out) {
     const __m256 one = _mm256_set1_ps(1.0f), sign = _mm256_set1_ps(-0.0f);
     for (int64_t row = 0; row < rows; ++row, gate_up += 2 * inner, out += inner) {

@@ -151,6 +151,11 @@ int run_layers(const DecoderShape& shape, const DecoderLayer* layers, int64_t fi
         if (outcome) return outcome;
         job.norm = layer.mlp_norm;
         over_rows(normalise_piece, shape.hidden);
+        if (layer.mixture) {
+            outcome = run_mixture(*layer.mixture, job.normed, shape.hidden, rows, step.x, kernels, threads);
+            if (outcome) return outcome;
+            continue;
+        }
         outcome = product(layer.gate_up, job.normed, shape.hidden, layer.gate_up_bias, nullptr, job.gate_up);
         if (outcome) return outcome;
         over_rows(gate_piece, shape.inner);

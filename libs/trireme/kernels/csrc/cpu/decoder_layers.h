@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "linear.h"
+#include "mixture.h"
 
 namespace trireme {
 
@@ -15,8 +16,9 @@ namespace trireme {
 struct DecoderLayer {
     const Weight* qkv;      // queries, keys, values
     const Weight* out;
-    const Weight* gate_up;  // gate, up
+    const Weight* gate_up;  // gate, up; null where there is a mixture
     const Weight* down;
+    const Mixture* mixture;  // in place of the two, or null
     const float* input_norm;    // (hidden)
     const float* mlp_norm;      // (hidden)
     const float* qk_norm;       // (heads + kv_heads, head_dim), or null
@@ -57,7 +59,7 @@ struct DecoderStep {
     int64_t table_width;
 };
 
-static_assert(sizeof(DecoderLayer) == 96 && sizeof(DecoderShape) == 64 && sizeof(DecoderStep) == 104,
+static_assert(sizeof(DecoderLayer) == 104 && sizeof(DecoderShape) == 64 && sizeof(DecoderStep) == 104,
               "decoder_cpu.py has these sizes too");
 
 // Rows of one sequence that read the same keys in turn: those in a first-level cache serve all of them.

@@ -1,0 +1,121 @@
+"""One layer of a decoder: its weights, read from a checkpoint, and as the CPU's library takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trireme.kernels.decoder_cpu import DenseWeights, ExpertWeights, LayerWeights
+from trireme.kernels.low_bit_cpu import PackedLinear
+from trireme.kernels.ops import LinearWeight
+from trireme.models.feed_forward import DenseFeedForward, FeedForward, MixtureFeedForward, read_feed_forward
+from trireme.models.weights import ModelWeights, Part
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderLayer:
+    """One layer's weights, those of one input fused."""
+
+    input_norm: Tensor
+    qkv: LinearWeight
+    """((heads + 2 * kv_heads) * head_dim, hidden): queries, keys, values."""
+    qkv_bias: Tensor | None
+    qk_norm: Tensor | None
+    """(heads + kv_heads, head_dim)."""
+    out: LinearWeight
+    out_bias: Tensor | None
+    mlp_norm: Tensor
+    feed_forward: FeedForward
+    window: int | None
+
+
+def read_layer(weights: ModelWeights, prefix: str, index: int) -> DecoderLayer:
+    """Layer `index`, whose weights' names begin with `prefix`.
+
+    Raises:
+        InvalidCheckpoint: a tensor is missing or has another shape.
+    """
+    config = weights.config
+    hidden, head_dim = config.hidden_size, config.head_dim
+    q_rows, kv_rows = config.num_heads * head_dim, config.num_kv_heads * head_dim
+    at = f"{prefix}layers.{index}."
+
+    def matrix(parts: Sequence[Part], inputs: int) -> LinearWeight:
+        return weights.linear([(f"{at}{name}.weight", rows) for name, rows in parts], inputs)
+
+    def bias(parts: Sequence[Part], wanted: bool) -> Tensor | None:
+        if not wanted:
+            return None
+        return torch.cat([weights.tensor(f"{at}{name}.bias", (rows,)) for name, rows in parts])
+
+    qkv = (("self_attn.q_proj", q_rows), ("self_attn.k_proj", kv_rows), ("self_attn.v_proj", kv_rows))
+    out = (("self_attn.o_proj", hidden),)
+    qk_norm = None
+    if config.qk_norm:
+        q_norm = weights.tensor(f"{at}self_attn.q_norm.weight", (head_dim,))
+        k_norm = weights.tensor(f"{at}self_attn.k_norm.weight", (head_dim,))
+        qk_norm = torch.stack([q_norm] * config.num_heads + [k_norm] * config.num_kv_heads)
+    return DecoderLayer(
+        input_norm=weights.tensor(f"{at}input_layernorm.weight", (hidden,)),
+        qkv=matrix(qkv, hidden),
+        qkv_bias=bias(qkv, config.qkv_bias),
+        qk_norm=qk_norm,
+        out=matrix(out, q_rows),
+        out_bias=bias(out, config.out_bias),
+        mlp_norm=weights.tensor(f"{at}post_attention_layernorm.weight", (hidden,)),
+        feed_forward=read_feed_forward(weights, at, index),
+        window=config.windows[index],
+    )
+
+
+def native_layer(layer: DecoderLayer) -> LayerWeights | None:
+    """The layer for `kernels.decoder_cpu`; None: not all of its products are packed for it."""
+    if not (isinstance(layer.qkv, PackedLinear) and isinstance(layer.out, PackedLinear)):
+        return None
+    feed_forward = layer.feed_forward
+    native: DenseWeights | ExpertWeights | None
+    if isinstance(feed_forward, DenseFeedForward):
+        native = _native_dense(feed_forward)
+    else:
+        native = _native_experts(feed_forward)
+    if native is None:
+        return None
+    return LayerWeights(
+        qkv=layer.qkv,
+        out=layer.out,
+        feed_forward=native,
+        input_norm=layer.input_norm,
+        mlp_norm=layer.mlp_norm,
+        qk_norm=layer.qk_norm,
+        qkv_bias=layer.qkv_bias,
+        out_bias=layer.out_bias,
+        window=layer.window,
+    )
+
+
+def _native_dense(dense: DenseFeedForward) -> DenseWeights | None:
+    if not (isinstance(dense.gate_up, PackedLinear) and isinstance(dense.down, PackedLinear)):
+        return None
+    return DenseWeights(
+        gate_up=dense.gate_up,
+        gate_up_bias=dense.gate_up_bias,
+        down=dense.down,
+        down_bias=dense.down_bias,
+    )
+
+
+def _native_experts(mixture: MixtureFeedForward) -> ExpertWeights | None:
+    gate_up = tuple([weight for weight in mixture.gate_up if isinstance(weight, PackedLinear)])
+    down = tuple([weight for weight in mixture.down if isinstance(weight, PackedLinear)])
+    if len(gate_up) + len(down) < 2 * len(mixture.gate_up):
+        return None
+    return ExpertWeights(
+        router=mixture.router.contiguous(),
+        gate_up=gate_up,
+        down=down,
+        num_chosen=mixture.num_chosen,
+        renormalises=mixture.renormalises,
+    )
