@@ -142,6 +142,8 @@ def test_the_worker_hears_every_token_once_and_in_order(model: Model) -> None:
     plain = told(ServedEngine("fast", Engine(model, settings()), ResidencyLog()), wanted)
     assert heard[0] == plain[0]
     assert len(heard[1]) < 0.6 * len(plain[1])
+    last = heard[1][-1].figures
+    assert 0 < last.accepted_tokens <= last.drafted_tokens
     # What is billed is the time that passed.
     for news in heard[1]:
         billed_s = news.token_s * (len(news.tokens) // 3) + sum(work.seconds for work in news.work)

@@ -14,6 +14,8 @@ _COUNTERS: tuple[tuple[str, str, Callable[[LoadedVariant], float]], ...] = (
     ("trireme_engine_busy_seconds", "Seconds spent in iterations.", lambda v: v.stats.busy_s),
     ("trireme_engine_prefill_tokens", "Prompt tokens computed.", lambda v: v.stats.prefill_tokens),
     ("trireme_engine_decode_tokens", "Answer tokens computed.", lambda v: v.stats.decode_tokens),
+    ("trireme_engine_drafted_tokens", "Tokens drafted and verified.", lambda v: v.stats.drafted_tokens),
+    ("trireme_engine_accepted_tokens", "Drafted tokens taken.", lambda v: v.stats.accepted_tokens),
     ("trireme_engine_cached_tokens", "Prompt tokens found in a cache.", lambda v: v.stats.prefix_hit_tokens),
     ("trireme_engine_preloaded_blocks", "KV blocks loaded from the store.", lambda v: v.stats.preload_blocks),
     ("trireme_engine_preloads_cut", "Loads that met a wrong block.", lambda v: v.stats.preload_corrupt),

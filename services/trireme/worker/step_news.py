@@ -50,6 +50,8 @@ class EngineFigures(NamedTuple):
     preload_blocks: int = 0
     preload_corrupt: int = 0
     host_in_bytes_per_s: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Work(NamedTuple):
