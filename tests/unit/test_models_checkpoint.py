@@ -260,3 +260,18 @@ def test_a_quantization_that_is_not_described_is_refused_by_field(copy: Path) ->
     edit(copy / "config.json", lambda value: value.update(quantization={"format": "fp6_e3m2"}))
     with pytest.raises(InvalidCheckpoint, match=r"config\.json: quantization\.version is None"):
         load_model(copy)
+
+
+def test_a_step_reads_each_weight_once_and_of_experts_the_chosen_ones(tmp_path: Path) -> None:
+    for name, chosen in (("llama3", 1.0), ("gpt2", 1.0), ("mixtral", 0.5)):
+        reference = reference_model(name)
+        dense, experts = 0, 0
+        for key, parameter in reference.named_parameters():
+            if "experts" in key:
+                experts += parameter.numel()
+            elif parameter.dim() == 2 and "embed" not in key and "wpe" not in key and "wte" not in key:
+                dense += parameter.numel()
+        if reference.config.tie_word_embeddings:
+            dense += reference.get_input_embeddings().weight.numel()
+        model = load_model(save(reference, tmp_path / name))
+        assert model.step_bytes == 4 * (dense + int(chosen * experts)), name

@@ -124,6 +124,14 @@ def pack_quantized(weight: QuantizedWeight, *, device: torch.device, dtype: torc
     return cuda_ops.pack_quantized(weight, device=device)
 
 
+def weight_bytes(weight: LinearWeight) -> int:
+    """Bytes that `linear` reads of a weight."""
+    if isinstance(weight, (PackedLinear, PackedWeight)):
+        parts = (weight.words, weight.scales, weight.zeros)
+        return sum(part.nbytes for part in parts if part is not None)
+    return weight.numel() * weight.element_size()
+
+
 def linear(x: Tensor, weight: LinearWeight, bias: Tensor | None = None) -> Tensor:
     """x (tokens, inputs) times weight (outputs, inputs) transposed, plus bias (outputs,).
 

@@ -54,6 +54,7 @@ class Decoder:
         )
         self.key_rotation = self._rope.key_rotation
         self._native = self._native_layers()
+        self.step_bytes = ops.weight_bytes(head) + sum(layer.step_bytes for layer in layers)
 
     @classmethod
     def load(cls, weights: ModelWeights, *, max_positions: int) -> Self:

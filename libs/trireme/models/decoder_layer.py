@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trireme.kernels import ops
 from trireme.kernels.decoder_cpu import DenseWeights, ExpertWeights, LayerWeights
 from trireme.kernels.low_bit_cpu import PackedLinear
 from trireme.kernels.ops import LinearWeight
@@ -30,6 +31,11 @@ class DecoderLayer:
     mlp_norm: Tensor
     feed_forward: FeedForward
     window: int | None
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of linear weights that one token reads."""
+        return ops.weight_bytes(self.qkv) + ops.weight_bytes(self.out) + self.feed_forward.step_bytes
 
 
 def read_layer(weights: ModelWeights, prefix: str, index: int) -> DecoderLayer:

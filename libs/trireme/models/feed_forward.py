@@ -24,6 +24,11 @@ class DenseFeedForward:
     down: LinearWeight
     down_bias: Tensor | None
 
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of weights that one token reads."""
+        return ops.weight_bytes(self.gate_up) + ops.weight_bytes(self.down)
+
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """(tokens, hidden) both."""
         gate_up = ops.linear(x, self.gate_up, self.gate_up_bias)
@@ -45,6 +50,12 @@ class MixtureFeedForward:
     num_chosen: int
     renormalises: bool
     """The chosen experts' shares sum to 1."""
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of weights that one token reads."""
+        experts = sum(map(ops.weight_bytes, (*self.gate_up, *self.down)))
+        return experts * self.num_chosen // len(self.gate_up) + ops.weight_bytes(self.router)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """(tokens, hidden) both."""

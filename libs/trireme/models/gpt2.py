@@ -69,6 +69,10 @@ class Gpt2:
         self._layers = tuple(layers)
         self._final_norm = final_norm
         self._head = head
+        products = [
+            layer_part.weight for each in layers for layer_part in (each.qkv, each.out, each.up, each.down)
+        ]
+        self.step_bytes = sum(map(ops.weight_bytes, (*products, head)))
 
     @classmethod
     def load(cls, weights: ModelWeights) -> Self:

@@ -39,6 +39,10 @@ class Model(Protocol):
     def key_rotation(self) -> KeyRotation | None:
         """Moves cached keys to other positions; None: they must be computed again there."""
 
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of linear weights that a step of one token reads."""
+
     def forward(
         self, tokens: Tensor, positions: Tensor, kv: Sequence[LayerKv], batch: AttentionBatch
     ) -> Tensor:

@@ -38,6 +38,7 @@ class NullModel:
         self.device = torch.device("cpu")
         self.max_positions = max_positions
         self.key_rotation = None
+        self.step_bytes = 0
         self._answers = torch.eye(vocab_size) if vocab_size <= 4096 else None
 
     def forward(

@@ -9,6 +9,7 @@ import torch
 from trireme.engine import Engine, EngineSettings, KvTier, SamplingParams, SequenceRequest
 from trireme.engine.kv_memory import block_bytes
 from trireme.engine.speculation.draft_checkpoint import load_draft
+from trireme.kernels.read_speed import read_bytes_per_s
 from trireme.loading.whole import load_whole
 from trireme.models.checkpoint import Checkpoint
 from trireme.models.null import NullModel
@@ -102,6 +103,10 @@ def describe(engine: Engine) -> Loaded:
             config, block_size=settings.block_size, dtype=engine.model.dtype, kv_dtype=settings.kv_dtype
         ),
         num_blocks=settings.num_blocks,
+        step_bytes=engine.model.step_bytes,
+        read_bytes_per_s=(
+            read_bytes_per_s(torch.get_num_threads()) if engine.model.device.type == "cpu" else 0.0
+        ),
         turns_keys=engine.model.key_rotation is not None,
     )
 

@@ -154,5 +154,9 @@ class Loaded:
     block_bytes: int
     """Of an exported block; 0: blocks hold nothing."""
     num_blocks: int
+    step_bytes: int = 0
+    """Of weights that a step of one token reads."""
+    read_bytes_per_s: float = 0.0
+    """At which the engine's cores read memory; 0: not measured."""
     turns_keys: bool = False
     """Keys can be turned to other positions: blocks from before a cut serve behind it."""

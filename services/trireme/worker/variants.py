@@ -110,6 +110,17 @@ class LoadedVariant:
         )
 
 
+def _floor(loaded: Loaded) -> dict[str, float]:
+    """What one stream can be read at, at most, of weights that no cache holds."""
+    if not (loaded.step_bytes and loaded.read_bytes_per_s):
+        return {}
+    return {
+        "weights_mib_per_token": round(loaded.step_bytes / 2**20, 1),
+        "read_gb_per_s": round(loaded.read_bytes_per_s / 1e9, 1),
+        "expected_tokens_per_s": round(loaded.read_bytes_per_s / loaded.step_bytes, 1),
+    }
+
+
 class VariantTable:
     """All variants of this worker."""
 
@@ -157,7 +168,9 @@ class VariantTable:
         loaded, figures = cast(tuple[Loaded, EngineFigures], answer)
         self._loaded[plan.variant] = LoadedVariant(plan, loaded, figures)
         load_s = time.monotonic() - started_s
-        log.info("variant_loaded", extra={"variant": plan.variant, "load_s": round(load_s, 3)})
+        log.info(
+            "variant_loaded", extra={"variant": plan.variant, "load_s": round(load_s, 3), **_floor(loaded)}
+        )
         return load_s
 
     async def unload(self, variant: str) -> None:
