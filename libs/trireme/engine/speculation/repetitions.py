@@ -19,6 +19,8 @@ _ORDERS: Final = (8, 5, 3, 2)
 """Lengths of runs, longest first."""
 _DEPTHS: Final = (0, 1, 1, 2)
 """Grade by place in the draft; later ones have the last."""
+_MOST_AT_ONCE: Final = 4096
+"""Of a longer prompt the end is looked at: all of it would hold up the step for too long."""
 _SOURCE: Final = "repetition"
 _FORGETTING: Final = 0.8
 
@@ -29,7 +31,8 @@ class SuffixIndex:
     __slots__ = ("_places", "_size", "trust")
 
     def __init__(self) -> None:
-        self._places: list[dict[tuple[int, ...], int]] = [{} for _ in _ORDERS]
+        self._places: list[dict[int, int]] = [{} for _ in _ORDERS]
+        """Hashes of runs to the places behind them: two runs of one hash are a bad draft at worst."""
         self._size = 0
         self.trust = 0.5
         """Recent share of right tokens."""
@@ -39,13 +42,14 @@ class SuffixIndex:
         size = len(history)
         if size <= self._size:
             return
+        self._size = max(self._size, size - _MOST_AT_ONCE)
         start = max(0, self._size - _ORDERS[0])
         recent = list(history[start:size])
         for stop in range(max(self._size, 1), size):
             end = stop - start
             for order, places in zip(_ORDERS, self._places, strict=True):
                 if order <= stop:
-                    places[tuple(recent[end - order : end])] = stop
+                    places[hash(tuple(recent[end - order : end]))] = stop
         self._size = size
 
     def find(self, history: Sequence[int]) -> tuple[int, int] | None:
@@ -53,7 +57,7 @@ class SuffixIndex:
         size = len(history)
         for rank, (order, places) in enumerate(zip(_ORDERS, self._places, strict=True)):
             if order < size:
-                place = places.get(tuple(history[size - order : size]))
+                place = places.get(hash(tuple(history[size - order : size])))
                 if place is not None:
                     return rank, place
         return None
