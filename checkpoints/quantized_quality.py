@@ -1,6 +1,6 @@
 """Measure what weights and KV in few bits cost the checkpoints, on modules they were not trained on.
 
-    PYTHONPATH=. python checkpoints/quantized_quality.py --out checkpoints/quantized_quality.json
+    python checkpoints/quantized_quality.py --out checkpoints/quantized_quality.json
 
 Each checkpoint is quantized to each format, loaded as a worker loads it, and run by the model and the
 kernels that serve it; unquantized, it is run with its KV in each form. Bits per byte and next-line
