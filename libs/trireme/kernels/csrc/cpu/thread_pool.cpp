@@ -13,7 +13,7 @@
 namespace trireme {
 namespace {
 
-constexpr int kSpinPauses = 2000;  // about 30 us
+constexpr int kSpinPauses = 2000;  // 30 to 100 us, as long as the CPU takes a pause to be
 constexpr int kMostWorkers = 255;
 
 struct Pool {
