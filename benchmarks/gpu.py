@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.fleet import write_result
 from benchmarks.gpu_checks import FORMATS, FULL, SMALL, check, mixed_states, random_batch, sampling_rows
-from trireme.kernels import cuda_elementwise, cuda_ops, reference
+from trireme.kernels import cuda_elementwise, cuda_kv, cuda_ops, reference
 from trireme.kernels.attention_batch import AttentionBatch
 from trireme.kernels.cuda_attention import paged_attention
 from trireme.kernels.cuda_emulator import Emulator
@@ -194,7 +194,7 @@ def measure_elementwise(launcher: Launcher, device: torch.device, timer: Timer) 
             moved_bytes=1.5 * element_bytes,
         ),
         "copy_blocks": timer.compare(
-            lambda i: cuda_elementwise.copy_blocks(
+            lambda i: cuda_kv.copy_blocks(
                 launcher, blocks[i], residual[i].view(tokens // 16, -1), source_blocks=order
             ),
             lambda i: torch.index_select(blocks[i], 0, order),

@@ -14,7 +14,7 @@ from torch import Tensor
 from trireme.engine.sampling import SamplingState
 from trireme.engine.sampling import sample as engine_sample
 from trireme.engine.sampling_params import SamplingParams
-from trireme.kernels import cuda_elementwise, cuda_ops, kv_forms, reference
+from trireme.kernels import cuda_elementwise, cuda_kv, cuda_ops, kv_forms, reference
 from trireme.kernels.attention_batch import AttentionBatch
 from trireme.kernels.cuda_attention import paged_attention
 from trireme.kernels.cuda_launch import Launcher
@@ -114,7 +114,7 @@ def _elementwise_errors(
     cos, sin = torch.rand(2, tokens, 1, head_dim, dtype=dtype, device=device)
     caches = torch.zeros(2, 2, 8, kv_heads, head_dim, dtype=dtype, device=device)
     slots = torch.tensor([9, 3, 0, 15, 4], device=device)
-    rotated = cuda_elementwise.rotary_append_kv(launcher, q, k, v, cos, sin, caches[0], caches[1], slots)
+    rotated = cuda_kv.rotary_append_kv(launcher, q, k, v, cos, sin, caches[0], caches[1], slots)
     flat = caches.view(2, 16, kv_heads, head_dim)
     exact_q, exact_k = (reference.rotary(part.double(), cos.double(), sin.double()) for part in (q, k))
     return [

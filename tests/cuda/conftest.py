@@ -15,6 +15,11 @@ TYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 BUILD = Path(__file__).resolve().parents[2] / "build" / "emulator"
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def emulator() -> Emulator:
     if not cuda_emulator.is_available():

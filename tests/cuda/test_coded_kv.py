@@ -10,8 +10,8 @@ from tests.cuda.attention_support import Step, assert_close
 from tests.cuda.conftest import TYPES
 from trireme.kernels import kv_forms
 from trireme.kernels.cuda_attention import attention_kernel, merge_kernel
-from trireme.kernels.cuda_elementwise import append_coded_kernel, append_kv
 from trireme.kernels.cuda_emulator import Emulator
+from trireme.kernels.cuda_kv import append_coded_kernel, append_kv
 from trireme.kernels.cuda_launch import CODE_NAMES, ShapeMismatch
 
 HEAD_DIMS = (16, 128)

@@ -34,6 +34,7 @@ from trireme.kernels.cuda_sampling import BIAS_LOGITS, PENALISE_LOGITS, SAMPLE, 
 from trireme.quant.formats import weight_format
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a")
+pytestmark = pytest.mark.timeout(600)  # a busy machine may take minutes to compile all of them
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 
 

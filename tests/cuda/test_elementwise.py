@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.cuda.conftest import TYPES, assert_rounded
 from trireme.kernels import cuda_elementwise as ops
+from trireme.kernels import cuda_kv
 from trireme.kernels.cuda_emulator import Emulator
 from trireme.kernels.cuda_launch import Kernel, ShapeMismatch
 
@@ -88,7 +89,7 @@ def test_queries_and_keys_turn_and_the_cache_takes_keys_and_values(
     caches = torch.full((2, 4, 4, kv_heads, head_dim), 7.0, dtype=dtype)
     before = caches.clone()
     slots = torch.tensor([13, -1, 0, 15, 6])
-    out = ops.rotary_append_kv(emulator, q, k, v, cos, sin, caches[0], caches[1], slots)
+    out = cuda_kv.rotary_append_kv(emulator, q, k, v, cos, sin, caches[0], caches[1], slots)
     assert_rounded(out, rotated(q, quarter_turns))
     written = slots >= 0
     flat = caches.view(2, 16, kv_heads, head_dim)
@@ -104,7 +105,7 @@ def test_rotary_alone_turns_any_angle(emulator: Emulator, kind: str) -> None:
     x, angles = torch.randn(6, 5, 32, dtype=dtype), torch.rand(6, 1, 16, dtype=torch.float64) * 6
     cos, sin = cos_sin(angles, dtype)
     exact = x.double() * cos.double() + x.double().roll(16, -1) * sin.double()
-    assert_rounded(ops.rotary(emulator, x, cos, sin), exact, slack=1.0)
+    assert_rounded(cuda_kv.rotary(emulator, x, cos, sin), exact, slack=1.0)
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -120,9 +121,9 @@ def test_appending_writes_the_slots_and_nothing_else(
     slots = torch.randperm(48)[:tokens]
     for cache, new in zip(expected, (k, v), strict=True):
         cache.view(48, kv_heads, head_dim).index_copy_(0, slots, new)
-    ops.append_kv(emulator, k, v, caches[0], caches[1], slots)
+    cuda_kv.append_kv(emulator, k, v, caches[0], caches[1], slots)
     assert torch.equal(caches, expected)
-    ops.append_kv(emulator, k, v, caches[0], caches[1], torch.full_like(slots, -1))
+    cuda_kv.append_kv(emulator, k, v, caches[0], caches[1], torch.full_like(slots, -1))
     assert torch.equal(caches, expected)
 
 
@@ -141,13 +142,13 @@ def test_blocks_are_gathered_and_scattered(emulator: Emulator, shape: tuple[int,
     pool = torch.randint(-100, 100, (7, *shape), dtype=torch.int16)
     blocks = torch.tensor([6, 0, 3])
     staging = torch.empty((3, *shape), dtype=torch.int16)
-    ops.copy_blocks(emulator, pool, staging, source_blocks=blocks)
+    cuda_kv.copy_blocks(emulator, pool, staging, source_blocks=blocks)
     assert torch.equal(staging, pool[blocks])
     other = torch.zeros_like(pool)
-    ops.copy_blocks(emulator, staging, other, target_blocks=blocks.flip(0))
+    cuda_kv.copy_blocks(emulator, staging, other, target_blocks=blocks.flip(0))
     assert torch.equal(other, torch.zeros_like(pool).index_copy_(0, blocks.flip(0), staging))
     both = torch.zeros_like(pool)
-    ops.copy_blocks(emulator, pool, both, source_blocks=blocks, target_blocks=blocks)
+    cuda_kv.copy_blocks(emulator, pool, both, source_blocks=blocks, target_blocks=blocks)
     assert torch.equal(both, torch.zeros_like(pool).index_copy_(0, blocks, pool[blocks]))
 
 

@@ -21,6 +21,7 @@ RIGHT = (
     "refilled<true>",
     "shuffles<99>",
     "leaves<false>",
+    "passes_on<true>",
 )
 WRONG = {
     "neighbours<0, 1>": "thread .* reads what it must not: shared byte .* was",
@@ -33,9 +34,11 @@ WRONG = {
     "beyond<1>": "thread .* writes 4 bytes out of bounds, byte 256 of buffer 0 with 256",
     "beyond<-1>": "thread .* writes 4 bytes out of bounds, byte -4 of buffer 0",
     "misaligned": "thread .* writes 8 bytes at an address that is no multiple of that",
+    "passes_on<false>": "reads what it must not: byte .* was written by thread .* with no barrier since",
     "unwritten": "thread .* reads what it must not: shared byte .* was never written",
     "last_wins": "buffer 0 depends on the order of blocks and threads",
 }
+HANDOVERS = ("handovers<0>", "handovers<1>", "handovers<2>")
 COPIES = ("copies<0>", "copies<1>", "copies<2>")
 ARITHMETIC = [
     Kernel(source="arithmetic", name=f"{name}<{argument}>")
@@ -55,7 +58,7 @@ def fault(name: str) -> Kernel:
 @pytest.fixture(scope="module")
 def emulator(emulator: Emulator) -> Emulator:
     emulator = Emulator(BUILD, sources=KERNELS)
-    emulator.prepare([*map(fault, (*RIGHT, *WRONG, *COPIES, "beyond<0>", "counts")), *ARITHMETIC])
+    emulator.prepare([*map(fault, (*RIGHT, *WRONG, *COPIES, *HANDOVERS, "beyond<0>", "counts")), *ARITHMETIC])
     return emulator
 
 
@@ -85,6 +88,18 @@ def test_an_asynchronous_copy_lands_at_its_wait(emulator: Emulator) -> None:
         run(emulator, "copies<1>", given, out, threads=32)
     with pytest.raises(EmulatedKernelFault, match=r"is still being copied by cp\.async of thread"):
         run(emulator, "copies<2>", given, out, threads=32)
+
+
+def test_a_block_reads_what_another_has_handed_over(emulator: Emulator) -> None:
+    parts, out, counter = torch.zeros(3 * 64), torch.zeros(64), torch.zeros(1, dtype=torch.int32)
+    run(emulator, "handovers<2>", parts, out, counter, blocks=3)
+    assert torch.equal(out, torch.full((64,), 3.0))
+    for name in ("handovers<0>", "handovers<1>"):
+        counter.zero_()
+        with pytest.raises(
+            EmulatedKernelFault, match=r"of block \d, which has not handed it over|no barrier"
+        ):
+            run(emulator, name, parts, out, counter, blocks=3)
 
 
 def test_atomics_and_ballots_count_every_thread(emulator: Emulator) -> None:

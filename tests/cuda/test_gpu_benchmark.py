@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 
-from benchmarks.gpu_checks import SMALL, check
+from benchmarks.gpu_checks import FORMATS, SMALL, check
 from trireme.kernels.cuda_emulator import Emulator
 from trireme.kernels.cuda_launch import Argument, Geometry, Kernel
+from trireme.kernels.cuda_linear import gemm_kernel
+from trireme.quant.formats import weight_format
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled(emulator: Emulator) -> None:
+    emulator.prepare(
+        gemm_kernel(kind, weight_format(name), 8) for kind in ("f16", "bf16") for name in FORMATS
+    )
 
 
 class Forgetful:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import platform
 import shutil
 import subprocess
@@ -180,7 +181,7 @@ class Emulator:
 def _build(options: Sequence[str], target: Path) -> None:
     """Compile into a file that appears when it is complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(f".partial{target.suffix}")
+    partial = target.with_suffix(f".{os.getpid()}{target.suffix}")
     done = subprocess.run(
         ["g++", *_OPTIONS, *options, "-o", str(partial)], capture_output=True, text=True, check=False
     )

@@ -141,3 +141,23 @@ def check(
         raise ShapeMismatch(f"{name} is not contiguous")
     if tensor.data_ptr() % alignment_bytes:
         raise ShapeMismatch(f"{name} does not start at a multiple of {alignment_bytes} bytes")
+
+
+def check_multiple(size: int, of: int, name: str) -> None:
+    """Refuse a size that is no multiple of another.
+
+    Raises:
+        ShapeMismatch: says both.
+    """
+    if size % of:
+        raise ShapeMismatch(f"{name} is {size}, no multiple of {of}")
+
+
+def check_rows(x: Tensor, name: str) -> None:
+    """Refuse rows that cannot be read 16 bytes at a time.
+
+    Raises:
+        ShapeMismatch: names the tensor.
+    """
+    if x.stride(-1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        raise ShapeMismatch(f"the rows of {name} must start at multiples of 16 bytes and be contiguous")

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from trireme.kernels import cuda_attention, cuda_elementwise, cuda_linear, reference
+from trireme.kernels import cuda_attention, cuda_elementwise, cuda_kv, cuda_linear, reference
 from trireme.kernels.attention_batch import AttentionBatch
 from trireme.kernels.cuda_compile import LOWEST_CAPABILITY
 from trireme.kernels.cuda_device import CudaDevice
@@ -52,7 +52,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if x.dtype not in TYPE_NAMES or x.shape[-1] % 16:
         return reference.rotary(x, cos, sin)
-    return cuda_elementwise.rotary(launcher_of(x.device), x, cos, sin)
+    return cuda_kv.rotary(launcher_of(x.device), x, cos, sin)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def append_kv(k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, sl
     if k_new.dtype not in TYPE_NAMES or not is_stored or k_new.shape[-1] % 8:
         reference.append_kv(k_new, v_new, k_cache, v_cache, slots)
     else:
-        cuda_elementwise.append_kv(launcher_of(k_new.device), k_new, v_new, k_cache, v_cache, slots)
+        cuda_kv.append_kv(launcher_of(k_new.device), k_new, v_new, k_cache, v_cache, slots)
 
 
 def paged_attention(

@@ -78,6 +78,31 @@ __global__ void unwritten(float* out) { out[threadIdx.x] = shared_floats()[threa
 // What is there depends on which block comes last.
 __global__ void last_wins(float* out) { out[threadIdx.x] = blockIdx.x; }
 
+// Whichever block counts last reads what the others wrote. HANDS_OVER 0: without counting; 1: a block counts itself
+// before all its threads have written; 2: after.
+template <int HANDS_OVER>
+__global__ void handovers(float* parts, float* out, u32* counter) {
+    auto* arrived = reinterpret_cast<u32*>(prim_shared());
+    parts[blockIdx.x * blockDim.x + threadIdx.x] = 1.0f;
+    if (HANDS_OVER == 2) prim_sync_block();
+    if (threadIdx.x == 0) *arrived = HANDS_OVER ? prim_atomic_add(counter, 1u) : gridDim.x - 1;
+    prim_sync_block();
+    if (*arrived != gridDim.x - 1) return;
+    float sum = 0.0f;
+    for (unsigned block = 0; block < gridDim.x; ++block) sum += parts[block * blockDim.x + (threadIdx.x ^ 1)];
+    out[threadIdx.x] = sum;
+}
+
+// A thread reads from global memory what its neighbour wrote there.
+template <bool HAS_BARRIER>
+__global__ void passes_on(float* out) {
+    out[threadIdx.x] = 1.0f;
+    if (HAS_BARRIER) prim_sync_block();
+    const float value = out[threadIdx.x ^ 32];
+    prim_sync_block();
+    out[threadIdx.x] = value + 1.0f;
+}
+
 __global__ void counts(u32* out) {
     auto* shared = reinterpret_cast<u32*>(prim_shared());
     if (threadIdx.x < 2) shared[threadIdx.x] = 0;

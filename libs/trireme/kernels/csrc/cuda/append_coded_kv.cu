@@ -29,7 +29,9 @@ DEVICE void append_row(const T* from, u8* to, int head_dim, int lane) {
         u32 codes = 0;
         for (int i = 0; i < 4; ++i) {
             const float scaled = prim_divide(to_float(from[at + i]), scale);
-            const float clamped = scaled > Code::largest ? Code::largest : scaled < -Code::largest ? -Code::largest : scaled;
+            const float clamped = scaled > Code::largest    ? Code::largest
+                                  : scaled < -Code::largest ? -Code::largest
+                                                            : scaled;
             codes |= static_cast<u32>(Code::of(clamped)) << 8 * i;
         }
         *reinterpret_cast<u32*>(to + at) = codes;
@@ -39,8 +41,8 @@ DEVICE void append_row(const T* from, u8* to, int head_dim, int lane) {
 
 template <class T, class Code>
 __global__ void __launch_bounds__(128)
-    append_coded_kv(const T* k_new, const T* v_new, const i64* slots, u8* k_cache, u8* v_cache, int tokens, int kv_heads,
-                    int head_dim, i64 k_stride, i64 v_stride) {
+    append_coded_kv(const T* k_new, const T* v_new, const i64* slots, u8* k_cache, u8* v_cache, int tokens,
+                    int kv_heads, int head_dim, i64 k_stride, i64 v_stride) {
     const int lane = threadIdx.x % warp_lanes;
     const i64 item = i64(blockIdx.x) * (blockDim.x / warp_lanes) + threadIdx.x / warp_lanes;
     const i64 token = item / kv_heads, head = item % kv_heads;

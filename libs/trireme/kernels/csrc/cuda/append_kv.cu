@@ -13,9 +13,8 @@
 #include "vectors.cuh"
 
 template <class T>
-__global__ void __launch_bounds__(128)
-    append_kv(const T* k_new, const T* v_new, const i64* slots, T* k_cache, T* v_cache, int tokens, int row,
-              i64 k_stride, i64 v_stride) {
+__global__ void __launch_bounds__(128) append_kv(const T* k_new, const T* v_new, const i64* slots, T* k_cache,
+                                                 T* v_cache, int tokens, int row, i64 k_stride, i64 v_stride) {
     const int token = blockIdx.x * (blockDim.x / warp_lanes) + threadIdx.x / warp_lanes;
     if (token >= tokens) return;
     const i64 slot = slots[token];

@@ -101,10 +101,9 @@ struct AttentionRows {
             for (int i = 0; i < 4; ++i) out[piece][i] = 0.0f;
     }
 
-    // Take in the KEYS keys from `first` on, those before `end`.
+    // Take in the KEYS keys from `first` on. Rows of a tile behind the last key are zeros, and no view shows them.
     template <int KEYS>
-    DEVICE void attend(const T* k, const T* v, int first, int end, const Queries& queries, const ScoreScale& scale,
-                       int lane) {
+    DEVICE void attend(const T* k, const T* v, int first, const Queries& queries, const ScoreScale& scale, int lane) {
         constexpr int row_elements = HEAD_DIM + 8;
         const int in_matrix = lane % 8, matrix = lane / 8;
         float scores[KEYS / 8][4] = {};
@@ -119,7 +118,7 @@ struct AttentionRows {
                 prim_mma(scores[2 * pair + 1], fragments[piece], b[2], b[3], T{});
             }
         }
-        weigh<KEYS>(scores, first, end, queries, scale, lane);
+        weigh<KEYS>(scores, first, queries, scale, lane);
 #pragma unroll
         for (int pair = 0; pair < KEYS / 16; ++pair) {
             const u32 weights[4] = {prim_pack(scores[2 * pair][0], scores[2 * pair][1], T{}),
@@ -165,7 +164,8 @@ struct AttentionRows {
                 const float merged = fmaxf(maximum[half], their_maximum);
                 ours_by[half] = exp2_below(maximum[half], merged);
                 theirs_by[half] = exp2_below(their_maximum, merged);
-                sum[half] = sum[half] * ours_by[half] + theirs[(HEAD_DIM / 2 + 2 + half) * warp_lanes] * theirs_by[half];
+                sum[half] =
+                    sum[half] * ours_by[half] + theirs[(HEAD_DIM / 2 + 2 + half) * warp_lanes] * theirs_by[half];
                 maximum[half] = merged;
             }
 #pragma unroll
@@ -193,14 +193,14 @@ struct AttentionRows {
 private:
     // Products to weights below 1, relative to the highest score so far; what went before shrinks accordingly.
     template <int KEYS>
-    DEVICE void weigh(float (&scores)[KEYS / 8][4], int first, int end, const Queries& queries,
-                      const ScoreScale& scale, int lane) {
+    DEVICE void weigh(float (&scores)[KEYS / 8][4], int first, const Queries& queries, const ScoreScale& scale,
+                      int lane) {
         float highest[2] = {maximum[0], maximum[1]};
 #pragma unroll
         for (int i = 0; i < KEYS / 2; ++i) {
             const int key = first + i / 4 * 8 + lane % 4 * 2 + i % 2, half = i % 4 / 2;
             float& score = scores[i / 4][i % 4];
-            score = key < end && views[half].sees(key, queries) ? scale(score) : minus_infinity();
+            score = views[half].sees(key, queries) ? scale(score) : minus_infinity();
             highest[half] = fmaxf(highest[half], score);
         }
         float shrink[2];

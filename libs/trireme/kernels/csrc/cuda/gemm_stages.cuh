@@ -67,6 +67,7 @@ private:
     template <int WORDS>
     DEVICE void copy_words(u32* to, const u32* from) const {
 #pragma unroll
-        for (int at = 0; at < WORDS; at += 4 * warp_lanes) prim_copy_async(to + at + 4 * lane, from + at + 4 * lane, true);
+        for (int at = 0; at < WORDS; at += 4 * warp_lanes)
+            prim_copy_async(to + at + 4 * lane, from + at + 4 * lane, true);
     }
 };

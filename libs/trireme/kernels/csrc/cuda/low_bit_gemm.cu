@@ -11,9 +11,10 @@
 //   counters   [grid.y, grid.x]        uint32, all 0 before and after; only if grid.z > 1
 //
 // Requires    columns % 8 == 0; x_stride % 8 == 0; GROUP 32, 64 or 128 with Int4, else 0.
-// Launch      grid (rows padded / 64, ceil(tokens / TILE_N), splits of the columns) of 128 threads. Each warp takes every
-//             fourth tile of 64 columns, through stages of its own: no barrier of the block before the end. Shared
-//             memory: 4 warps * stages * (bytes of 64 x 64 codes + TILE_N * 144); stages 4, 3, 2 for TILE_N 8, 16, 32.
+// Launch      grid (rows padded / 64, ceil(tokens / TILE_N), splits of the columns) of 128 threads. Each warp takes
+//             every fourth tile of 64 columns, through stages of its own: no barrier of the block before the end.
+//             Shared memory: 4 warps * stages * (bytes of 64 x 64 codes + TILE_N * 144); 4, 3, 2 stages for TILE_N
+//             8, 16, 32.
 // Invariant   the order of a token's sums depends on columns and grid.z alone, so its result not on other tokens.
 //             Splits are summed in their order by whichever block comes last.
 // Cost        memory bound up to tens of tokens: bits / 8 * rows * columns bytes; 2 * tokens * rows * columns FLOP.
@@ -56,8 +57,9 @@ __global__ void __launch_bounds__(gemm_warps* warp_lanes)
     const int end = static_cast<int>(i64(tiles) * (blockIdx.z + 1) / gridDim.z);
     const int begin = static_cast<int>(i64(tiles) * blockIdx.z / gridDim.z) + warp;
     const i64 groups = has_groups ? ceil_div(tiles * tile_columns, has_groups ? GROUP : 1) : 1;
-    const GemmOperands<T> operands = {words,     x,           x_stride, static_cast<int>(blockIdx.x),
-                                      static_cast<int>(gridDim.x), tiles, columns, first_token, tokens};
+    const GemmOperands<T> operands = {
+        words,   x,           x_stride, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x), tiles,
+        columns, first_token, tokens};
     const Stages stages = {prim_shared() + warp * Stages::count * Stages::stage_bytes, lane};
 
     float sums[4][TILE_N / 8][4] = {};
@@ -80,7 +82,7 @@ __global__ void __launch_bounds__(gemm_warps* warp_lanes)
 #pragma unroll
         for (int group = 0; group < groups_a_tile; ++group) {
             float group_sums[4][TILE_N / 8][4] = {};
-            float(&target)[4][TILE_N / 8][4] = has_groups ? group_sums : sums;
+            float (&target)[4][TILE_N / 8][4] = has_groups ? group_sums : sums;
 #pragma unroll
             for (int half = group * halves_a_group; half < (group + 1) * halves_a_group; ++half) {
                 u32 b[TILE_N / 8][4];

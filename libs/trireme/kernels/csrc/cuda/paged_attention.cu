@@ -1,10 +1,10 @@
 // paged_attention: causal attention of one step's queries over the paged KV cache, for decode, prefill and trees.
 //
 //   q            [tokens, heads, head_dim]                      T, tokens `q_stride` elements apart
-//   k_cache, v_cache  [blocks, block_size, kv_heads, row]       contiguous, block_size = 1 << block_shift: row is head_dim
-//                elements of T, or head_dim codes and a scale (kv_codes.cuh)
+//   k_cache, v_cache  [blocks, block_size, kv_heads, row]       contiguous, block_size = 1 << block_shift; row is
+//                head_dim elements of T, or head_dim codes and a scale (kv_codes.cuh)
 //   block_tables [sequences, table_width]                       int32, the blocks of each sequence in order
-//   sequences    [sequences, 3]                                 int32: first token in q, tokens in q, tokens in the cache
+//   sequences    [sequences, 3]                                 int32: first token in q, tokens in q, in the cache
 //   tiles        [grid.x, 2]                                    int32: sequence, the first of 16 * ROW_WARPS rows
 //   tree_masks   [tokens]                                       uint64 or null: bit j of a token's mask says that it
 //                sees the j-th of its sequence's tokens in q, an ancestor or itself; all see the earlier ones
@@ -18,13 +18,15 @@
 //
 // Requires    head_dim = HEAD_DIM, a multiple of 16 up to 128; q_stride % 8 == 0; trees of at most 64 tokens;
 //             split_unit % 64 == 0; grid.z >= the splits of the longest sequence, and at most max_splits.
-// Invariant   splits depend on a sequence's own length; tiles of keys and who takes them, on the position alone. So a
-//             query's result does not depend on the batch, and prefill's not on how it is cut into chunks.
+// Invariant   splits depend on a sequence's own length; tiles of keys and who takes them, on the position alone. So
+//             a query's result does not depend on the batch, and prefill's not on how it is cut into chunks.
 // Launch      grid (tiles, kv_heads, splits) of 128 threads; 512 * (head_dim + 8) bytes of shared memory.
-// Cost        decode: memory bound, 4 (of codes 2) * keys * head_dim bytes a key head. Prefill: 4 * head_dim FLOP a pair.
+// Cost        decode: memory bound, 4 (of codes 2) * keys * head_dim bytes a key head. Prefill: 4 * head_dim FLOP a
+//             pair of query and key.
 // Reference   tests/cuda/test_attention.py, float64.
-// Source      Dao, FlashAttention-2, 2023 (online softmax); Kwon et al., SOSP 2023 (paging); Dao et al., Flash-Decoding,
-//             2023 (splits); Miao et al., SpecInfer, ASPLOS 2024 (tree masks); Gemma 2, 2024 (soft cap).
+// Source      Dao, FlashAttention-2, 2023 (online softmax); Kwon et al., SOSP 2023 (paging); Dao et al.,
+//             Flash-Decoding, 2023 (splits); Miao et al., SpecInfer, ASPLOS 2024 (tree masks); Gemma 2, 2024 (soft
+//             cap).
 
 #include "attention_rows.cuh"
 #include "key_tiles.cuh"
@@ -49,9 +51,8 @@ __global__ void __launch_bounds__(128)
     const int warp_row = block_row + (ROW_WARPS == 1 ? 0 : 16 * warp);
     AttentionRows<T, HEAD_DIM> rows;
     rows.start(q + i64(first_token) * q_stride + kv_head * group * HEAD_DIM, queries, warp_row, q_stride, lane);
-    const PagedKeys cache = {k_cache,     v_cache,  block_tables + i64(sequence) * table_width,
-                             block_shift, kv_heads, kv_head,
-                             end};
+    const PagedKeys cache = {k_cache, v_cache, block_tables + i64(sequence) * table_width, block_shift, kv_heads,
+                             kv_head, end};
     const KeyTiles<T, Stored, HEAD_DIM, ROW_WARPS> keys(prim_shared(), lane, warp);
     const ScoreScale scores = {scale, soft_cap};
     int first = begin + (ROW_WARPS == 1 ? warp * keys.tile : 0);
@@ -60,7 +61,7 @@ __global__ void __launch_bounds__(128)
         keys.fetch(stage ^ 1, cache, first + keys_a_step);
         prim_copy_wait<1>();
         keys.sync();
-        rows.template attend<keys.tile>(keys.k(stage), keys.v(stage), first, end, queries, scores, lane);
+        rows.template attend<keys.tile>(keys.k(stage), keys.v(stage), first, queries, scores, lane);
         keys.sync();
     }
     prim_copy_wait<0>();
@@ -87,12 +88,11 @@ __global__ void __launch_bounds__(128)
     }
 }
 
-// Merge the splits of each row of out [num_rows, HEAD_DIM], in their order: when they ran does not matter. One warp a
-// row, 128 threads a block.
+// Merge the splits of each row of out [num_rows, HEAD_DIM], in their order: when they ran does not matter. One warp
+// a row, 128 threads a block.
 template <class T, int HEAD_DIM>
-__global__ void __launch_bounds__(128)
-    merge_splits(const float* partial, const float* partial_max, const float* partial_sum, T* out, i64 num_rows,
-                 int splits) {
+__global__ void __launch_bounds__(128) merge_splits(const float* partial, const float* partial_max,
+                                                    const float* partial_sum, T* out, i64 num_rows, int splits) {
     const i64 row = i64(blockIdx.x) * 4 + threadIdx.x / warp_lanes;
     if (row >= num_rows) return;
     float maximum = minus_infinity(), sum = 0.0f;

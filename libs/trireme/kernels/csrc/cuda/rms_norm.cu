@@ -15,9 +15,8 @@
 #include "warp_reductions.cuh"
 
 template <class T, int WARPS>
-__global__ void __launch_bounds__(256)
-    rms_norm(const T* x, T* residual, const T* weight, T* out, int rows, int width, i64 x_stride, int weight_rows,
-             float eps) {
+__global__ void __launch_bounds__(256) rms_norm(const T* x, T* residual, const T* weight, T* out, int rows, int width,
+                                                i64 x_stride, int weight_rows, float eps) {
     constexpr int threads = WARPS * warp_lanes;
     const int row = blockIdx.x * (8 / WARPS) + threadIdx.x / threads, thread = threadIdx.x % threads;
     const bool is_row = row < rows;

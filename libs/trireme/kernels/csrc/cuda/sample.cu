@@ -136,8 +136,8 @@ __global__ void __launch_bounds__(sample_warps* warp_lanes)
     const int row = blockIdx.x;
     const float temperature = temperatures[row];
     const bool is_greedy = temperature == 0.0f;
-    Candidates candidates = {logits + row * stride, vocab, is_greedy ? 1.0f : temperature, 0.0f, min_log[row],
-                             ~u64(0), false};
+    Candidates candidates = {
+        logits + row * stride, vocab, is_greedy ? 1.0f : temperature, 0.0f, min_log[row], ~u64(0), false};
 
     if (threadIdx.x == 0) {
         scratch.least_key = ~u64(0);

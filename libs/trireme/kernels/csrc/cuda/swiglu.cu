@@ -22,7 +22,6 @@ __global__ void __launch_bounds__(256) swiglu(const T* gate_up, T* out, i64 toke
     const int at = 8 * static_cast<int>(item % pieces);
     const Vector<T> gate = load(gate_up + 2 * token * width + at), up = load(gate_up + (2 * token + 1) * width + at);
     Vector<T> product{};
-    for (int i = 0; i < 8; ++i)
-        product.set(i, gate.get(i) / (1.0f + prim_exp2(-log2_e * gate.get(i))) * up.get(i));
+    for (int i = 0; i < 8; ++i) product.set(i, gate.get(i) / (1.0f + prim_exp2(-log2_e * gate.get(i))) * up.get(i));
     store(out + token * width + at, product);
 }

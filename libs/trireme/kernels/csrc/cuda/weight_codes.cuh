@@ -59,8 +59,7 @@ struct Int4 {
     static DEVICE void decode(const u32 (&words)[lane_words], int block, const u32 (&offsets)[2], u32 (&out)[4]) {
         const u32 word = words[block];
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            out[i] = minus((word >> 4 * i & 0x000F000Fu), offsets[i % 2], T{});
+        for (int i = 0; i < 4; ++i) out[i] = minus((word >> 4 * i & 0x000F000Fu), offsets[i % 2], T{});
     }
 
 private:
@@ -81,8 +80,7 @@ struct Int8 {
 
     static DEVICE void decode(const u32 (&words)[lane_words], int block, const u32 (&)[2], u32 (&out)[4]) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            out[i] = signed_pair(words[2 * block + i / 2], i % 2, T{});
+        for (int i = 0; i < 4; ++i) out[i] = signed_pair(words[2 * block + i / 2], i % 2, T{});
     }
 
 private:

@@ -23,7 +23,16 @@ struct Index3 {
 };
 
 // The collectives of a warp, and the barrier of a block.
-enum class Collective : int { block_barrier, warp_barrier, shuffle, ballot, ldmatrix, ldmatrix_transposed, mma_f16, mma_bf16 };
+enum class Collective : int {
+    block_barrier,
+    warp_barrier,
+    shuffle,
+    ballot,
+    ldmatrix,
+    ldmatrix_transposed,
+    mma_f16,
+    mma_bf16
+};
 
 // What a lane brings to a collective and what it takes away.
 struct Exchange {
@@ -62,8 +71,8 @@ namespace emulator {
 
 // Call a kernel with arguments behind pointers, as the driver's launch takes them.
 template <class... Arguments, std::size_t... Index>
-__attribute__((no_sanitize("thread"))) inline void call(
-    void (*kernel)(Arguments...), void** arguments, std::index_sequence<Index...>) {
+__attribute__((no_sanitize("thread"))) inline void call(void (*kernel)(Arguments...), void** arguments,
+                                                        std::index_sequence<Index...>) {
     kernel(*static_cast<std::remove_cv_t<Arguments>*>(arguments[Index])...);
 }
 

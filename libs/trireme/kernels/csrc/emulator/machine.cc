@@ -42,8 +42,7 @@ void thread_main() {
     Thread& thread = machine.threads[machine.current];
     bool has_copies = !thread.open_group.empty();
     for (const auto& group : thread.copy_groups) has_copies |= !group.empty();
-    if (has_copies)
-        machine.fail("leaves the kernel with a cp.async that it has not waited for");
+    if (has_copies) machine.fail("leaves the kernel with a cp.async that it has not waited for");
     thread.wait = Wait::done;
     to_scheduler();
     __builtin_unreachable();
@@ -72,11 +71,10 @@ bool meet(const Thread& a, const Thread& b) {
 void blame(std::size_t present, std::size_t absent) {
     const Thread& missing = machine.threads[absent];
     machine.current = static_cast<std::uint16_t>(absent);
-    machine.error = "thread " + std::to_string(absent) +
-                    (missing.wait == Wait::done ? std::string(" has left the kernel")
-                                                : " waits at " + location(missing)) +
-                    " while thread " + std::to_string(present) + " waits for it at " +
-                    location(machine.threads[present]);
+    machine.error =
+        "thread " + std::to_string(absent) +
+        (missing.wait == Wait::done ? std::string(" has left the kernel") : " waits at " + location(missing)) +
+        " while thread " + std::to_string(present) + " waits for it at " + location(machine.threads[present]);
 }
 
 void release(std::size_t first, std::size_t count) {
@@ -154,8 +152,8 @@ extern "C" {
 // Launch `entry` over a grid. `bounds` has two addresses for each global buffer that the kernel may touch.
 // Returns 0, or 1 with what went wrong in `message`.
 int emulator_launch(void (*entry)(void**), void** arguments, const unsigned* grid, unsigned threads,
-                    std::size_t shared_bytes, const void** bounds, int num_buffers, int is_reversed,
-                    char* message, std::size_t message_bytes) {
+                    std::size_t shared_bytes, const void** bounds, int num_buffers, int is_reversed, char* message,
+                    std::size_t message_bytes) {
     machine.grid = {grid[0], grid[1], grid[2]};
     machine.block = {threads, 1, 1};
     machine.entry = entry;
@@ -163,12 +161,13 @@ int emulator_launch(void (*entry)(void**), void** arguments, const unsigned* gri
     machine.error.clear();
     machine.buffers.clear();
     for (int index = 0; index < num_buffers; ++index)
-        machine.buffers.push_back({static_cast<const std::uint8_t*>(bounds[2 * index]),
-                                   static_cast<const std::uint8_t*>(bounds[2 * index + 1])});
+        machine.buffers.emplace_back(bounds[2 * index], bounds[2 * index + 1]);
     if (threads == 0 || threads % 32 || threads > 1024) machine.error = "a block has 32, 64, ..., 1024 threads";
     const std::size_t blocks = std::size_t{grid[0]} * grid[1] * grid[2];
+    machine.handovers.assign(blocks, {});
     for (std::size_t step = 0; step < blocks && machine.error.empty(); ++step) {
         const std::size_t block = is_reversed ? blocks - 1 - step : step;
+        machine.block_number = static_cast<std::uint32_t>(block);
         machine.block_index = {static_cast<unsigned>(block % grid[0]), static_cast<unsigned>(block / grid[0] % grid[1]),
                                static_cast<unsigned>(block / grid[0] / grid[1])};
         emulator::run_block(shared_bytes, is_reversed != 0);

@@ -9,14 +9,10 @@
 #include <vector>
 
 #include "emulator.h"
+#include "global_memory.h"
 #include "shared_memory.h"
 
 namespace emulator {
-
-struct Buffer {
-    const std::uint8_t* begin;
-    const std::uint8_t* end;
-};
 
 struct PendingCopy {
     void* shared;
@@ -41,6 +37,8 @@ struct Machine {
     void (*entry)(void**) = nullptr;
     void** arguments = nullptr;
     std::vector<Buffer> buffers;
+    std::vector<Handover> handovers;  // of each block
+    std::uint32_t block_number = 0;
     SharedMemory shared;
     std::vector<Thread> threads;
     std::vector<std::uint32_t> warp_epochs;

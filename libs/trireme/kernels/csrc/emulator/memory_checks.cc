@@ -17,11 +17,18 @@ void Machine::touch(const void* address, std::size_t size, Access access) {
         if (!wrong.empty()) fail(verb + std::string("what it must not: ") + wrong);
         return;
     }
-    for (const Buffer& buffer : buffers)
-        if (first >= buffer.begin && first + size <= buffer.end) return;
+    for (Buffer& buffer : buffers) {
+        if (!buffer.holds(address, size)) continue;
+        if (access == Access::atomic) handovers[block_number] = {now(), true};
+        if (access == Access::write) buffer.note_write(address, size, block_number, now());
+        if (access != Access::read) return;
+        const std::string wrong = buffer.check_read(address, size, block_number, now(), handovers);
+        if (!wrong.empty()) fail("reads what it must not: " + wrong);
+        return;
+    }
     std::string where;
     for (std::size_t index = 0; index < buffers.size(); ++index) {
-        const auto distance = first - buffers[index].begin, length = buffers[index].end - buffers[index].begin;
+        const auto distance = buffers[index].offset(address), length = buffers[index].size();
         if (distance > -4096 && distance < length + 4096)
             where += ", byte " + std::to_string(distance) + " of buffer " + std::to_string(index) + " with " +
                      std::to_string(length);
@@ -43,12 +50,12 @@ void __tsan_func_exit() {}
 void __tsan_read_range(void* address, std::size_t size) { machine.touch(address, size, Access::read); }
 void __tsan_write_range(void* address, std::size_t size) { machine.touch(address, size, Access::write); }
 
-#define EMULATOR_ACCESS(SIZE)                                                                              \
-    void __tsan_read##SIZE(void* address) { machine.touch(address, SIZE, Access::read); }                  \
-    void __tsan_write##SIZE(void* address) { machine.touch(address, SIZE, Access::write); }                \
-    void __tsan_unaligned_read##SIZE(void* address) { machine.touch(address, SIZE, Access::read); }        \
-    void __tsan_unaligned_write##SIZE(void* address) { machine.touch(address, SIZE, Access::write); }      \
-    void __tsan_volatile_read##SIZE(void* address) { machine.touch(address, SIZE, Access::read); }         \
+#define EMULATOR_ACCESS(SIZE)                                                                         \
+    void __tsan_read##SIZE(void* address) { machine.touch(address, SIZE, Access::read); }             \
+    void __tsan_write##SIZE(void* address) { machine.touch(address, SIZE, Access::write); }           \
+    void __tsan_unaligned_read##SIZE(void* address) { machine.touch(address, SIZE, Access::read); }   \
+    void __tsan_unaligned_write##SIZE(void* address) { machine.touch(address, SIZE, Access::write); } \
+    void __tsan_volatile_read##SIZE(void* address) { machine.touch(address, SIZE, Access::read); }    \
     void __tsan_volatile_write##SIZE(void* address) { machine.touch(address, SIZE, Access::write); }
 
 EMULATOR_ACCESS(1)

@@ -67,8 +67,8 @@ DEVICE void prim_ldmatrix_transposed(u32 (&out)[4], const void* row, EMULATOR_CA
     std::memcpy(out, exchange.words, 16);
 }
 
-inline void emulated_mma(emulator::Collective kind, float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1,
-                         const char* file, int line) {
+inline void emulated_mma(emulator::Collective kind, float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, const char* file,
+                         int line) {
     emulator::Exchange exchange{};
     std::memcpy(exchange.words, a, 16);
     exchange.words[4] = b0;

@@ -24,6 +24,12 @@ struct Moment {
     std::uint32_t warp_epoch = 0;
 };
 
+// Whether nothing orders two accesses of one block: no barrier of the block, no __syncwarp of a warp both are of.
+inline bool races(const Moment& then, const Moment& now) {
+    if (then.thread == now.thread || then.block_epoch != now.block_epoch) return false;
+    return then.thread / 32 != now.thread / 32 || then.warp_epoch == now.warp_epoch;
+}
+
 class SharedMemory {
 public:
     static constexpr std::uint8_t poison = 0xFF;  // NaN in float16, bfloat16 and float32
@@ -89,11 +95,6 @@ private:
         bool many_readers = false, many_warps = false;
     };
 
-    static bool races(const Moment& then, const Moment& now) {
-        if (then.thread == now.thread || then.block_epoch != now.block_epoch) return false;
-        return then.thread / 32 != now.thread / 32 || then.warp_epoch == now.warp_epoch;
-    }
-
     static bool reader_races(const Shadow& byte, const Moment& now) {
         if (byte.reader.block_epoch != now.block_epoch) return false;
         if (byte.many_warps || byte.reader.thread / 32 != now.thread / 32) return true;
@@ -121,7 +122,9 @@ private:
         return thread < 0 ? text : text + std::to_string(thread);
     }
 
-    struct alignas(16) Line { std::uint8_t bytes[16]; };
+    struct alignas(16) Line {
+        std::uint8_t bytes[16];
+    };
     std::vector<Line> bytes_;
     std::vector<Shadow> shadow_;
     std::uint8_t* base_ = nullptr;
