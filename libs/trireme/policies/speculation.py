@@ -253,6 +253,8 @@ class SpeculationController:
         self._since_draft = 0
         self._expected_draft_s = 0.0
         """Of the draft steps since the last step."""
+        self._read_s = 0.0
+        """That the draft model has read for since the last step."""
 
     def is_on(self, batch: int) -> bool:
         """Tokens may be drafted in a step of so many decoding sequences.
@@ -303,9 +305,7 @@ class SpeculationController:
         plain_s = self.times.plain_s(batch)
         if plain_s is None:
             return False
-        draft_s = self.draft_s(len(chances))
-        if draft_s is None:
-            return True
+        draft_s = self.draft_s(len(chances)) or 0.0  # not known: it may be worth finding out
         self._since_draft += 1
         if self._since_draft >= _STALE_STEPS:  # a drafter that did not pay may pay now
             return True
@@ -346,6 +346,10 @@ class SpeculationController:
         self._expected_draft_s += _median(samples)
         self._since_draft = 0
 
+    def observe_read(self, seconds: float) -> None:
+        """The draft model has read what it will need for longer than the next step."""
+        self._read_s += seconds
+
     def observe_draft(self, marks: Sequence[Mark], num_right: int) -> None:
         """Of a sequence's drafted tokens so many were right; the one behind them, if any, was wrong."""
         for mark in marks[: num_right + 1]:
@@ -369,6 +373,7 @@ class SpeculationController:
         """
         self.times.observe(batch=batch, drafted=drafted, seconds=seconds - drafting_s)
         expected_draft_s, self._expected_draft_s = self._expected_draft_s, 0.0
+        seconds, drafting_s, self._read_s = seconds - self._read_s, drafting_s - self._read_s, 0.0
         plain_s = self.times.plain_s(batch)
         if plain_s is None or (not drafted and drafting_s < 0.02 * plain_s):
             return

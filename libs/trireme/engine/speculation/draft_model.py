@@ -99,6 +99,7 @@ class ModelDrafter:
 
     def propose(self, wants: Sequence[Want], *, batch: int) -> list[Proposal]:
         controller = self._controller
+        wants_all, wants = wants, self._worth_reading(wants, batch)
         live = [entry for want in wants if (entry := self._open(want, batch)) is not None]
         live = self._read(live)
         entries = {entry.want.sequence_id: entry for entry in live}
@@ -112,8 +113,16 @@ class ModelDrafter:
             NOTHING
             if (entry := entries.get(want.sequence_id)) is None
             else Proposal(tuple(entry.drafted), tuple(entry.marks), tuple(entry.chances))
-            for want in wants
+            for want in wants_all
         ]
+
+    def _worth_reading(self, wants: Sequence[Want], batch: int) -> Sequence[Want]:
+        """Those to draft for, before anything is read for it; few, until it is known what that takes."""
+        controller = self._controller
+        if controller.draft_s(1) is None and controller.settings.fixed_tokens is None:
+            wants = wants[:1]
+        chances = [controller.source_chance(SOURCE, want.is_greedy) for want in wants]
+        return wants if controller.pays_to_draft(chances, batch=batch) else ()
 
     def observe(self, sequence_id: str, marks: Sequence[Mark], num_right: int) -> None:
         pass  # the controller knows all that is learnt of a model
@@ -170,7 +179,9 @@ class ModelDrafter:
             if taken == count:
                 ready.append(entry)
         if chunks:
+            started_s = self._clock()
             self._forward(sorted(chunks, key=lambda chunk: len(chunk[1])))
+            self._controller.observe_read(self._clock() - started_s)
         return ready
 
     def _step(self, live: list[_Live]) -> None:
