@@ -9,6 +9,8 @@ STAMP := $(VENV)/.installed
 TRIREME := $(VENV)/bin/trireme
 # Servers that Trireme is measured against, in an environment of their own.
 PEERS := .tools/peers
+LLAMA_CPP := .tools/llama_cpp
+OPENVINO := .tools/openvino
 # File the fleet is read from; empty: fleet.yaml here, or else the built-in fleet.
 CONFIG ?=
 
@@ -85,6 +87,20 @@ bench-peers: setup $(PEERS)/.installed ## the fleet, llama-cpp-python's server a
 $(PEERS)/.installed: constraints.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/pip install --quiet -c constraints.txt 'llama-cpp-python[server]' gguf torch 'transformers[serving]'
+	touch $@
+
+bench-cpu: kernels $(LLAMA_CPP)/.built $(OPENVINO)/.installed ## whole models beside llama.cpp, OpenVINO and transformers (ARGS=--quick)
+	$(VENV)/bin/python -m benchmarks.cpu_models $(ARGS)
+
+$(LLAMA_CPP)/.built:
+	$(PYTHON) -m benchmarks.cpu_models.llama_cpp_install
+
+# torch, of which only the tracer is used, is pinned to what `make setup` has; optimum-intel wants an older
+# transformers than that.
+$(OPENVINO)/.installed:
+	$(PYTHON) -m venv $(OPENVINO)
+	$(if $(TORCH_INDEX_URL),$(OPENVINO)/bin/pip install --quiet --index-url $(TORCH_INDEX_URL) torch==2.13.0)
+	$(OPENVINO)/bin/pip install --quiet 'optimum-intel[openvino]==2.2.0' openvino==2026.4.1 nncf==3.4.0 torch==2.13.0
 	touch $@
 
 clean: ## remove caches and build outputs, but neither .venv nor .run

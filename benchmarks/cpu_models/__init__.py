@@ -1,0 +1,1 @@
+"""Whole models on CPUs: our engine beside llama.cpp, OpenVINO and transformers; see __main__.py."""
