@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--check-only", action="store_true", help="measure nothing")
     parser.add_argument("--emulate", action="store_true", help="check on the CPU, in the emulator")
     args = parser.parse_args()
-    device = torch.device("cpu" if args.emulate else "cuda")
+    device = torch.device("cpu") if args.emulate else torch.device("cuda", 0)
     if not args.emulate and not cuda_ops.is_available(device):
         parser.error(
             "no GPU of compute capability 8.0 or newer, or no cuda-bindings; --emulate needs neither"

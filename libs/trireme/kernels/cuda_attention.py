@@ -249,7 +249,9 @@ def _check(
             f"q has {tokens} tokens and {heads} heads; the batch has {batch.num_tokens} tokens and the cache "
             f"{k_cache.shape[2]} heads, of which the queries' must be a multiple"
         )
-    check(q, "q", shape=(tokens, heads, head_dim), dtype=q.dtype, device=batch.device, is_contiguous=False)
+    check(
+        q, "q", shape=(tokens, heads, head_dim), dtype=q.dtype, device=batch.slots.device, is_contiguous=False
+    )
     if q.stride(2) != 1 or (heads > 1 and q.stride(1) != head_dim) or q.stride(0) % 8:
         raise ShapeMismatch("the heads of a token of q do not lie side by side at a multiple of 16 bytes")
     blocks = k_cache.shape[0]
