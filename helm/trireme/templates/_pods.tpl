@@ -1,0 +1,141 @@
+{{/* Labels and annotations of a pod. Takes root, component, service, options. */}}
+{{- define "trireme.podMetadata" -}}
+annotations:
+  checksum/fleet: {{ include "trireme.fleet" .root | sha256sum }}
+  {{- with mustMergeOverwrite (deepCopy .root.Values.podAnnotations) (default dict .options.podAnnotations) }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+labels:
+  {{- with mustMergeOverwrite (deepCopy .root.Values.podLabels) (default dict .options.podLabels) }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+  {{- include "trireme.labels" . | nindent 2 }}
+  trireme/service: {{ .service }}
+{{- end }}
+
+{{/* What all pods have beside containers and volumes. Takes root, options. */}}
+{{- define "trireme.podOptions" -}}
+serviceAccountName: {{ include "trireme.serviceAccountName" .root }}
+automountServiceAccountToken: false
+enableServiceLinks: false
+{{- with .root.Values.imagePullSecrets }}
+imagePullSecrets: {{- toYaml . | nindent 2 }}
+{{- end }}
+securityContext: {{- toYaml .root.Values.podSecurityContext | nindent 2 }}
+{{- range $key := list "priorityClassName" "runtimeClassName" "nodeSelector" "tolerations" "affinity" "topologySpreadConstraints" }}
+{{- with get $.options $key }}
+{{ $key }}: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Image and security of a container. Takes root, image. */}}
+{{- define "trireme.container" -}}
+image: {{ include "trireme.image" . | quote }}
+imagePullPolicy: {{ include "trireme.pullPolicy" . }}
+securityContext: {{- toYaml .root.Values.securityContext | nindent 2 }}
+{{- end }}
+
+{{/* The environment of a service. Takes root, service, values (settings by name), options. */}}
+{{- define "trireme.env" -}}
+{{- $prefix := printf "TRIREME_%s_" (upper .service) }}
+- name: HOME
+  value: /tmp
+- name: XDG_CACHE_HOME
+  value: /tmp/cache
+- name: POD_IP
+  valueFrom: {fieldRef: {fieldPath: status.podIP}}
+- name: POD_NAME
+  valueFrom: {fieldRef: {fieldPath: metadata.name}}
+- name: NODE_NAME
+  valueFrom: {fieldRef: {fieldPath: spec.nodeName}}
+{{- with .root.Values.tracing.endpoint }}
+- name: OTEL_EXPORTER_OTLP_ENDPOINT
+  value: {{ . | quote }}
+{{- end }}
+- name: {{ $prefix }}REDIS_URL
+  {{- if eq .root.Values.redis.mode "bundled" }}
+  value: redis://{{ include "trireme.redisAddress" .root }}/0
+  {{- else }}
+  valueFrom:
+    secretKeyRef:
+      name: {{ required "redis.external.existingSecret names the Secret with the URL" .root.Values.redis.external.existingSecret }}
+      key: {{ .root.Values.redis.external.urlKey }}
+  {{- end }}
+- name: {{ $prefix }}BUS_PREFIX
+  value: {{ include "trireme.busPrefix" .root | quote }}
+- name: {{ $prefix }}LOG_LEVEL
+  value: {{ .root.Values.logLevel | quote }}
+{{- range $name, $value := mustMergeOverwrite (deepCopy (default dict .options.settings)) .values }}
+- name: {{ $prefix }}{{ upper $name }}
+  value: {{ kindIs "slice" $value | ternary (join "," $value) (toString $value) | quote }}
+{{- end }}
+{{- with .options.extraEnv }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* HTTP probes: startup is long, readiness is progress, liveness is the process.
+     Takes port, startPath, startSeconds. */}}
+{{- define "trireme.probes" -}}
+startupProbe:
+  httpGet: {path: {{ .startPath }}, port: {{ .port }}}
+  periodSeconds: 2
+  timeoutSeconds: 2
+  failureThreshold: {{ div .startSeconds 2 }}
+readinessProbe:
+  httpGet: {path: /readyz, port: {{ .port }}}
+  periodSeconds: 2
+  timeoutSeconds: 2
+  failureThreshold: 2
+livenessProbe:
+  httpGet: {path: /livez, port: {{ .port }}}
+  periodSeconds: 10
+  timeoutSeconds: 5
+  failureThreshold: 6
+{{- end }}
+
+{{- define "trireme.mounts" -}}
+- name: fleet
+  mountPath: /etc/trireme
+  readOnly: true
+- name: tmp
+  mountPath: /tmp
+{{- end }}
+
+{{- define "trireme.volumes" -}}
+- name: fleet
+  configMap:
+    name: {{ include "trireme.fullname" . }}-fleet
+- name: tmp
+  emptyDir: {}
+{{- end }}
+
+{{- define "trireme.checkpointMounts" -}}
+{{- if ne .Values.checkpoints.source "image" }}
+- name: checkpoints
+  mountPath: {{ .Values.checkpoints.mountPath }}
+  readOnly: true
+{{- end }}
+{{- end }}
+
+{{- define "trireme.checkpointVolumes" -}}
+{{- with .Values.checkpoints }}
+{{- if eq .source "claim" }}
+- name: checkpoints
+  persistentVolumeClaim:
+    claimName: {{ required "checkpoints.claimName names the claim" .claimName }}
+    readOnly: true
+{{- else if eq .source "hostPath" }}
+- name: checkpoints
+  hostPath:
+    path: {{ required "checkpoints.hostPath names the directory" .hostPath }}
+    type: Directory
+{{- else if eq .source "imageVolume" }}
+- name: checkpoints
+  image:
+    reference: {{ required "checkpoints.imageVolume.reference names the image" .imageVolume.reference }}
+    pullPolicy: {{ .imageVolume.pullPolicy }}
+{{- end }}
+{{- end }}
+{{- end }}
