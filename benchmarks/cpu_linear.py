@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--formats", default=",".join((*FORMATS, "bf16")))
     parser.add_argument("--rows", default="1,4,16,128")
+    parser.add_argument("--case", default="", help="part of the name of the results")
     arguments = parser.parse_args()
     library = cpu_library()
     if library is None:
@@ -155,7 +156,7 @@ def main() -> None:
             found.append(row)
             print(*(f"{key}={value}" for key, value in row.items()), flush=True)
     figures = {"threads": arguments.threads, "level": library.level.name, "rows": found}
-    print(write_result("cpu_linear", figures))
+    print(write_result("cpu_linear", figures, case=arguments.case))
 
 
 if __name__ == "__main__":
