@@ -176,6 +176,8 @@ def test_a_worker_and_its_store_share_a_node_and_are_metered_by_the_machines_pow
                 assert mounts[arena] == theirs[arena], "an arena is one file, at one path for both"
         if service_of(container) == "power":
             assert settings.node == "node-3"
+            # With a quota, the CPU's meter would follow the quota's use and not the machine's.
+            assert "cpu" not in container["resources"]["limits"]
 
 
 @pytest.mark.parametrize("name", ["default", "external", "mig-dra"])
