@@ -115,8 +115,8 @@ def test_a_token_is_read_only_where_there_is_something_to_gain() -> None:
     for _ in range(3):
         controller.times.observe(batch=1, drafted=0, seconds=0.004)
         controller.observe_draft_step(1, 0.001)
-    assert controller.pays_to_read(200, left_tokens=100, batch=1)
-    assert not controller.pays_to_read(2000, left_tokens=4, batch=1)
+    assert controller.pays_to_read(200, left_tokens=100, batch=1, is_greedy=True)
+    assert not controller.pays_to_read(2000, left_tokens=4, batch=1, is_greedy=True)
 
 
 Machine = Callable[[int, int], float]

@@ -44,7 +44,7 @@ _TRIAL_STEPS = 8
 _FIRST_PAUSE_STEPS = 32
 _LONGEST_PAUSE_STEPS = 2048
 _LEAST_TRIAL_GAIN = 0.99
-_READ_SHARE = 1.0 / 16.0
+_READ_SHARE = 0.25
 """Of a draft step, that a token costs which is read among many."""
 _MARGIN = 1.02
 """Expected gain below which nothing is drafted."""
@@ -281,17 +281,15 @@ class SpeculationController:
         right, tried = self._source.get((source, is_greedy), (0.0, 0.0))
         return (right + 0.6 * _PRIOR_WEIGHT) / (tried + _PRIOR_WEIGHT)
 
-    def pays_to_read(self, unread_tokens: int, *, left_tokens: int, batch: int) -> bool:
+    def pays_to_read(self, unread_tokens: int, *, left_tokens: int, batch: int, is_greedy: bool) -> bool:
         """It is worth the draft model's time to read so much of a sequence that has so many to go at most."""
         plain_s, draft_s = self.times.plain_s(batch), self.draft_s(1)
-        if (
-            self.settings.fixed_tokens is not None
-            or unread_tokens <= 16
-            or plain_s is None
-            or draft_s is None
-        ):
+        if self.settings.fixed_tokens is not None or plain_s is None or draft_s is None:
             return True
-        return unread_tokens * _READ_SHARE * draft_s < 0.25 * left_tokens * plain_s / batch
+        chance = self.source_chance("model", is_greedy)
+        gain_s = chance * plain_s / batch - draft_s - self.times.added_s(batch)[1]
+        # Half of what is left: an answer may end sooner, and steps that take drafts are fewer.
+        return unread_tokens * _READ_SHARE * draft_s < 0.5 * left_tokens * gain_s
 
     def pays_to_draft(self, chances: Sequence[float], *, batch: int) -> bool:
         """One more step of the draft model is worth its time.

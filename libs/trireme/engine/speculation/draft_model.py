@@ -140,7 +140,9 @@ class ModelDrafter:
             return None
         reader = self._readers.get(want.sequence_id)
         if reader is None:
-            if not self._controller.pays_to_read(len(history), left_tokens=want.left, batch=batch):
+            if not self._controller.pays_to_read(
+                len(history), left_tokens=want.left, batch=batch, is_greedy=want.is_greedy
+            ):
                 return None
             reader = self._readers[want.sequence_id] = _Reader(self._tables.take(()))
         self._readers.move_to_end(want.sequence_id)
