@@ -37,11 +37,16 @@ VALUES: Object = {
 class Machine:
     """One address, one folder for each volume, one process for each container."""
 
-    def __init__(self, folder: Path, objects: list[Object]) -> None:
+    def __init__(
+        self, folder: Path, objects: list[Object], *, pod: str, cluster: Machine | None = None
+    ) -> None:
+        """`cluster` is where the release's services are; None: here."""
         # Loopback has 2^24 addresses: the chart's fixed ports are free on one of them.
         self.address = ".".join(["127", *(str(random.randint(2, 250)) for _ in range(3))])
+        self.cluster = cluster.address if cluster is not None else self.address
         self.folder = folder
-        self.fields = {"status.podIP": self.address, "metadata.name": "pod-1", "spec.nodeName": "node-1"}
+        folder.mkdir(exist_ok=True)
+        self.fields = {"status.podIP": self.address, "metadata.name": pod, "spec.nodeName": "node-1"}
         fleet = folder / "fleet"
         fleet.mkdir()
         text = fleet_file(objects).replace("/opt/trireme/share", str(REPOSITORY))
@@ -55,7 +60,7 @@ class Machine:
             if text == mount["mountPath"] or text.startswith(mount["mountPath"] + "/"):
                 return str(place) + text.removeprefix(mount["mountPath"])
         for name in ("blue-trireme-redis", "blue-trireme-gateway"):
-            text = text.replace(f"{name}.serving.svc.cluster.local", self.address)
+            text = text.replace(f"{name}.serving.svc.cluster.local", self.cluster)
         return text.replace("0.0.0.0", self.address)
 
     @contextmanager
@@ -95,7 +100,7 @@ class Machine:
             return False
 
     def scrape(self, port: int) -> dict[str, float]:
-        """Samples without labels."""
+        """Samples by name and labels."""
         with urllib.request.urlopen(f"http://{self.address}:{port}/metrics", timeout=5) as response:
             lines = [
                 line.split() for line in response.read().decode().splitlines() if line[:1] not in ("#", "")
@@ -118,14 +123,21 @@ async def living(redis_url: str, bus_prefix: str) -> list[ProcessRecord]:
 @pytest.mark.timeout(240)
 def test_the_rendered_fleet_starts_answers_its_test_and_drains(tmp_path: Path) -> None:
     objects = render_values(VALUES)
-    machine = Machine(tmp_path, objects)
+    machine = Machine(tmp_path / "1", objects, pod="pod-1")
+    other = Machine(tmp_path / "2", objects, pod="pod-2", cluster=machine)
     found = {pod.service: pod for pod in pods(objects)}
+    (store,) = found["worker"].spec["initContainers"]
+    (worker,) = found["worker"].spec["containers"]
     with ExitStack() as stack:
         (redis,) = found["redis"].spec["containers"]
         stack.enter_context(machine.running(found["redis"], redis))
-        for service in ("scheduler", "power", "worker", "gateway"):
-            for container in found[service].containers:
-                stack.enter_context(machine.running(found[service], container))
+        stack.enter_context(other.running(found["worker"], store))
+        for service in ("scheduler", "power", "gateway"):
+            (container,) = found[service].containers
+            stack.enter_context(machine.running(found[service], container))
+        pod = stack.enter_context(ExitStack())
+        for container in (store, worker):
+            pod.enter_context(machine.running(found["worker"], container))
         for service in ("scheduler", "power", "worker", "gateway"):
             for container in found[service].containers:
                 for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
@@ -146,7 +158,7 @@ def test_the_rendered_fleet_starts_answers_its_test_and_drains(tmp_path: Path) -
         assert answer.stdout.strip()
 
         records = asyncio.run(living(f"redis://{machine.address}:6379/0", "serving.blue-trireme"))
-        by_service = {record.service: record for record in records}
+        by_service = {record.service: record for record in records if record.node != "pod-2"}
         assert by_service.keys() == {"gateway", "scheduler", "worker", "kvstore", "power"}
         assert by_service["worker"].node == by_service["kvstore"].node == "pod-1"
         assert by_service["worker"].meter_node == by_service["power"].node == "node-1"
@@ -162,3 +174,9 @@ def test_the_rendered_fleet_starts_answers_its_test_and_drains(tmp_path: Path) -
         with urllib.request.urlopen(call, timeout=60) as response:
             assert json.load(response)["usage"]["completion_tokens"] == 4
         eventually(lambda: machine.scrape(7041)["trireme_kv_committed_total"] > 0, "a block saved")
+        eventually(lambda: machine.scrape(7041)["trireme_kv_peers"] == 1, "stores knowing each other")
+
+        # The pod goes, and its volumes with it: the other pod's store has the history then.
+        assert other.scrape(7041)['trireme_kv_blocks{tier="dram"}'] == 0
+        pod.close()
+        assert other.scrape(7041)['trireme_kv_blocks{tier="dram"}'] > 0

@@ -7,7 +7,7 @@ restartPolicy: Always
 command: [python, -m, trireme.kvstore]
 env:
   {{- include "trireme.env" (dict "root" . "service" "kvstore" "options" .Values.kvstore "values" (dict
-    "fleet" "/etc/trireme/fleet.yaml" "node" "$(POD_NAME)" "flush_s" .Values.kvstore.flushSeconds
+    "fleet" "/etc/trireme/fleet.yaml" "node" "$(POD_NAME)" "flush_s" .Values.kvstore.flushSeconds "ephemeral" true
     "directory" "/var/lib/trireme/kv" "arena_directory" "/dev/shm"
     "listen" "$(POD_IP):7040" "metrics_listen" "$(POD_IP):7041")) | nindent 2 }}
 ports:

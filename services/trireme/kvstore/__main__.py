@@ -113,10 +113,10 @@ async def serve(settings: Settings) -> None:
 
                 await serving.enter_async_context(registry.membership(describe))
                 await stop_requested()
-            if store.ssd is not None:
+            if store.ssd is not None and not settings.ephemeral:
                 kept = await store.flush(deadline_s=settings.flush_s)
             else:
-                # Without an SSD what is here would be lost: another node may have use for it.
+                # Without an SSD that stays, what is here would be lost: another node may have use for it.
                 kept = await peers.push(store.newest_runs(), deadline_s=settings.flush_s)
             log.info("kv_flushed", extra={"blocks": kept})
             for task in running:

@@ -34,8 +34,10 @@ class Settings:
     """Where the segment files lie."""
     arena_directory: Path | None = None
     """Where the arena lies; absent: /dev/shm where it has room, else `directory`."""
+    ephemeral: bool = False
+    """The SSD tier ends with this process, so a stop gives what is in DRAM to another node instead."""
     flush_s: float = 3.0
-    """Seconds that a stop may take to write what is in DRAM to SSD."""
+    """Seconds that a stop may take to write what is in DRAM to SSD, or to give it away."""
     listen: str = "127.0.0.1:0"
     metrics_listen: str = "127.0.0.1:0"
     advertise: str | None = None
