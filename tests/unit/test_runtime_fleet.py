@@ -101,11 +101,18 @@ def test_a_file_that_is_no_yaml_is_refused(tmp_path: Path) -> None:
         load_fleet(tmp_path)
 
 
-def test_the_readmes_fleet_is_one(tmp_path: Path) -> None:
+def test_the_readmes_fleets_are_fleets(tmp_path: Path) -> None:
     readme = Path(__file__).resolve().parents[2] / "README.md"
-    (block,) = re.findall(r"```yaml\n(.*?)```", readme.read_text(encoding="utf-8"), flags=re.DOTALL)
-    path = tmp_path / "fleet.yaml"
-    path.write_text(block, encoding="utf-8")
-    fleet = load_fleet(path)
-    assert [(group.policy, group.replicas, group.swap_mib) for group in fleet.workers] == [("mlfq", 2, 256)]
-    assert fleet.kvstore.ssd_mib == 4096
+    blocks = re.findall(r"```yaml\n(.*?)```", readme.read_text(encoding="utf-8"), flags=re.DOTALL)
+    fleets = []
+    for number, block in enumerate(blocks):
+        path = tmp_path / f"fleet-{number}.yaml"
+        path.write_text(block, encoding="utf-8")
+        fleets.append(load_fleet(path))
+    swapping, few_bits = fleets
+    assert [(group.policy, group.replicas, group.swap_mib) for group in swapping.workers] == [
+        ("mlfq", 2, 256)
+    ]
+    assert swapping.kvstore.ssd_mib == 4096
+    (variant,) = few_bits.models["code"].variants.values()
+    assert (variant.precision, variant.kv_dtype, variant.speculate) == ("int8", "bf16", "auto")
