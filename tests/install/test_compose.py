@@ -38,6 +38,13 @@ def seconds(text: str) -> float:
     return float(text.removesuffix("s"))
 
 
+def config(name: str) -> Path:
+    """A config's file: inline contents cannot be put into containers whose root directory is read-only."""
+    found = compose()["configs"][name]
+    assert found.keys() == {"file"}
+    return REPOSITORY / str(found["file"])
+
+
 def test_the_file_is_what_the_specification_allows() -> None:
     text = files("check_jsonschema").joinpath("builtin_schemas/vendor/compose-spec.json").read_text()
     schema = json.loads(text)
@@ -116,26 +123,22 @@ def test_profiles_say_where_is_computed_and_what_is_observed() -> None:
         assert device["capabilities"] == ["gpu"]
 
 
-def test_workers_share_the_stores_memory_which_holds_the_arena(tmp_path: Path) -> None:
+def test_workers_share_the_stores_memory_which_holds_the_arena() -> None:
     store = SERVICES["kvstore"]
     assert store["ipc"] == "shareable"
     assert SERVICES["worker"]["ipc"] == SERVICES["worker-gpu"]["ipc"] == "service:kvstore"
     assert str(settings("kvstore").arena_directory) == "/dev/shm"
     assert settings("kvstore").node == settings("worker").node == settings("worker-gpu").node
-    path = tmp_path / "fleet.yaml"
-    path.write_text(compose()["configs"]["fleet"]["content"])
-    sizes = load_fleet(path).kvstore
+    sizes = load_fleet(config("fleet")).kvstore
     words = index_words_for(sizes.dram_mib * 2**20, sizes.ssd_mib * 2**20)
     shm_bytes = int(store["shm_size"].removesuffix("m")) * 2**20
     assert shm_bytes >= arena_size_bytes(sizes.dram_mib * 2**20, index_words=words)
 
 
 @pytest.mark.parametrize("container", OURS)
-def test_each_reads_a_fleet_file_that_has_what_it_serves_or_meters(container: str, tmp_path: Path) -> None:
+def test_each_reads_a_fleet_file_that_has_what_it_serves_or_meters(container: str) -> None:
     (mounted,) = SERVICES[container]["configs"]
-    path = tmp_path / "fleet.yaml"
-    path.write_text(compose()["configs"][mounted["source"]]["content"])
-    fleet = load_fleet(path)
+    fleet = load_fleet(config(mounted["source"]))
     if OURS[container] == "worker":
         (group,) = [group for group in fleet.workers if group.name == settings(container).group]
         power = "power-gpu" if group.device.startswith("cuda") else "power"
@@ -147,8 +150,7 @@ def test_each_reads_a_fleet_file_that_has_what_it_serves_or_meters(container: st
 
 
 def test_prometheus_asks_at_the_ports_that_serve_metrics() -> None:
-    config = yaml.safe_load(compose()["configs"]["prometheus"]["content"])
-    (job,) = config["scrape_configs"]
+    (job,) = yaml.safe_load(config("prometheus").read_text())["scrape_configs"]
     asked = {name: found["port"] for found in job["dns_sd_configs"] for name in found["names"]}
     assert asked.keys() == OURS.keys()
     for container, port in asked.items():
@@ -159,8 +161,10 @@ def test_prometheus_asks_at_the_ports_that_serve_metrics() -> None:
 
 def test_files_and_volumes_that_are_named_exist() -> None:
     whole = compose()
-    for name, config in whole["configs"].items():
-        assert "content" in config or (REPOSITORY / config["file"]).is_file(), name
+    for name in whole["configs"]:
+        assert config(name).is_file(), name
+    mounted = {found["source"] for service in SERVICES.values() for found in service.get("configs", [])}
+    assert mounted == whole["configs"].keys()
     used = {
         volume.partition(":")[0]
         for found in whole["services"].values()
