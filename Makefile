@@ -95,12 +95,13 @@ bench-cpu: kernels $(LLAMA_CPP)/.built $(OPENVINO)/.installed ## whole models be
 $(LLAMA_CPP)/.built:
 	$(PYTHON) -m benchmarks.cpu_models.llama_cpp_install
 
-# torch, of which only the tracer is used, is pinned to what `make setup` has; optimum-intel wants an older
-# transformers than that.
+# torch, of which only the tracer is used, is pinned to what `make setup` has. torchvision comes along uncalled for,
+# and breaks the import of transformers where its build is another than torch's.
 $(OPENVINO)/.installed:
 	$(PYTHON) -m venv $(OPENVINO)
 	$(if $(TORCH_INDEX_URL),$(OPENVINO)/bin/pip install --quiet --index-url $(TORCH_INDEX_URL) torch==2.13.0)
 	$(OPENVINO)/bin/pip install --quiet 'optimum-intel[openvino]==2.2.0' openvino==2026.4.1 nncf==3.4.0 torch==2.13.0
+	$(OPENVINO)/bin/pip uninstall --quiet --yes torchvision
 	touch $@
 
 clean: ## remove caches and build outputs, but neither .venv nor .run

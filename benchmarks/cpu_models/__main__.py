@@ -88,6 +88,9 @@ def measured(
             if isinstance(reference, str):
                 raise SystemExit(f"no reference: {reference}")
             errors = logit_errors(contestants, reference, vocabulary)
+        for each in contestants:
+            off = errors[each.name]
+            print(f"{model} {form}: {each.name}: {each.description}; logits off by {off:.2%}", flush=True)
         if form == "bf16":
             wrong = {name: error for name, error in errors.items() if error > MOST_ERROR_16_BIT}
             if wrong:
