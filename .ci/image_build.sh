@@ -57,9 +57,11 @@ PY
   "${pip[@]}" install --quiet --no-deps "$wheel"
 fi
 
-share=$prefix/share/checkpoints
-mkdir -p "$share"
-cp -R checkpoints/trireme-py-* "$share/"
+# Gateways read the tokenizers, workers the weights.
+if [[ " ${services[*]} " == *" gateway "* || " ${services[*]} " == *" worker "* ]]; then
+  mkdir -p "$prefix/share/checkpoints"
+  cp -R checkpoints/trireme-py-* "$prefix/share/checkpoints/"
+fi
 redis=$("$python" -c 'from trireme.cli.redis_server import find_binary; print(find_binary())')
 ln -sf "$redis" "$prefix/bin/redis-server"
 install -m 0755 services/serve.sh "$prefix/bin/serve"

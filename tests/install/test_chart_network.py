@@ -58,21 +58,29 @@ def rules_allow(rules: list[Object], side: str, other: Pod, port: int) -> bool:
     return False
 
 
+def allows(policies: list[Object], direction: str, pod: Pod, other: Pod, port: int) -> bool:
+    """The API's rule: pods that a policy selects do only what some policy allows; others do anything.
+
+    Args:
+        direction: ingress, into `pod` at `port`; or egress, from `pod` to `port` of the other.
+    """
+    if pod.owner in NAMESPACES:
+        return True
+    selecting = [
+        policy["spec"]
+        for policy in policies
+        if direction.title() in policy["spec"]["policyTypes"]
+        and matches(policy["spec"]["podSelector"]["matchLabels"], pod.labels)
+    ]
+    side = {"ingress": "from", "egress": "to"}[direction]
+    return not selecting or any(rules_allow(spec.get(direction), side, other, port) for spec in selecting)
+
+
 def may_call(policies: list[Object], caller: Pod, called: Pod, port: int) -> bool:
-    """The API's rule: pods that a policy selects do only what some policy allows; others do anything."""
-
-    def allowed(pod: Pod, direction: str, side: str, other: Pod) -> bool:
-        if pod.owner in NAMESPACES:
-            return True
-        selecting = [
-            policy["spec"]
-            for policy in policies
-            if direction.title() in policy["spec"]["policyTypes"]
-            and matches(policy["spec"]["podSelector"]["matchLabels"], pod.labels)
-        ]
-        return not selecting or any(rules_allow(s.get(direction), side, other, port) for s in selecting)
-
-    return allowed(caller, "egress", "to", called) and allowed(called, "ingress", "from", caller)
+    """Both ends must agree."""
+    return allows(policies, "egress", caller, called, port) and allows(
+        policies, "ingress", called, caller, port
+    )
 
 
 def edges(objects: list[Object]) -> Iterator[Edge]:
@@ -118,6 +126,20 @@ def expected(name: str) -> set[Edge]:
 @pytest.mark.parametrize("name", values_files())
 def test_what_may_call_whom_is_what_the_services_need(name: str) -> None:
     assert set(edges(render(name))) == expected(name)
+
+
+@pytest.mark.parametrize("name", values_files())
+def test_neither_end_opens_what_the_other_happens_to_close(name: str) -> None:
+    objects, wanted = render(name), expected(name)
+    policies = of_kind(objects, "NetworkPolicy")
+    anyone = not values_of(name).get("networkPolicy", {}).get("clients")
+    for caller, called in itertools.product(pods(objects), pods(objects)):
+        for port in called.ports.values():
+            edge = (caller.service, called.service, port)
+            assert allows(policies, "egress", caller, called, port) == (edge in wanted), edge
+            # Who may be a client may come from within, too; the caller's own policy says no.
+            is_client = called.service == "gateway" and (anyone or caller.service == "test")
+            assert allows(policies, "ingress", called, caller, port) == (edge in wanted or is_client), edge
 
 
 def test_redis_outside_is_reached_on_its_port_and_in_its_range_alone() -> None:

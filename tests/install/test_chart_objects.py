@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 
-import helm_python
 import jsonschema
 import kubernetes_validate
 import pytest
@@ -15,6 +14,7 @@ from tests.install.charts import (
     CHART,
     RELEASES,
     Object,
+    helm_python,
     matches,
     of_kind,
     pods,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import re
 from pathlib import Path
@@ -23,6 +22,7 @@ from tests.install.charts import (
     render_values,
     values_files,
 )
+from tests.install.service_settings import listening, settings_class
 from trireme.kvcache.arena import arena_size_bytes
 from trireme.kvcache.residency_index import index_words_for
 from trireme.runtime.fleet import WorkerGroup, load_fleet
@@ -32,11 +32,6 @@ SERVICES = ("gateway", "scheduler", "worker", "kvstore", "power")
 FIELDS = {"status.podIP": "10.1.2.3", "metadata.name": "pod-7", "spec.nodeName": "node-3"}
 SECRETS = {"bus/url": "rediss://fleet:secret@redis.example.com:6380/0"}
 MIB = 2**20
-
-
-def settings_class(service: str) -> type[Any]:
-    found: type[Any] = importlib.import_module(f"trireme.{service}.settings").Settings
-    return found
 
 
 def service_of(container: Object) -> str | None:
@@ -107,17 +102,6 @@ def test_checkpoints_are_where_gateways_and_workers_look_for_them(name: str, tmp
         for model in fleet.models.values():
             for variant in model.variants.values():
                 assert any(variant.checkpoint.is_relative_to(folder) for folder in mounted)
-
-
-def listening(settings: Any) -> set[int]:
-    """The ports that the service listens on."""
-    fields = {f.name for f in dataclasses.fields(settings)} & {
-        "listen",
-        "metrics_listen",
-        "grpc_listen",
-        "http_listen",
-    }
-    return {int(getattr(settings, name).rpartition(":")[2]) for name in fields}
 
 
 @pytest.mark.parametrize("name", values_files())

@@ -14,7 +14,7 @@ import yaml
 
 from tests.conftest import REPOSITORY
 from tests.install.compose import compose
-from tests.install.test_chart_settings import listening, settings_class
+from tests.install.service_settings import listening, settings_class
 from trireme.errors import InvalidConfiguration
 from trireme.kvcache.arena import arena_size_bytes
 from trireme.kvcache.residency_index import index_words_for
