@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trireme.kernels.attention_batch import AttentionBatch
 from trireme.kernels.cpu_library import cpu_library
+from trireme.kernels.kv_forms import KV_DTYPES, decode, encode, kv_form
 from trireme.loading.whole import load_model
 from trireme.models.decoder import Decoder
 
@@ -79,9 +80,12 @@ def _threads() -> Iterator[None]:
 class Cache:
     """A paged cache, and where its sequences' tokens lie."""
 
-    def __init__(self, model: Decoder, dtype: torch.dtype = torch.float32) -> None:
-        config = model.config
-        shape = (NUM_BLOCKS, BLOCK, config.num_kv_heads, config.head_dim)
+    def __init__(self, model: Decoder, kv_dtype: str = "auto") -> None:
+        config, form = model.config, kv_form(kv_dtype, torch.float32)
+        shape, dtype = (
+            (NUM_BLOCKS, BLOCK, config.num_kv_heads, form.row_elements(config.head_dim)),
+            form.storage,
+        )
         self.model = model
         self.kv = [
             (torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
@@ -156,19 +160,19 @@ def test_logits_are_those_of_transformers(pair: tuple[Any, Decoder]) -> None:
     assert (logits - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_a_row_is_the_same_to_the_last_bit_whatever_shares_its_step(
-    pair: tuple[Any, Decoder], dtype: torch.dtype
+    pair: tuple[Any, Decoder], kv_dtype: str
 ) -> None:
     _, ours = pair
     prompts = {number: tokens_of(number, length) for number, length in enumerate((90, 13, 1, 130, 33))}
     alone: dict[int, Tensor] = {}
     torch.set_num_threads(1)
     for number, prompt in prompts.items():
-        alone[number] = Cache(ours, dtype).step([(number, prompt)])[number]
+        alone[number] = Cache(ours, kv_dtype).step([(number, prompt)])[number]
     for threads, gated, size in ((1, False, 17), (2, True, 40), (3, False, 130), (2, False, 1)):
         torch.set_num_threads(threads)
-        cache = Cache(ours, dtype)
+        cache = Cache(ours, kv_dtype)
         found: dict[int, list[Tensor]] = {number: [] for number in prompts}
         rest = dict(prompts)
         while rest:
@@ -180,13 +184,13 @@ def test_a_row_is_the_same_to_the_last_bit_whatever_shares_its_step(
             assert torch.equal(torch.cat(states), alone[number]), (number, threads, size)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_operators_one_by_one_give_the_same(pair: tuple[Any, Decoder], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_the_operators_one_by_one_give_the_same(pair: tuple[Any, Decoder], kv_dtype: str) -> None:
     _, ours = pair
     native = ours._native
-    # In bfloat16 one rounding of a key or value may fall the other way.
-    limit = 2e-5 if dtype is torch.float32 else 1e-2
-    one, other = Cache(ours, dtype), Cache(ours, dtype)
+    # In fewer bits one rounding of a key or value may fall the other way.
+    limit = {"auto": 2e-5, "fp8": 8e-2}.get(kv_dtype, 1e-2)
+    one, other = Cache(ours, kv_dtype), Cache(ours, kv_dtype)
     for parts in (
         [(0, tokens_of(1, 60))],
         [(0, [5]), (1, tokens_of(2, 44))],
@@ -200,7 +204,8 @@ def test_the_operators_one_by_one_give_the_same(pair: tuple[Any, Decoder], dtype
             assert torch.allclose(state, expected[number], rtol=limit, atol=limit)
     for mine, theirs in zip(one.kv, other.kv, strict=True):
         for cache, reference in zip(mine, theirs, strict=True):
-            assert (cache - reference).abs().max() <= limit * reference.abs().max()
+            kept, expected = (decode(part, torch.float32).nan_to_num() for part in (cache, reference))
+            assert (kept - expected).abs().max() <= limit * expected.abs().max()
 
 
 def test_what_is_no_number_stays_with_its_sequence(pair: tuple[Any, Decoder]) -> None:
@@ -212,3 +217,17 @@ def test_what_is_no_number_stays_with_its_sequence(pair: tuple[Any, Decoder]) ->
         keys[dirty.tables[1][0], 3] = float("nan")
     expected, found = (cache.step([(0, [7]), (1, [8])]) for cache in (clean, dirty))
     assert torch.equal(found[0], expected[0]) and found[1].isnan().all()
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_a_row_of_the_cache_is_rounded_as_the_reference_rounds_it(
+    pair: tuple[Any, Decoder], kv_dtype: str
+) -> None:
+    """Values are what the layer's product gives, so they are the same floats; some rows are nearly 0."""
+    _, ours = pair
+    plain, coded = Cache(ours), Cache(ours, kv_dtype)
+    for cache in (plain, coded):
+        cache.step([(0, tokens_of(1, 100))])
+    (_, values), (_, codes) = plain.kv[0], coded.kv[0]
+    written = (codes != 0).any(-1)
+    assert torch.equal(codes[written], encode(values, codes.dtype)[written])

@@ -30,7 +30,7 @@ _UNITS: Final[Mapping[str, Sequence[str]]] = {
     "thread_pool.cpp": (),
     "decoder_layers.cpp": (),
     "mixture.cpp": (),
-    "decoder_kernels.cpp": ("-mavx2", "-mfma", "-mtune=znver2"),
+    "decoder_kernels.cpp": ("-mavx2", "-mfma", "-mf16c", "-mtune=znver2"),
     "avx2.cpp": ("-mavx2", "-mfma", "-mtune=znver2"),
     "avx512.cpp": (
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2", "-mfma"),

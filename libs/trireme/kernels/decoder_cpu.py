@@ -21,8 +21,8 @@ from trireme.kernels.attention_batch import AttentionBatch
 from trireme.kernels.cpu_library import cpu_library
 from trireme.kernels.low_bit_cpu import PackedLinear
 
-_KV_TYPES: Final = {torch.float32: 0, torch.bfloat16: 1}
-"""As in decoder_layers.h."""
+_KV_TYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
+"""As in decoder_layers.h; what an 8-bit one holds is told by `kv_forms`."""
 _MOST_HEAD_DIM: Final = 1024
 _SIZES: Final = ("hidden", "inner", "heads", "kv_heads", "head_dim", "block_size")
 _PLACES: Final = ("query_lens", "context_lens", "tables", "k_caches", "v_caches")
@@ -159,7 +159,7 @@ class DecoderLayers:
         Args:
             x: (tokens, hidden) float32, contiguous.
             positions: (tokens,) int64.
-            kv: per layer, caches (blocks, block_size, kv_heads, head_dim) of a type that `takes_kv`. What is
+            kv: per layer, caches (blocks, block_size, kv_heads, row) of a form of `kv_forms`. What is
                 no list or tuple is walked layer by layer, as each is computed.
             batch: the tokens' sequences.
 

@@ -1,4 +1,4 @@
-// What a decoder layer does between its products, for AVX2 and FMA.
+// What a decoder layer does between its products, for AVX2, FMA and F16C.
 //
 // Sums over a row run in 8 lanes, in order, and the lanes are added in one fixed way at the end, so they do not
 // depend on how the work is cut.
@@ -28,6 +28,17 @@ inline void store_reals(uint16_t* at, __m256 a) {  // to nearest, ties to even; 
     const __m256i upper = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
     const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(at), packed);
+}
+
+inline __m256 load_reals(const int8_t* at) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at))));
+}
+// Floats of 8 bits (e4m3) but for their NaN, which the row's scale then is: as half floats 2^8 too small.
+inline __m256 load_reals(const uint8_t* at) {
+    const __m128i codes = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
+    const __m128i sign = _mm_slli_epi16(_mm_and_si128(codes, _mm_set1_epi16(0x80)), 8);
+    const __m128i rest = _mm_slli_epi16(_mm_and_si128(codes, _mm_set1_epi16(0x7F)), 7);
+    return _mm256_mul_ps(_mm256_cvtph_ps(_mm_or_si128(sign, rest)), _mm256_set1_ps(256.0f));
 }
 
 inline float sum_lanes(__m256 a) {
@@ -63,6 +74,57 @@ inline __m256 exponential(__m256 x) {
     return _mm256_andnot_ps(is_small, _mm256_mul_ps(sum, _mm256_castsi256_ps(bits)));
 }
 
+// What the codes of a row are worth.
+inline float row_scale(const float*, int64_t) { return 1.0f; }
+inline float row_scale(const uint16_t*, int64_t) { return 1.0f; }
+template <class Code>
+inline float row_scale(const Code* row, int64_t width) {
+    float scale;
+    __builtin_memcpy(&scale, row + width, sizeof scale);
+    return scale;
+}
+template <class Element>
+constexpr bool kIsCoded = sizeof(Element) == 1;
+
+inline int8_t code_of(float scaled, int8_t) { return static_cast<int8_t>(_mm_cvtss_si32(_mm_set_ss(scaled))); }
+inline uint8_t code_of(float scaled, uint8_t) {  // to nearest, ties to even
+    uint32_t bits;
+    __builtin_memcpy(&bits, &scaled, 4);
+    const uint32_t sign = bits >> 24 & 0x80;
+    bits &= 0x7FFFFFFF;
+    float magnitude;
+    __builtin_memcpy(&magnitude, &bits, 4);
+    if (magnitude < 0.015625f) return static_cast<uint8_t>(sign | _mm_cvtss_si32(_mm_set_ss(magnitude * 512.0f)));
+    bits += 0x7FFFF + (bits >> 20 & 1);
+    return static_cast<uint8_t>(sign | ((bits >> 20) - (120 << 3)));
+}
+constexpr float largest_code(int8_t) { return 127.0f; }
+constexpr float largest_code(uint8_t) { return 448.0f; }
+
+// Keys or values of one token and head into a row of the cache.
+inline void store_row(const float* row, int64_t width, float* to) { __builtin_memcpy(to, row, width * sizeof(float)); }
+inline void store_row(const float* row, int64_t width, uint16_t* to) {
+    for (int64_t i = 0; i < width; i += 8) store_reals(to + i, load_reals(row + i));
+}
+template <class Code>
+inline void store_row(const float* row, int64_t width, Code* to) {
+    float peak = 0.0f;
+    bool is_finite = true;
+    for (int64_t i = 0; i < width; ++i) {
+        const float magnitude = std::fabs(row[i]);
+        is_finite = is_finite && magnitude < INFINITY;
+        peak = magnitude > peak ? magnitude : peak;
+    }
+    constexpr float largest = largest_code(Code());
+    const float scale = !is_finite ? NAN : peak == 0.0f ? 1.0f : peak / largest;
+    for (int64_t i = 0; i < width; ++i) {
+        const float scaled = row[i] / scale;
+        const float held = scaled > largest ? largest : scaled < -largest ? -largest : scaled;
+        to[i] = is_finite ? code_of(held, Code()) : Code(0);
+    }
+    __builtin_memcpy(to + width, &scale, sizeof scale);
+}
+
 inline __m256 rotated(const float* x, const float* turned, const float* cosine, const float* sine) {
     return _mm256_fmadd_ps(load_reals(turned), load_reals(sine), _mm256_mul_ps(load_reals(x), load_reals(cosine)));
 }
@@ -92,12 +154,10 @@ inline void place_rows_as(const DecoderShape& shape, const DecoderLayer& layer, 
             if (layer.qk_norm) normalise_rows(at, layer.qk_norm + head * width, shape.eps, width, 1, at);
             rotate(at, cosine, sine, width, room);
         }
-        const int64_t to = step.slots[row] * shape.kv_heads * width;
-        const float* keys = heads + shape.heads * width;
-        const float* values = heads + rotated_heads * width;
-        for (int64_t i = 0; i < shape.kv_heads * width; i += 8) {
-            store_reals(k_cache + to + i, load_reals(keys + i));
-            store_reals(v_cache + to + i, load_reals(values + i));
+        for (int64_t head = 0; head < shape.kv_heads; ++head) {
+            const int64_t to = (step.slots[row] * shape.kv_heads + head) * kv_row(shape);
+            store_row(heads + (shape.heads + head) * width, width, k_cache + to);
+            store_row(heads + (rotated_heads + head) * width, width, v_cache + to);
         }
     }
 }
@@ -151,6 +211,9 @@ inline void score_keys(const float* query, const Element* const* keys, int64_t c
         const __m256 one = product(query, keys[i], width);
         scores[i] = _mm_cvtss_f32(sum_lanes(one, one, one, one)) * scale;
     }
+    if constexpr (kIsCoded<Element>) {
+        for (i = 0; i < count; ++i) scores[i] *= row_scale(keys[i], width);
+    }
 }
 
 // Weights that sum to 1 in place of the scores; behind them zeros up to a multiple of 8.
@@ -194,6 +257,11 @@ inline void gather_columns(const float* weights, const Element* const* values, i
 template <class Element>
 inline void gather_values(const float* weights, const Element* const* values, int64_t count, int64_t width, float* out) {
     const Element* shifted[kKeysAtOnce];
+    float scaled[kKeysAtOnce];
+    if constexpr (kIsCoded<Element>) {
+        for (int64_t i = 0; i < count; ++i) scaled[i] = weights[i] * row_scale(values[i], width);
+        weights = scaled;
+    }
     for (int64_t column = 0; column < width;) {
         for (int64_t i = 0; i < count; ++i) shifted[i] = values[i] + column;
         if (width - column >= 64) {
@@ -208,7 +276,7 @@ inline void gather_values(const float* weights, const Element* const* values, in
 
 template <class Element>
 inline void attend_as(const DecoderShape& shape, const AttentionPiece& piece, float* scores) {
-    const int64_t width = shape.head_dim, stride = shape.kv_heads * width, room = score_room(piece);
+    const int64_t width = shape.head_dim, stride = shape.kv_heads * kv_row(shape), room = score_room(piece);
     const int64_t begin = first_key(piece, 0), end = piece.position + piece.count;
     const KeyRows<Element> keys(piece.keys, piece.table, shape.block_size, stride);
     const KeyRows<Element> values(piece.values, piece.table, shape.block_size, stride);
@@ -266,11 +334,18 @@ void normalise_rows(const float* x, const float* weight, float eps, int64_t widt
 
 void place_rows(const DecoderShape& shape, const DecoderLayer& layer, const DecoderStep& step, float* fused,
                 void* k_cache, void* v_cache, int64_t first, int64_t last) {
-    if (shape.kv_type == kKvFloat32) {
-        place_rows_as(shape, layer, step, fused, static_cast<float*>(k_cache), static_cast<float*>(v_cache), first, last);
-    } else {
-        place_rows_as(shape, layer, step, fused, static_cast<uint16_t*>(k_cache), static_cast<uint16_t*>(v_cache), first,
-                      last);
+    const auto place = [&](auto* keys, auto* values) {
+        place_rows_as(shape, layer, step, fused, keys, values, first, last);
+    };
+    switch (shape.kv_type) {
+        case kKvFloat32:
+            return place(static_cast<float*>(k_cache), static_cast<float*>(v_cache));
+        case kKvBfloat16:
+            return place(static_cast<uint16_t*>(k_cache), static_cast<uint16_t*>(v_cache));
+        case kKvInt8:
+            return place(static_cast<int8_t*>(k_cache), static_cast<int8_t*>(v_cache));
+        default:
+            return place(static_cast<uint8_t*>(k_cache), static_cast<uint8_t*>(v_cache));
     }
 }
 
@@ -281,10 +356,15 @@ int64_t score_room(const AttentionPiece& piece) {
 }
 
 void attend(const DecoderShape& shape, const AttentionPiece& piece, float* scores) {
-    if (shape.kv_type == kKvFloat32) {
-        attend_as<float>(shape, piece, scores);
-    } else {
-        attend_as<uint16_t>(shape, piece, scores);
+    switch (shape.kv_type) {
+        case kKvFloat32:
+            return attend_as<float>(shape, piece, scores);
+        case kKvBfloat16:
+            return attend_as<uint16_t>(shape, piece, scores);
+        case kKvInt8:
+            return attend_as<int8_t>(shape, piece, scores);
+        default:
+            return attend_as<uint8_t>(shape, piece, scores);
     }
 }
 

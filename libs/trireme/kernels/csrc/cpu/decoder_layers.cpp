@@ -77,13 +77,13 @@ void attend_piece(void* context, int64_t index) {
     const DecoderShape& shape = job.shape;
     const Place place = place_of(job.step, index / shape.kv_heads);
     const int64_t head = index % shape.kv_heads, shared = shape.heads / shape.kv_heads, width = shape.head_dim;
-    const int64_t element = shape.kv_type == kKvFloat32 ? 4 : 2;
+    const int64_t row_bytes = kv_row(shape) * kv_bytes(shape);
     const int64_t context_len = job.step.context_lens[place.sequence], length = job.step.query_lens[place.sequence];
     AttentionPiece piece{};
     piece.queries = job.fused + place.row * job.row_width() + head * shared * width;
     piece.out = job.seen + place.row * shape.heads * width + head * shared * width;
-    piece.keys = static_cast<const char*>(job.k_cache) + head * width * element;
-    piece.values = static_cast<const char*>(job.v_cache) + head * width * element;
+    piece.keys = static_cast<const char*>(job.k_cache) + head * row_bytes;
+    piece.values = static_cast<const char*>(job.v_cache) + head * row_bytes;
     piece.table = job.step.tables + place.sequence * job.step.table_width;
     piece.position = context_len - length + place.first;
     piece.count = place.count;

@@ -29,7 +29,8 @@ struct DecoderLayer {
     int64_t window;             // 0: all keys are seen
 };
 
-enum KvType : int32_t { kKvFloat32, kKvBfloat16 };
+// The last two have codes of 8 bits, and behind those of a row its scale (kernels/kv_forms.py).
+enum KvType : int32_t { kKvFloat32, kKvBfloat16, kKvInt8, kKvFloat8 };
 
 struct DecoderShape {
     int64_t hidden;
@@ -43,6 +44,14 @@ struct DecoderShape {
     int32_t kv_type;
 };
 
+// Elements of a cache's row, and bytes of each.
+static inline int64_t kv_row(const DecoderShape& shape) {
+    return shape.head_dim + (shape.kv_type < kKvInt8 ? 0 : static_cast<int64_t>(sizeof(float)));
+}
+static inline int64_t kv_bytes(const DecoderShape& shape) {
+    return shape.kv_type == kKvFloat32 ? 4 : shape.kv_type == kKvBfloat16 ? 2 : 1;
+}
+
 struct DecoderStep {
     float* x;               // (rows, hidden): the residual stream, in and out
     const int64_t* positions;  // (rows)
@@ -52,7 +61,7 @@ struct DecoderStep {
     const int64_t* query_lens;    // (sequences): rows of each, in order
     const int64_t* context_lens;  // (sequences): keys of each, its rows' own included
     const int64_t* tables;        // (sequences, table_width): its blocks
-    void* const* k_caches;  // (layers): (blocks, block_size, kv_heads, head_dim)
+    void* const* k_caches;  // (layers): (blocks, block_size, kv_heads, kv_row)
     void* const* v_caches;
     int64_t rows;
     int64_t sequences;
