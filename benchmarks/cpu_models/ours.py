@@ -25,7 +25,7 @@ class Ours:
     def __init__(self, checkpoint: Path, threads: int, dtype: str) -> None:
         torch.set_num_threads(threads)
         settings = EngineSettings(
-            num_blocks=2 * MOST_SEQUENCES * CONTEXT // _BLOCK_SIZE,
+            num_blocks=MOST_SEQUENCES * CONTEXT // _BLOCK_SIZE,
             block_size=_BLOCK_SIZE,
             max_num_seqs=MOST_SEQUENCES,
             max_batch_tokens=MOST_SEQUENCES * 32,

@@ -20,7 +20,8 @@ class Transformers:
         torch.set_num_threads(threads)
         self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=getattr(torch, dtype)
-        ).eval()
+        )
+        self._model.eval()
         self.description = f"transformers {transformers.__version__}, torch {torch.__version__}, {dtype}"
         embedding, head = (
             self._model.get_input_embeddings().weight,
