@@ -55,7 +55,7 @@ CRD_SCHEMAS: dict[str, Schema] = {
                 "selector": _object({"matchLabels": TEXTS}),
                 "endpoints": _list(_object({"port": TEXT, "path": TEXT, "interval": TEXT})),
             },
-            {"targetLabels": _list(TEXT)},
+            {"podTargetLabels": _list(TEXT)},
         )
     ),
     "monitoring.coreos.com/v1/PrometheusRule": _resource(

@@ -241,6 +241,30 @@ def test_keda_reads_the_stream_and_the_group_that_schedulers_read() -> None:
     assert backlog["address"] == f"{redis['metadata']['name']}.serving.svc.cluster.local:6379"
 
 
+def test_each_group_is_scaled_by_its_own_pods_series() -> None:
+    scaling = {"mode": "keda", "keda": {"prometheusAddress": "http://prometheus:9090"}}
+    groups = ("gpu", "gpu-big")
+    values = {
+        "workers": [{"name": name, "autoscaling": scaling} for name in groups],
+        "monitoring": {"serviceMonitor": {"enabled": True}},
+    }
+    objects = render_values(values)
+    (monitor,) = of_kind(objects, "ServiceMonitor")
+    kept = monitor["spec"]["podTargetLabels"]
+    for scaled in of_kind(objects, "ScaledObject"):
+        query = scaled["spec"]["triggers"][1]["metadata"]["query"]
+        both = set(re.findall(r"trireme_engine_(?:running|waiting)_sequences{([^}]+)}", query))
+        (matched,) = both
+        labels = dict(re.findall(r'(\w+)="([^"]+)"', matched))
+        assert labels.pop("namespace") == "serving"
+        chosen = [
+            pod.owner.removeprefix("Deployment/")
+            for pod in pods(objects)
+            if labels == {re.sub(r"\W", "_", name): pod.labels[name] for name in kept}
+        ]
+        assert chosen == [scaled["spec"]["scaleTargetRef"]["name"]]
+
+
 REFUSED = [
     ({"gatway": {}}, "gatway"),
     ({"workers": [{"name": "Upper"}]}, "name"),
