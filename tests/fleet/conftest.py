@@ -27,20 +27,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 VARIANT = "trireme-py-1m"
 
 
-def free_pair() -> int:
-    """The first of two consecutive free ports."""
-    while True:
-        first = free_port()
-        try:
-            import socket
-
-            with socket.socket() as second:
-                second.bind(("127.0.0.1", first + 1))
-            return first
-        except OSError:
-            continue
-
-
 @dataclass
 class Fleet:
     """A running fleet and the means to hurt it."""
@@ -131,8 +117,8 @@ def running(directory: Path, **worker: object) -> Iterator[Fleet]:
                 "workers": [{"name": "worker", "replicas": 2, **worker}],
                 "gateway": {
                     "replicas": 2,
-                    "http": f"127.0.0.1:{free_pair()}",
-                    "grpc": f"127.0.0.1:{free_pair()}",
+                    "http": f"127.0.0.1:{free_port(2)}",
+                    "grpc": f"127.0.0.1:{free_port(2)}",
                 },
                 "scheduler": {"replicas": 2},
                 "kvstore": {"dram_mib": 64, "ssd_mib": 64},
