@@ -15,6 +15,31 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+_WHOLE = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_OF_A_LAYER = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def gguf_name(name: str) -> str:
+    """What GGUF calls a tensor of a Llama checkpoint."""
+    if name in _WHOLE:
+        return _WHOLE[name]
+    _, _, layer, part = name.removesuffix(".weight").split(".", 3)
+    return f"blk.{layer}.{_OF_A_LAYER[part]}.weight"
+
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """All tensors of a bfloat16 or float32 file, as float32."""
@@ -83,34 +108,13 @@ def export(checkpoint: Path, out: Path) -> None:
     writer.add_eos_token_id(eos)
     writer.add_add_bos_token(False)
 
-    renamed = {
-        "model.embed_tokens.weight": "token_embd.weight",
-        "model.norm.weight": "output_norm.weight",
-        "lm_head.weight": "output.weight",
-    }
-    parts = {
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }
     for name, weight in tensors.items():
-        if name in renamed:
-            target = renamed[name]
-        else:
-            _, _, layer, part = name.removesuffix(".weight").split(".", 3)
-            target = f"blk.{layer}.{parts[part]}.weight"
-            if part.endswith("q_proj"):
-                weight = interleaved(weight, heads)
-            elif part.endswith("k_proj"):
-                weight = interleaved(weight, kv_heads)
+        if name.endswith("q_proj.weight"):
+            weight = interleaved(weight, heads)
+        elif name.endswith("k_proj.weight"):
+            weight = interleaved(weight, kv_heads)
         is_norm = weight.ndim == 1
-        writer.add_tensor(target, weight if is_norm else weight.astype(np.float16))
+        writer.add_tensor(gguf_name(name), weight if is_norm else weight.astype(np.float16))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

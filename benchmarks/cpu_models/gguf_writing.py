@@ -18,29 +18,13 @@ import gguf
 import llama_cpp
 import numpy as np
 
-from benchmarks.gguf_export import interleaved
+from benchmarks.gguf_export import gguf_name, interleaved
 
 FLOATS = ("F16", "BF16")
 QUANTIZED = {
     "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
     "Q6_K": llama_cpp.LLAMA_FTYPE_MOSTLY_Q6_K,
     "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
-}
-_WHOLE = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_OF_A_LAYER = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
 }
 
 
@@ -86,7 +70,7 @@ def write_gguf(
     writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{form}"))
     writer.add_tokenizer_model("none")
     for name, words in tensors:
-        target = _WHOLE.get(name) or _layer_name(name)
+        target = gguf_name(name)
         if "q_proj" in name:
             words = interleaved(words, heads)
         elif "k_proj" in name:
@@ -127,11 +111,6 @@ def write_form(checkpoint: Path, out: Path, form: str) -> None:
         return
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     write_gguf(config, stored_bfloat16(checkpoint / "model.safetensors"), out, form)
-
-
-def _layer_name(name: str) -> str:
-    _, _, layer, part = name.removesuffix(".weight").split(".", 3)
-    return f"blk.{layer}.{_OF_A_LAYER[part]}.weight"
 
 
 if __name__ == "__main__":

@@ -140,9 +140,7 @@ async def server(answer: Callable[[], web.Response]) -> AsyncIterator[str]:
 
 
 def polled(url: str, clock: HandClock, field: str = "carbonIntensity") -> PolledSignal:
-    return PolledSignal(
-        url, field, fallback_grams=436.0, refresh_s=300.0, max_age_s=7200.0, clock=clock
-    )
+    return PolledSignal(url, field, fallback_grams=436.0, refresh_s=300.0, max_age_s=7200.0, clock=clock)
 
 
 async def test_a_good_answer_is_used_with_its_age_and_given_up_when_it_is_old() -> None:

@@ -31,9 +31,7 @@ def sentencepiece(*, prepend: bool) -> Tokenizer:
         models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     )
     spaces = normalizers.Replace(" ", "▁")
-    tokenizer.normalizer = (
-        normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prepend else spaces
-    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prepend else spaces
     tokenizer.decoder = decoders.Sequence(
         [
             decoders.Replace("▁", " "),

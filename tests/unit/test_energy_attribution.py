@@ -305,9 +305,7 @@ def test_a_fact_that_runs_ahead_of_the_meter_counts_for_the_newest_window() -> N
 
 
 def test_what_was_billed_while_no_meter_watched_stands_outside_the_sum() -> None:
-    account = advance(
-        opened(0.0), now_s=1.0, meter=reading(0.0, 5.0), uses=[], limits=NO_LIMITS, rule=Rule()
-    )
+    account = advance(opened(0.0), now_s=1.0, meter=reading(0.0, 5.0), uses=[], limits=NO_LIMITS, rule=Rule())
     # The meter was away from 1 s to 4 s; the fact covers 3 s..5 s.
     account = advance(
         account,

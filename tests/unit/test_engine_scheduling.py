@@ -5,23 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.unit.engine_support import (
     answer,
     greedy,
     outputs_of,
     prompt_of,
-    reference_model,
     request,
     run,
-    save,
     settings,
     tokens_of,
 )
@@ -32,7 +28,6 @@ from trireme.engine.outputs import EventKind
 from trireme.engine.tally import StepReport
 from trireme.errors import InvalidConfiguration
 from trireme.kvcache.block_identity import block_hashes
-from trireme.loading.whole import load_model
 from trireme.models.model import Model
 from trireme.models.null import NullModel
 from trireme.policies.mlfq import MlfqSettings
@@ -43,17 +38,7 @@ TINY = MlfqSettings(quantum_s=1e-3, levels=12, alpha_s=0.02, promote_period=5)
 """Demoted after two decode steps, promoted after twenty."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return load_model(save(reference_model("llama3"), Path(tmp_path_factory.mktemp("llama3"))))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 Ask = Callable[[SequenceRequest], list[int]]

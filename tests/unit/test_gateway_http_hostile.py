@@ -161,9 +161,7 @@ async def test_whatever_a_body_says_it_is_understood_or_refused_by_name(catalog:
         def ask(path: str, raw: bytes) -> tuple[int, dict[str, Any]]:
             return asyncio.run_coroutine_threadsafe(server.post(path, raw), loop).result(20)
 
-        @settings(
-            max_examples=600, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-        )
+        @settings(max_examples=600, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
         @given(
             base=st.sampled_from([CHAT, TEXT]),
             likely=LIKELY,
@@ -178,9 +176,7 @@ async def test_whatever_a_body_says_it_is_understood_or_refused_by_name(catalog:
             assert status in (400, 404, 429), (body, status, answer)
             assert set(answer["error"]) == {"message", "type", "param", "code"}
 
-        @settings(
-            max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-        )
+        @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
         @given(base=st.sampled_from([CHAT, TEXT]), data=st.data())
         def torn(base: dict[str, Any], data: st.DataObject) -> None:
             raw = bytearray(json.dumps(base).encode())

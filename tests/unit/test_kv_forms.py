@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +17,8 @@ from tests.unit.engine_support import (
     answer,
     greedy,
     prompt_of,
-    reference_model,
     request,
     run,
-    save,
     settings,
     tokens_of,
 )
@@ -34,24 +30,13 @@ from trireme.kernels import ops
 from trireme.kernels.attention_batch import AttentionBatch
 from trireme.kernels.kv_forms import KV_DTYPES, decode, encode, kv_form
 from trireme.kvcache.block_identity import block_hashes
-from trireme.loading.whole import load_model
 from trireme.models.model import Model
 
 CODED = ("int8", "fp8")
 STORED = ("bf16", *CODED)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return load_model(save(reference_model("llama3"), Path(tmp_path_factory.mktemp("llama3"))))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def storage_of(kv_dtype: str) -> torch.dtype:

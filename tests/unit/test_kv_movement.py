@@ -6,8 +6,7 @@ import itertools
 import random
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from pathlib import Path
+from collections.abc import Callable, Generator
 from typing import Any, cast
 
 import pytest
@@ -18,10 +17,8 @@ from tests.unit.engine_support import (
     greedy,
     outputs_of,
     prompt_of,
-    reference_model,
     request,
     run,
-    save,
     settings,
     tokens_of,
 )
@@ -36,7 +33,6 @@ from trireme.engine.sequence import Sequence
 from trireme.errors import InvalidConfiguration, InvalidRequest
 from trireme.kvcache.block_codec import payload_checksum
 from trireme.kvcache.block_identity import block_hashes
-from trireme.loading.whole import load_model
 from trireme.models.model import Model
 from trireme.models.null import NullModel
 from trireme.policies.iteration import Location
@@ -45,17 +41,7 @@ SALT = b"tenant"
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return load_model(save(reference_model("llama3"), Path(tmp_path_factory.mktemp("llama3"))))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 Ask = Callable[[SequenceRequest], list[int]]

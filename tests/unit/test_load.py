@@ -48,9 +48,7 @@ def test_poisson_arrivals_have_the_rate_and_the_spread_of_poisson_arrivals() -> 
     assert gaps.std() == pytest.approx(1 / 40, rel=0.03), "exponential: deviation and mean are equal"
 
 
-@given(
-    st.integers(1, 200), st.integers(1, 50), st.floats(0, 1), st.integers(2, 1000), st.integers(0, 2**32)
-)
+@given(st.integers(1, 200), st.integers(1, 50), st.floats(0, 1), st.integers(2, 1000), st.integers(0, 2**32))
 def test_synthetic_requests_keep_their_bounds(
     prompt: int, answer: int, spread: float, vocabulary: int, seed: int
 ) -> None:
@@ -153,9 +151,7 @@ def test_no_value_has_the_percentile_zero() -> None:
     assert percentile([], 0.5) == 0.0
 
 
-def outcome(
-    index: int, *, ttft_s: float, gap_s: float, tokens: int = 5, error: str | None = None
-) -> Outcome:
+def outcome(index: int, *, ttft_s: float, gap_s: float, tokens: int = 5, error: str | None = None) -> Outcome:
     arrivals = [(10 + ttft_s + gap_s * place, 1) for place in range(tokens)]
     return Outcome(
         index=index,

@@ -107,9 +107,7 @@ def fact(**changes: float) -> Measurement:
 
 def test_a_sound_fact_is_taken() -> None:
     use = engine_use(fact())
-    assert use == EngineUse(
-        end_s=100.0, window_s=1.0, busy_s=0.5, billed_engine_s=0.5, billed_uj=2_000_000
-    )
+    assert use == EngineUse(end_s=100.0, window_s=1.0, busy_s=0.5, billed_engine_s=0.5, billed_uj=2_000_000)
 
 
 @pytest.mark.parametrize(

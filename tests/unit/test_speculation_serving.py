@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,8 @@ import torch
 from tests.unit.engine_support import (
     greedy,
     prompt_of,
-    reference_model,
     request,
     run,
-    save,
     settings,
     tokens_of,
 )
@@ -49,17 +46,7 @@ workers:
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return load_model(save(reference_model("llama3"), Path(tmp_path_factory.mktemp("llama3"))))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def written(path: Path, lines: str) -> Path:

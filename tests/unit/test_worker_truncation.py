@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from tests.unit.test_gateway_truncation import CHECKPOINT, OLDEST, SIZE, public_model, submit
 from trireme.engine import Engine, EngineSettings
@@ -94,12 +92,7 @@ class Worker:
         assert live.is_complete
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ from trireme.engine.settings import EngineSettings
 from trireme.engine.speculation.proposals import Drafter
 from trireme.engine.speculation.rejected_slots import clear_behind
 from trireme.engine.speculation.speculator import speculator_of
+from trireme.engine.statistics import stats_of
 from trireme.engine.stored_blocks import OnSaved, Room, StoredBlock, let_go_of
 from trireme.engine.tally import StepReport, Tally
 from trireme.engine.tier import KvTier
@@ -261,51 +262,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Gauges and counters."""
-        pool, host, copies = self._cache.pool, self._cache.host, self._cache.copies
-        moved = self._cache.counters
-        tally = self._tally
-        return EngineStats(
-            waiting=self._roster.num_waiting,
-            running=len(self._roster.running),
-            kv_blocks_used=pool.num_held,
-            kv_blocks_total=pool.num_blocks,
-            kv_blocks_cached=pool.num_resident_hashes,
-            prefix_query_tokens=tally.prefix_query_tokens,
-            prefix_hit_tokens=tally.prefix_hit_tokens,
-            prefill_tokens=tally.prefill_tokens,
-            decode_tokens=tally.decode_tokens,
-            output_tokens=tally.output_tokens,
-            finished=tally.finished,
-            errors=tally.errors,
-            preemptions=tally.preemptions,
-            recomputed_tokens=tally.recomputed_tokens,
-            steps=tally.steps,
-            busy_s=tally.busy_s,
-            paused=self._roster.num_paused,
-            swapped=self._roster.num_swapped,
-            evictions=tally.evictions,
-            demotions=tally.demotions,
-            promotions=tally.promotions,
-            kv_blocks_draining=pool.num_draining,
-            host_blocks_used=host.pool.num_held + host.pool.num_draining if host is not None else 0,
-            host_blocks_total=host.pool.num_blocks if host is not None else 0,
-            swapped_out_blocks=moved.swapped_out_blocks,
-            swapped_in_blocks=moved.swapped_in_blocks,
-            swap_out_bytes=moved.swap_out_bytes,
-            swap_in_bytes=moved.swap_in_bytes,
-            swap_out_s=moved.swap_out_s,
-            swap_in_s=moved.swap_in_s,
-            lost_sequences=moved.lost_sequences,
-            context_cuts=moved.context_cuts,
-            rerotated_blocks=moved.rerotated_blocks,
-            preload_blocks=moved.preload_blocks,
-            preload_corrupt=moved.preload_corrupt,
-            stall_s=copies.stall_s,
-            host_in_bytes_per_s=copies.in_bytes_per_s,
-            host_out_bytes_per_s=copies.out_bytes_per_s,
-            drafted_tokens=tally.drafted_tokens,
-            accepted_tokens=tally.accepted_tokens,
-        )
+        return stats_of(self._cache, self._roster, self._tally)
 
     @torch.inference_mode()
     def step(self) -> StepResult:
