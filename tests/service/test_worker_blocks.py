@@ -153,6 +153,12 @@ class Node:
     def found(self, name: str) -> int:
         return int(self.gateway.last[name].usage.cached_prompt_tokens)
 
+    async def until_ended(self, name: str) -> None:
+        """Until nobody would compute the request again were its worker gone."""
+        async with asyncio.timeout(WITHIN_S):
+            while (standing := await self.records.standing(name)) is not None and standing.state.is_open:
+                await asyncio.sleep(0.02)
+
     async def push_out(self) -> None:
         """Fill the engine's memory with other things."""
         names = [await self.admit(self.tokens(480), tenant="filler", answer=1) for _ in range(FILL)]

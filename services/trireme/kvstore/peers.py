@@ -145,7 +145,7 @@ class Peers:
             self._store.release(lease.lease_id)
 
     async def _pull(self, namespace: str, block_hashes: bytes, *, deadline_s: float) -> int:
-        answer = await self._ask(namespace, block_hashes)
+        answer = await self._ask(namespace, block_hashes, within_s=max(ASK_S, deadline_s / 5))
         if answer is None:
             return 0
         wanted = block_hashes[: answer.blocks * HASH_BYTES]
@@ -165,7 +165,7 @@ class Peers:
             self._forget(namespace, block_hashes)
         return receiver.stored
 
-    async def _ask(self, namespace: str, block_hashes: bytes) -> _Answer | None:
+    async def _ask(self, namespace: str, block_hashes: bytes, *, within_s: float = ASK_S) -> _Answer | None:
         key: BlockKey = block_keys(namespace, block_hashes[:HASH_BYTES])[0]
         now_s = time.monotonic()
         known = self._answers.get(key)
@@ -176,7 +176,7 @@ class Peers:
         if not asked:
             return None
         request = pb.MatchRequest(namespace=namespace, block_hashes=block_hashes)
-        counts = await asyncio.gather(*(self._ask_one(peer, request) for peer in asked))
+        counts = await asyncio.gather(*(self._ask_one(peer, request, within_s) for peer in asked))
         blocks, peer = max(zip(counts, asked, strict=True), key=lambda each: each[0])
         answer = _Answer(peer, blocks, now_s + _REMEMBER_S)
         while len(self._answers) >= _REMEMBERED:
@@ -184,9 +184,9 @@ class Peers:
         self._answers[key] = answer
         return answer if blocks else None
 
-    async def _ask_one(self, peer: Peer, request: pb.MatchRequest) -> int:
+    async def _ask_one(self, peer: Peer, request: pb.MatchRequest, within_s: float) -> int:
         try:
-            return (await peer.stub.Match(request, timeout=ASK_S)).available
+            return (await peer.stub.Match(request, timeout=within_s)).available
         except grpc.aio.AioRpcError as error:
             self._note_failure(peer, error)
             return 0

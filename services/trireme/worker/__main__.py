@@ -136,7 +136,13 @@ async def serve(settings: Settings) -> None:
             find_store = _find_store(registry, settings.node)
             store = await stack.enter_async_context(StoreClient.open(find_store))
         chains = RequestChains()
-        loads = BlockLoads(store, variants, engines.send, deadline_s=settings.store_deadline_s)
+        loads = BlockLoads(
+            store,
+            variants,
+            engines.send,
+            deadline_s=settings.store_deadline_s,
+            always=settings.kv_load_always,
+        )
         saves = BlockSaves(store, engines, variants, chains)
         hints = QueueHints(
             worker_id,

@@ -93,6 +93,7 @@ class BlockLoads:
     Args:
         send: has the engine process do something.
         deadline_s: for the store to keep blocks in place.
+        always: load what is stored also where computing it is as fast.
     """
 
     def __init__(
@@ -102,7 +103,9 @@ class BlockLoads:
         send: Callable[[Command], None],
         *,
         deadline_s: float,
+        always: bool = False,
     ) -> None:
+        self._always = always
         self._store = store
         self._variants = variants
         self._send = send
@@ -253,13 +256,14 @@ class BlockLoads:
         new_tokens = len(expected.live.assignment.request.prompt_token_ids) - (here + available) * size
         if available < len(missing) and self._store.has_peers:
             missing_s = (len(missing) - available) * size / (rate or UNMEASURED_PREFILL_TOKENS_PER_S)
-            if missing_s > REMOTE_GAIN * self.speeds.remote_s:
+            if self._always or missing_s > REMOTE_GAIN * self.speeds.remote_s:
                 return Plan(missing, len(hashes) * size, available - in_dram, True)
         if not available:
             return None
         kept = available
         # Keys from before a cut are not what computing them anew would give: all of them are loaded.
-        if rate > 0 and not expected.live.assignment.request.truncation.cuts:
+        cuts = expected.live.assignment.request.truncation.cuts
+        if rate > 0 and not (cuts or self._always):
             prefill_s = _prefill_s(rate)
             load_s = self._load_s(loaded, in_dram)
             history = available * size

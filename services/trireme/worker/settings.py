@@ -30,4 +30,6 @@ class Settings:
     """Output that no gateway asks for is kept so long."""
     store_deadline_s: float = 0.25
     """Time for the KV store to answer before a block counts as missing."""
+    kv_load_always: bool = False
+    """Load stored KV wherever there is any, not only where that is faster than computing it."""
     log_level: str = "info"
