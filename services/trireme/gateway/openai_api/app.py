@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing
 from dataclasses import replace
 
 from aiohttp import web
-from aiohttp.http import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
-from trireme.errors import InvalidRequest, RequestCancelled, RequestConflict, RequestNotFound
+from trireme.errors import RequestCancelled, RequestConflict, RequestNotFound
 from trireme.gateway.answer import Answer
 from trireme.gateway.generation import Generation
 from trireme.gateway.limits import at_most, check_token_id
 from trireme.gateway.models import ServedModel
-from trireme.gateway.openai_api.bodies import B, ChatBody, CompletionBody, parse
+from trireme.gateway.openai_api.bodies import ChatBody, CompletionBody
 from trireme.gateway.openai_api.calls import Call, streamed_answer, whole_answer
 from trireme.gateway.openai_api.door import Door
 from trireme.gateway.openai_api.errors import errors_as_json
+from trireme.gateway.openai_api.incoming import REQUEST_ID, caller_of, parsed, read_body
 from trireme.gateway.openai_api.sampling import (
     chat_sampling,
     completion_sampling,
     context_overflow,
-    slo_class,
 )
 from trireme.gateway.openai_api.shapes import ChatShape, Frame, Shape, TextShape
 from trireme.gateway.settings import Settings
 from trireme.gateway.submission import (
-    DEFAULT_TENANT,
-    Caller,
     Submission,
-    checked_name,
-    checked_traceparent,
     generation,
     is_name,
     new_request_id,
@@ -46,12 +39,6 @@ from trireme.gateway.worker_links import WorkerLinks
 from trireme.runtime.health import HealthReporter
 from trireme.runtime.metrics_server import metrics_routes
 from trireme.wire.inference.v1.inference_pb2 import ContextOverflow
-
-PARSE_INLINE_BYTES = 256 * 2**10
-"""Larger bodies are parsed in a thread."""
-REQUEST_ID = web.RequestKey("request_id", str)
-"""The call's id as its client knows it."""
-_READABLE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,95}")
 
 
 class _IdWasUsed(RequestConflict):
@@ -76,8 +63,8 @@ class OpenAiApi:
         ]
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
-        raw = await self._body(request)
-        body = await _parsed(ChatBody, raw)
+        raw = await read_body(request, self._settings)
+        body = await parsed(ChatBody, raw)
         limits = self._core.limits
         at_most("messages", len(body.messages), limits.max_messages)
         model = self._core.catalog.find(body.model)
@@ -87,7 +74,14 @@ class OpenAiApi:
         prompt = await model.tokenize_chat(messages, most_tokens=self._most_tokens(mode))
         asked = sampling.max_tokens if sampling.HasField("max_tokens") else None
         overflow = await overflow_of(mode, body.pinned_tokens, model, prompt, messages, asked)
-        caller = self._caller(request, raw, body.priority, body.service_tier, body.prompt_cache_key)
+        caller = caller_of(
+            request,
+            raw,
+            self._settings,
+            priority=body.priority,
+            service_tier=body.service_tier,
+            prompt_cache_key=body.prompt_cache_key,
+        )
         submission = generation(
             caller,
             model,
@@ -105,12 +99,14 @@ class OpenAiApi:
         )
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
-        raw = await self._body(request)
-        body = await _parsed(CompletionBody, raw)
+        raw = await read_body(request, self._settings)
+        body = await parsed(CompletionBody, raw)
         model = self._core.catalog.find(body.model)
         mode = context_overflow(body)
         prompts = await self._prompts(body, model, self._most_tokens(mode))
-        caller = self._caller(request, raw, body.priority, body.service_tier, None)
+        caller = caller_of(
+            request, raw, self._settings, priority=body.priority, service_tier=body.service_tier
+        )
         sampling = completion_sampling(body)
         submissions = [
             generation(
@@ -152,16 +148,6 @@ class OpenAiApi:
             "ready": model.name in served or any(name in served for name in variants),
         }
 
-    async def _body(self, request: web.Request) -> bytes:
-        """The body, which must come in `body_s` and be what its headers say."""
-        try:
-            async with asyncio.timeout(self._settings.body_s):
-                return await request.read()
-        except TimeoutError:
-            raise web.HTTPRequestTimeout(reason="the body came too slowly") from None
-        except (web.RequestPayloadError, HttpProcessingError) as error:
-            raise InvalidRequest("the body is not encoded as its headers say") from error
-
     def _most_tokens(self, mode: ContextOverflow.ValueType) -> int | None:
         """How long a prompt may be; None: as the context."""
         return self._core.limits.max_prompt_tokens if mode in CUTTING else None
@@ -183,28 +169,6 @@ class OpenAiApi:
             for part in prompt
             if not isinstance(part, int)
         ]
-
-    def _caller(
-        self,
-        request: web.Request,
-        raw: bytes,
-        priority: int | None,
-        service_tier: str | None,
-        prompt_cache_key: str | None,
-    ) -> Caller:
-        headers = request.headers
-        tenant = headers.get("x-trireme-tenant", "") if self._settings.trust_tenant_header else ""
-        checked_name(tenant, param="x-trireme-tenant")
-        checked_name(headers.get("x-request-id", ""), param="x-request-id")
-        return Caller(
-            request_id=_request_id(request[REQUEST_ID], tenant, request.path, raw),
-            tenant=tenant or DEFAULT_TENANT,
-            slo_class=slo_class(service_tier, headers.get("x-trireme-slo-class")),
-            priority=priority or 0,
-            session_id=checked_name(headers.get("x-trireme-session", ""), param="x-trireme-session")
-            or _session_of(prompt_cache_key),
-            traceparent=checked_traceparent(headers.get("traceparent", "")),
-        )
 
     async def _answer(
         self,
@@ -331,28 +295,3 @@ def _echoes(body: CompletionBody, model: ServedModel, prompts: list[list[int]]) 
         given = zip(body.prompt, prompts, strict=True)
         texts = [part if isinstance(part, str) else decode(ids) for part, ids in given]
     return [text for text in texts for _ in range(body.n or 1)]
-
-
-def _session_of(prompt_cache_key: str | None) -> str:
-    """A session's name: bodies may have any text there, names may not."""
-    if not prompt_cache_key or is_name(prompt_cache_key):
-        return prompt_cache_key or ""
-    return "key-" + hashlib.blake2b(prompt_cache_key.encode(), digest_size=16).hexdigest()
-
-
-async def _parsed(body_class: type[B], raw: bytes) -> B:
-    if len(raw) > PARSE_INLINE_BYTES:
-        return await asyncio.to_thread(parse, body_class, raw)
-    return parse(body_class, raw)
-
-
-def _request_id(given: str, tenant: str, path: str, raw: bytes) -> str:
-    """The fleet's id of a call: drawn, or made of the client's id and the call's contents.
-
-    A retry has the same id and contents, and finds the request. Two calls that only share a
-    client's id, as traced calls do, are two requests.
-    """
-    if not given:
-        return new_request_id()
-    digest = hashlib.blake2b("\0".join((given, tenant, path, "")).encode() + raw, digest_size=8).hexdigest()
-    return f"{given}-{digest}" if _READABLE_ID.fullmatch(given) else f"req-{digest}"

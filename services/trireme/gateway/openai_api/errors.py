@@ -88,6 +88,4 @@ async def errors_as_json(
             "param": None,
             "code": "internal_error",
         }
-        return web.json_response(
-            {"error": inner}, status=500, headers={"x-should-retry": "false"}
-        )
+        return web.json_response({"error": inner}, status=500, headers={"x-should-retry": "false"})
