@@ -14,31 +14,19 @@ from aiohttp.typedefs import Handler, Middleware
 from trireme.errors import RequestCancelled, RequestConflict, RequestNotFound
 from trireme.gateway.answer import Answer
 from trireme.gateway.generation import Generation
-from trireme.gateway.limits import at_most, check_token_id
 from trireme.gateway.models import ServedModel
 from trireme.gateway.openai_api.bodies import ChatBody, CompletionBody
 from trireme.gateway.openai_api.calls import Call, streamed_answer, whole_answer
 from trireme.gateway.openai_api.door import Door
 from trireme.gateway.openai_api.errors import errors_as_json
 from trireme.gateway.openai_api.incoming import REQUEST_ID, caller_of, parsed, read_body
-from trireme.gateway.openai_api.sampling import (
-    chat_sampling,
-    completion_sampling,
-    context_overflow,
-)
-from trireme.gateway.openai_api.shapes import ChatShape, Frame, Shape, TextShape
+from trireme.gateway.openai_api.prepared import Prepared, prepare_chat, prepare_completion
+from trireme.gateway.openai_api.shapes import Frame, Shape
 from trireme.gateway.settings import Settings
-from trireme.gateway.submission import (
-    Submission,
-    generation,
-    is_name,
-    new_request_id,
-)
-from trireme.gateway.truncation import CUTTING, overflow_of
+from trireme.gateway.submission import Submission, is_name, new_request_id
 from trireme.gateway.worker_links import WorkerLinks
 from trireme.runtime.health import HealthReporter
 from trireme.runtime.metrics_server import metrics_routes
-from trireme.wire.inference.v1.inference_pb2 import ContextOverflow
 
 
 class _IdWasUsed(RequestConflict):
@@ -65,15 +53,6 @@ class OpenAiApi:
     async def chat(self, request: web.Request) -> web.StreamResponse:
         raw = await read_body(request, self._settings)
         body = await parsed(ChatBody, raw)
-        limits = self._core.limits
-        at_most("messages", len(body.messages), limits.max_messages)
-        model = self._core.catalog.find(body.model)
-        sampling = chat_sampling(body)
-        mode = context_overflow(body)
-        messages = [message.for_template() for message in body.messages]
-        prompt = await model.tokenize_chat(messages, most_tokens=self._most_tokens(mode))
-        asked = sampling.max_tokens if sampling.HasField("max_tokens") else None
-        overflow = await overflow_of(mode, body.pinned_tokens, model, prompt, messages, asked)
         caller = caller_of(
             request,
             raw,
@@ -82,50 +61,17 @@ class OpenAiApi:
             service_tier=body.service_tier,
             prompt_cache_key=body.prompt_cache_key,
         )
-        submission = generation(
-            caller,
-            model,
-            prompt,
-            sampling,
-            limits,
-            prompt_param="messages",
-            max_tokens_param="max_tokens" if body.max_tokens is not None else "max_completion_tokens",
-            logprobs_param="top_logprobs",
-            overflow=overflow,
-        )
-        shape = ChatShape(model.vocabulary, with_logprobs=bool(body.logprobs))
-        return await self._answer(
-            request, [submission], shape, body.model, bool(body.stream), body.includes_usage
-        )
+        prepared = await prepare_chat(self._core, body, caller)
+        return await self._answer(request, prepared, bool(body.stream), body.includes_usage)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         raw = await read_body(request, self._settings)
         body = await parsed(CompletionBody, raw)
-        model = self._core.catalog.find(body.model)
-        mode = context_overflow(body)
-        prompts = await self._prompts(body, model, self._most_tokens(mode))
         caller = caller_of(
             request, raw, self._settings, priority=body.priority, service_tier=body.service_tier
         )
-        sampling = completion_sampling(body)
-        submissions = [
-            generation(
-                caller if len(prompts) == 1 else replace(caller, request_id=f"{caller.request_id}/{number}"),
-                model,
-                prompt,
-                sampling,
-                self._core.limits,
-                overflow=await overflow_of(
-                    mode, body.pinned_tokens, model, prompt, None, sampling.max_tokens
-                ),
-            )
-            for number, prompt in enumerate(prompts)
-        ]
-        echoes = _echoes(body, model, prompts) if body.echo else []
-        shape = TextShape(model.vocabulary, with_logprobs=body.logprobs is not None, echoes=echoes)
-        return await self._answer(
-            request, submissions, shape, body.model, bool(body.stream), body.includes_usage
-        )
+        prepared = await prepare_completion(self._core, body, caller)
+        return await self._answer(request, prepared, bool(body.stream), body.includes_usage)
 
     async def models(self, request: web.Request) -> web.Response:
         return web.json_response(
@@ -148,44 +94,25 @@ class OpenAiApi:
             "ready": model.name in served or any(name in served for name in variants),
         }
 
-    def _most_tokens(self, mode: ContextOverflow.ValueType) -> int | None:
-        """How long a prompt may be; None: as the context."""
-        return self._core.limits.max_prompt_tokens if mode in CUTTING else None
-
-    async def _prompts(
-        self, body: CompletionBody, model: ServedModel, most_tokens: int | None
-    ) -> list[list[int]]:
-        prompt = body.prompt
-        if isinstance(prompt, str):
-            return [await model.tokenize(prompt, most_tokens=most_tokens)]
-        if all(isinstance(part, int) for part in prompt):
-            ids = [part for part in prompt if isinstance(part, int)]
-            for token_id in (min(ids), max(ids)):
-                check_token_id("prompt", token_id, model)
-            return [ids]
-        at_most("prompt", len(prompt), self._core.limits.max_prompts)
-        return [
-            await model.tokenize(part, most_tokens=most_tokens) if isinstance(part, str) else list(part)
-            for part in prompt
-            if not isinstance(part, int)
-        ]
-
     async def _answer(
         self,
         request: web.Request,
-        submissions: Sequence[Submission],
-        shape: Shape,
-        model: str,
+        prepared: Prepared,
         stream: bool,
         with_usage: bool,
     ) -> web.StreamResponse:
+        submissions, shape = prepared.submissions, prepared.shape
         given = request[REQUEST_ID]
         base_id = submissions[0].caller.request_id
         if len(submissions) > 1:
             base_id = base_id.removesuffix("/0")
         request[REQUEST_ID] = given or base_id
         frame = Frame(
-            shape, call_id=base_id, created=int(time.time()), model=model, with_usage=stream and with_usage
+            shape,
+            call_id=base_id,
+            created=int(time.time()),
+            model=prepared.model,
+            with_usage=stream and with_usage,
         )
         try:
             return await self._once(request, submissions, shape, frame, stream, with_usage)
@@ -282,16 +209,3 @@ def _marked_and_counted(core: Generation) -> Middleware:
             core.metrics.requests.labels(api, code).inc()
 
     return middleware
-
-
-def _echoes(body: CompletionBody, model: ServedModel, prompts: list[list[int]]) -> list[str]:
-    """The prompts' texts, one per choice."""
-    decode = model.vocabulary.tokenizer.decode
-    if isinstance(body.prompt, str):
-        texts = [body.prompt]
-    elif len(prompts) == 1 and isinstance(body.prompt[0], int):
-        texts = [decode(prompts[0])]
-    else:
-        given = zip(body.prompt, prompts, strict=True)
-        texts = [part if isinstance(part, str) else decode(ids) for part, ids in given]
-    return [text for text in texts for _ in range(body.n or 1)]

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from aiohttp import web
 
@@ -30,7 +31,7 @@ class Call:
     """As the client knows it."""
 
 
-async def whole_answer(call: Call) -> web.Response:
+async def whole_document(call: Call) -> dict[str, Any]:
     """Wait for the end and return all of it.
 
     Raises:
@@ -51,14 +52,23 @@ async def whole_answer(call: Call) -> web.Response:
             elif isinstance(event, Summary):
                 summaries[number] = event
     usage = usage_object([summaries[number] for number in sorted(summaries)])
-    document = {
+    return {
         **call.frame.head,
         "object": call.shape.object_name,
         "choices": [call.shape.whole(index, part) for index, part in enumerate(parts)],
         "usage": usage,
         "system_fingerprint": None,
     }
-    extras = usage["trireme"]
+
+
+async def whole_answer(call: Call) -> web.Response:
+    """The whole answer as a response.
+
+    Raises:
+        TriremeError: the request cannot be answered.
+    """
+    document = await whole_document(call)
+    extras = document["usage"]["trireme"]
     headers = {
         "x-request-id": call.request_id,
         "x-trireme-variant": extras["variant"],
