@@ -9,10 +9,11 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from trireme.errors import TriremeError
+from trireme.errors import InvalidRequest, TriremeError
 from trireme.runtime.health import HealthReporter
 from trireme.runtime.status import GRPC_CODE
 
@@ -40,10 +41,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if handler.response_streaming:
             inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
             make = _STREAM_OUT[handler.request_streaming]
-            return make(_guard_stream(inner), handler.request_deserializer, handler.response_serializer)
+            return make(_guard_stream(inner, _reader(handler)), None, handler.response_serializer)
         inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
         make = _UNARY_OUT[handler.request_streaming]
-        return make(_guard_unary(inner), handler.request_deserializer, handler.response_serializer)
+        return make(_guard_unary(inner, _reader(handler)), None, handler.response_serializer)
 
 
 _STREAM_OUT: dict[bool, Callable[..., Any]] = {
@@ -56,20 +57,44 @@ _UNARY_OUT: dict[bool, Callable[..., Any]] = {
 }
 
 
-def _guard_unary(inner: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+def _reader(handler: Any) -> Callable[[Any], Any]:
+    """Makes what the method takes of what came: a message of its bytes, or an iterator of them.
+
+    The library's own reading would end a call whose bytes are no message with UNKNOWN.
+    """
+    parse = handler.request_deserializer
+
+    def read(raw: bytes) -> Any:
+        try:
+            return parse(raw)
+        except DecodeError as error:
+            raise InvalidRequest("the request is not a message of this method") from error
+
+    async def read_each(raws: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        async for raw in raws:
+            yield read(raw)
+
+    return read_each if handler.request_streaming else read
+
+
+def _guard_unary(
+    inner: Callable[..., Awaitable[Any]], read: Callable[[Any], Any]
+) -> Callable[..., Awaitable[Any]]:
     async def call(request: Any, context: Context) -> Any:
         try:
-            return await inner(request, context)
+            return await inner(read(request), context)
         except TriremeError as error:
             await abort(context, error)
 
     return call
 
 
-def _guard_stream(inner: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+def _guard_stream(
+    inner: Callable[..., AsyncIterator[Any]], read: Callable[[Any], Any]
+) -> Callable[..., AsyncIterator[Any]]:
     async def call(request: Any, context: Context) -> AsyncIterator[Any]:
         try:
-            async for response in inner(request, context):
+            async for response in inner(read(request), context):
                 yield response
         except TriremeError as error:
             await abort(context, error)

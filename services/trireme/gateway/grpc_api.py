@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator
 from functools import partial
 
-import grpc
-
-from trireme.errors import InvalidRequest, TriremeError
+from trireme.errors import InvalidRequest
 from trireme.gateway.answer import Answer
 from trireme.gateway.detokenizer import Vocabulary
 from trireme.gateway.events import Accepted, ChoiceFinished, Delta, Event, Paused, Summary
 from trireme.gateway.generation import Generation
+from trireme.gateway.grpc_calls import ClientWatch, caller_of, counted
 from trireme.gateway.limits import at_most
 from trireme.gateway.models import ServedModel
 from trireme.gateway.scoring import classify, embed
-from trireme.gateway.submission import (
-    DEFAULT_TENANT,
-    Caller,
-    checked_name,
-    checked_request_id,
-    checked_traceparent,
-    generation,
-)
+from trireme.gateway.submission import Caller, checked_request_id, generation
 from trireme.gateway.truncation import CUTTING, overflow_of
 from trireme.gateway.worker_links import WorkerLinks
 from trireme.runtime.serving import Context
 from trireme.wire.inference.v1 import inference_pb2 as pb
 from trireme.wire.inference.v1 import inference_pb2_grpc as rpc
-
-MAX_DEADLINE_S = 7 * 24 * 3600.0
-"""A gRPC deadline beyond this is none."""
 
 
 class InferenceServicer(rpc.InferenceServicer):
@@ -45,13 +31,12 @@ class InferenceServicer(rpc.InferenceServicer):
         self._core = core
         self._links = links
         self._trust_tenant_header = trust_tenant_header
-        self._stall_s = stall_s
-        self._endings: set[asyncio.Task[None]] = set()
+        self._watch = ClientWatch(stall_s)
 
     async def Generate(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
-        with self._counted("generate"):
+        with counted(self._core.metrics, "generate"):
             model = self._core.catalog.find(request.model)
             prompt = await self._prompt(request, model)
             sampling = request.sampling
@@ -78,20 +63,16 @@ class InferenceServicer(rpc.InferenceServicer):
             answer = await self._core.submit(submission)
             context.add_done_callback(partial(_close, answer))  # type: ignore[arg-type]
             request_id, vocabulary = submission.caller.request_id, model.vocabulary
-            call_later = asyncio.get_running_loop().call_later
             try:
                 while not answer.delivered:
                     for event in await answer.news():
-                        stalled = call_later(self._stall_s, self._give_up, context, answer)
-                        try:
+                        with self._watch.taking(context, answer):
                             yield _response(request_id, event, vocabulary)
-                        finally:
-                            stalled.cancel()
             finally:
                 answer.close()
 
     async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:
-        with self._counted("classify"):
+        with counted(self._core.metrics, "classify"):
             model = self._core.catalog.find(request.model)
             rows, summary = await classify(
                 self._core,
@@ -111,7 +92,7 @@ class InferenceServicer(rpc.InferenceServicer):
             )
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
-        with self._counted("embed"):
+        with counted(self._core.metrics, "embed"):
             model = self._core.catalog.find(request.model)
             vectors, summaries = await embed(
                 self._core, self._caller(context, "", request.slo_class), model, list(request.texts)
@@ -172,44 +153,14 @@ class InferenceServicer(rpc.InferenceServicer):
         priority: int = 0,
         session_id: str = "",
     ) -> Caller:
-        metadata = _metadata(context)
-        tenant = metadata.get("x-trireme-tenant", "") if self._trust_tenant_header else ""
-        checked_name(tenant, param="x-trireme-tenant")
-        if slo_class not in pb.SloClass.values():
-            raise InvalidRequest(f"slo_class {slo_class} is not known", param="slo_class")
-        remaining_s = context.time_remaining()
-        limited = remaining_s is not None and remaining_s < MAX_DEADLINE_S
-        return Caller(
-            request_id=checked_request_id(request_id),
-            tenant=tenant or DEFAULT_TENANT,
+        return caller_of(
+            context,
+            trust_tenant_header=self._trust_tenant_header,
+            request_id=request_id,
             slo_class=slo_class,
             priority=priority,
-            session_id=checked_name(session_id, param="session_id"),
-            deadline_unix_s=time.time() + (remaining_s or 0.0) if limited else 0.0,
-            traceparent=checked_traceparent(metadata.get("traceparent", "")),
+            session_id=session_id,
         )
-
-    def _give_up(self, context: Context, answer: Answer) -> None:
-        """The client takes nothing: its request ends now, its call once it reads on or goes away."""
-        answer.close()
-        ending = asyncio.create_task(_end(context))
-        self._endings.add(ending)
-        ending.add_done_callback(self._endings.discard)
-
-    @contextmanager
-    def _counted(self, call: str) -> Iterator[None]:
-        code = "cancelled"  # What leaves neither by return nor by error was cut off.
-        try:
-            yield
-            code = "ok"
-        except TriremeError as error:
-            code = error.code
-            raise
-        except Exception:
-            code = "internal"
-            raise
-        finally:
-            self._core.metrics.requests.labels(f"grpc_{call}", code).inc()
 
 
 def _close(answer: Answer, _: object) -> None:
@@ -218,16 +169,6 @@ def _close(answer: Answer, _: object) -> None:
 
 def _messages(request: pb.GenerateRequest) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in request.chat.messages]
-
-
-async def _end(context: Context) -> None:
-    with suppress(grpc.aio.AbortError):
-        await context.abort(grpc.StatusCode.CANCELLED, "the answer was not read for too long")
-
-
-def _metadata(context: Context) -> Mapping[str, str]:
-    pairs = context.invocation_metadata() or ()
-    return {str(key): value for key, value in pairs if isinstance(value, str)}
 
 
 def _response(request_id: str, event: Event, vocabulary: Vocabulary) -> pb.GenerateResponse:
