@@ -17,6 +17,8 @@ from trireme.gateway.generation import Generation
 from trireme.gateway.grpc_api import InferenceServicer
 from trireme.gateway.metrics import Metrics
 from trireme.gateway.models import load_catalog
+from trireme.gateway.oip.servicer import SERVICE_NAME as OIP_SERVICE_NAME
+from trireme.gateway.oip.servicer import OpenInferenceServicer
 from trireme.gateway.openai_api.app import openai_server
 from trireme.gateway.readiness import fleet_answers
 from trireme.gateway.recovery import Recovery
@@ -29,6 +31,7 @@ from trireme.runtime.serving import grpc_server
 from trireme.runtime.shutdown import end_tasks
 from trireme.wire.bus.v1.facts_pb2 import ProcessRecord
 from trireme.wire.inference.v1.inference_pb2_grpc import add_InferenceServicer_to_server
+from trireme.wire.oip.v2.oip_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
 
 SERVICE_NAME = "trireme.wire.inference.v1.Inference"
 
@@ -91,18 +94,25 @@ async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
             recovery=recovery,
             metrics=metrics,
         )
-        health = HealthReporter({SERVICE_NAME: partial(fleet_answers, links)})
+        answers = partial(fleet_answers, links)
+        health = HealthReporter({SERVICE_NAME: answers, OIP_SERVICE_NAME: answers})
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         running = [tasks.create_task(links.run()), tasks.create_task(recovery.run())]
         stack.push_async_callback(end_tasks, running)
         servicer = InferenceServicer(
             core, links, trust_tenant_header=settings.trust_tenant_header, stall_s=settings.stall_s
         )
+        oip_servicer = OpenInferenceServicer(
+            core, links, trust_tenant_header=settings.trust_tenant_header, stall_s=settings.stall_s
+        )
         grpc_address = await stack.enter_async_context(
             grpc_server(
                 settings.grpc_listen,
-                [partial(add_InferenceServicer_to_server, servicer)],
-                service_names=[SERVICE_NAME],
+                [
+                    partial(add_InferenceServicer_to_server, servicer),
+                    partial(add_GRPCInferenceServiceServicer_to_server, oip_servicer),
+                ],
+                service_names=[SERVICE_NAME, OIP_SERVICE_NAME],
                 health=health,
                 drain_s=1.0,
             )
