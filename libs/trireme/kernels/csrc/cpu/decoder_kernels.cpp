@@ -216,6 +216,46 @@ inline void score_keys(const float* query, const Element* const* keys, int64_t c
     }
 }
 
+// The same for two queries: a key is loaded once for both. Each sum is added as `product` does it.
+template <class Element>
+inline void score_keys_twice(const float* query, const float* other, const Element* const* keys, int64_t count,
+                             int64_t width, float scale, float* scores, float* other_scores) {
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+        __m256 sum[4], other_sum[4];
+        const __m256 first = load_reals(query), other_first = load_reals(other);
+#pragma GCC unroll 4
+        for (int key = 0; key < 4; ++key) {
+            const __m256 part = load_reals(keys[i + key]);
+            sum[key] = _mm256_mul_ps(first, part);
+            other_sum[key] = _mm256_mul_ps(other_first, part);
+        }
+        for (int64_t at = 8; at < width; at += 8) {
+            const __m256 next = load_reals(query + at), other_next = load_reals(other + at);
+#pragma GCC unroll 4
+            for (int key = 0; key < 4; ++key) {
+                const __m256 part = load_reals(keys[i + key] + at);
+                sum[key] = _mm256_fmadd_ps(next, part, sum[key]);
+                other_sum[key] = _mm256_fmadd_ps(other_next, part, other_sum[key]);
+            }
+        }
+        const __m128 by = _mm_set1_ps(scale);
+        _mm_storeu_ps(scores + i, _mm_mul_ps(sum_lanes(sum[0], sum[1], sum[2], sum[3]), by));
+        _mm_storeu_ps(other_scores + i,
+                      _mm_mul_ps(sum_lanes(other_sum[0], other_sum[1], other_sum[2], other_sum[3]), by));
+    }
+    if constexpr (kIsCoded<Element>) {
+        for (int64_t key = 0; key < i; ++key) {
+            const float worth = row_scale(keys[key], width);
+            scores[key] *= worth;
+            other_scores[key] *= worth;
+        }
+    }
+    if (i == count) return;
+    score_keys(query, keys + i, count - i, width, scale, scores + i);
+    score_keys(other, keys + i, count - i, width, scale, other_scores + i);
+}
+
 // Weights that sum to 1 in place of the scores; behind them zeros up to a multiple of 8.
 inline void weigh(float* scores, int64_t count) {
     const int64_t padded = (count + 7) / 8 * 8;
@@ -288,10 +328,16 @@ inline void attend_as(const DecoderShape& shape, const AttentionPiece& piece, fl
             const int64_t from = first > first_key(piece, row) ? first : first_key(piece, row);
             const int64_t to = least(last, piece.position + row + 1);
             if (from >= to) continue;
-            for (int64_t head = 0; head < piece.shared; ++head) {
-                score_keys(piece.queries + row * piece.query_stride + head * width, rows + (from - first), to - from,
-                           width, shape.scale,
-                           scores + (row * piece.shared + head) * room + (from - first_key(piece, row)));
+            const float* query = piece.queries + row * piece.query_stride;
+            float* of_row = scores + row * piece.shared * room + (from - first_key(piece, row));
+            int64_t head = 0;
+            for (; head + 2 <= piece.shared; head += 2) {
+                score_keys_twice(query + head * width, query + (head + 1) * width, rows + (from - first), to - from, width,
+                                 shape.scale, of_row + head * room, of_row + (head + 1) * room);
+            }
+            for (; head < piece.shared; ++head) {
+                score_keys(query + head * width, rows + (from - first), to - from, width, shape.scale,
+                           of_row + head * room);
             }
         }
     }

@@ -73,28 +73,21 @@ inline Totals totals_for(const Weight& weight) {
 inline void multiply_tiles(const Call& call, const Activations& x, int64_t first_tile, int64_t last_tile,
                            int64_t first_row, int64_t last_row, void* work) {
     const Weight& weight = *call.weight;
-    uint8_t* panel = static_cast<uint8_t*>(work);
-    float* totals = reinterpret_cast<float*>(panel + 16 * 1024);
-    int64_t tile = first_tile;
     if (weight.format == kBfloat16) {
-        if (last_row - first_row == 1) {
-            const int64_t padded = blocks_of(weight.inputs) * kBlock, bytes = padded * kTile * 2;
-            for (; tile + kTilesInRegisters <= last_tile; tile += kTilesInRegisters) {
-                multiply_real_row<kTilesInRegisters>(weight.words + tile * bytes, bytes, x.reals + first_row * x.stride,
-                                                     padded, totals);
-                for (int i = 0; i < kTilesInRegisters; ++i) {
-                    finish_any(call, tile + i, first_row, last_row, totals + i * kTile);
-                }
+        float* totals = static_cast<float*>(work);
+        for (int64_t tile = first_tile; tile < last_tile; tile += kMostTiles) {
+            const int tiles = static_cast<int>(least(kMostTiles, last_tile - tile));
+            bfloat16_totals(weight, tile, tiles, x, first_row, last_row, totals);
+            for (int part = 0; part < tiles; ++part) {
+                finish_any(call, tile + part, first_row, last_row, totals + part * kTileTotals);
             }
-        }
-        for (; tile < last_tile; ++tile) {
-            bfloat16_totals(weight, tile, x, first_row, last_row, reinterpret_cast<float*>(panel), totals);
-            finish_any(call, tile, first_row, last_row, totals);
         }
         return;
     }
+    uint8_t* panel = static_cast<uint8_t*>(work);
+    float* totals = reinterpret_cast<float*>(panel + 16 * 1024);
     const Totals sum = totals_for(weight);
-    for (; tile < last_tile; ++tile) {
+    for (int64_t tile = first_tile; tile < last_tile; ++tile) {
         sum(weight, tile, x, first_row, last_row, panel, totals);
         finish_any(call, tile, first_row, last_row, totals);
     }

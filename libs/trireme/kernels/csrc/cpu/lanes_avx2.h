@@ -22,7 +22,7 @@ struct Same {  // in both registers: a constant, a table, or a broadcast value
 constexpr int kChains = 2;       // independent sums of one row that hide the latency of `dot`
 constexpr int kFloatChains = 1;  // of minifloats, whose decoding needs the registers
 constexpr int kRowsInRegisters = 6;
-constexpr int kTilesInRegisters = 2;  // of one row and bfloat16 weights
+constexpr int kMostTiles = 2;  // of bfloat16 weights, side by side
 
 #define TRIREME_BOTH(call_low, call_high) \
     { call_low, call_high }

@@ -61,7 +61,7 @@ static inline int64_t tiles_of(int64_t outputs) { return (outputs + kTile - 1) /
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 constexpr int kRowsAtOnce = 96;  // rows that share one decoding of a tile; their activations fit a 512 KiB cache
-constexpr int64_t kWorkBytes = 16 * 1024 + kRowsAtOnce * kTile * 4;
+constexpr int64_t kWorkBytes = 24 * 1024;  // 16 KiB of a tile and its totals, or the totals of 4 tiles
 
 // One instruction set's kernels.
 struct Kernels {
