@@ -159,9 +159,7 @@ async def assert_books_sum(bench: Bench) -> None:
 
 
 def power(redis_url: str, log: Path) -> Any:
-    return service(
-        "power", log / "power.log", redis_url=redis_url, modelled_gpu_w=f"{GPU_W}", window_s=0.1
-    )
+    return service("power", log / "power.log", redis_url=redis_url, modelled_gpu_w=f"{GPU_W}", window_s=0.1)
 
 
 async def test_facts_come_in_a_tariff_goes_out_and_the_ledger_sums_to_the_meter(

@@ -219,7 +219,6 @@ def test_a_foreground_fleet_stops_in_order_on_ctrl_c(fleet: LocalFleet) -> None:
     assert fleet.marked() == []
 
 
-
 def test_a_second_ctrl_c_waits_for_nobody(fleet: LocalFleet) -> None:
     (fleet.steering / "worker.slow").touch()
     (fleet.steering / "gateway.slow").touch()

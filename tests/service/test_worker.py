@@ -97,9 +97,7 @@ class FakeGateway:
                     if self.confirms:
                         received = [len(have)]
                         await self.send(
-                            confirm=pb.Confirm(
-                                request_id=update.request_id, received=received, complete=True
-                            )
+                            confirm=pb.Confirm(request_id=update.request_id, received=received, complete=True)
                         )
                 self.last[update.request_id] = update
                 self.lanes[update.lane] = key

@@ -32,6 +32,12 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.6],
+    "long_factor": [1.0, 2.0, 5.0, 9.0],
+}
 ARCHITECTURES = (
     *(
         "llama2",
@@ -44,6 +50,7 @@ ARCHITECTURES = (
         "mixtral",
         "qwen3_moe",
     ),
+    *("phi3", "phi3_partial", "gemma", "gemma2", "gemma3"),
     "gpt2",
 )
 SHARDED = ("llama3", "gpt2")
@@ -83,6 +90,31 @@ def reference_model(name: str) -> Any:
             experts = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
             config = hf.Qwen3MoeConfig(**gqa, head_dim=16, mlp_only_layers=[0], **experts)
             return hf.Qwen3MoeForCausalLM(config).eval()
+        case "phi3":
+            config = hf.Phi3Config(**gqa, sliding_window=20)
+            return hf.Phi3ForCausalLM(config).eval()
+        case "phi3_longrope":
+            config = hf.Phi3Config(**gqa, rope_parameters=LONGROPE, original_max_position_embeddings=64)
+            return hf.Phi3ForCausalLM(config).eval()
+        case "phi3_partial":
+            rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+            return hf.Phi3ForCausalLM(hf.Phi3Config(**gqa, rope_parameters=rope)).eval()
+        case "gemma":
+            config = hf.GemmaConfig(**gqa, head_dim=16)
+            return _with_random_norms(hf.GemmaForCausalLM(config))
+        case "gemma2":
+            gemma = {**gqa, "num_hidden_layers": 3, "head_dim": 16, "query_pre_attn_scalar": 24}
+            caps = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}
+            config = hf.Gemma2Config(**gemma, **caps, sliding_window=20)
+            return _with_random_norms(hf.Gemma2ForCausalLM(config))
+        case "gemma3":
+            gemma = {**gqa, "num_hidden_layers": 7, "head_dim": 16, "query_pre_attn_scalar": 24}
+            rope = {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            }
+            config = hf.Gemma3TextConfig(**gemma, rope_parameters=rope, sliding_window=20)
+            return _with_random_norms(hf.Gemma3ForCausalLM(config))
         case "gpt2":
             config = hf.GPT2Config(
                 vocab_size=VOCAB,
@@ -104,6 +136,15 @@ def _with_random_biases(model: Any) -> Any:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0.0, 0.2)
+    return model.eval()
+
+
+def _with_random_norms(model: Any) -> Any:
+    """Norms start as zeros in Gemma, which would hide one that is not applied."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.normal_(0.0, 0.3)
     return model.eval()
 
 

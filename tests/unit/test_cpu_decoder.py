@@ -39,6 +39,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Mistral": {"sliding_window": 37},
     "Qwen2": {},
     "Qwen3": {"head_dim": 80},
+    "Phi3": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75},
+        "pad_token_id": 0,
+    },
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
     "Qwen3Moe": {
         "num_experts": 6,
@@ -68,6 +72,17 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     ours = load_model(directory)
     assert isinstance(ours, Decoder) and ours._native is not None
     return kind.from_pretrained(directory, dtype=torch.float32).eval(), ours
+
+
+@pytest.mark.parametrize("kind", ["Gemma", "Gemma2", "Gemma3"])
+def test_what_the_call_does_not_compute_is_left_to_the_operators(kind: str, tmp_path: Path) -> None:
+    import transformers
+
+    name = "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config"
+    config = getattr(transformers, name)(**SIZES, head_dim=16)
+    getattr(transformers, f"{kind}ForCausalLM")(config).bfloat16().save_pretrained(tmp_path)
+    ours = load_model(tmp_path)
+    assert isinstance(ours, Decoder) and ours._native is None
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,13 @@ ROPES = {
     "llama3": RopeConfig(
         kind=RopeKind.LLAMA3, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=64
     ),
+    "longrope": RopeConfig(
+        kind=RopeKind.LONGROPE,
+        original_max_positions=64,
+        short_factors=(1.0, 1.0, 1.0),
+        long_factors=(1.0, 2.0, 5.0),
+        amplitude=1.2,
+    ),
 }
 
 
@@ -38,6 +45,7 @@ def table(
         num_positions=POSITIONS,
         device=torch.device("cpu"),
         dtype=dtype,
+        rotary_dim=2 * len(rope.long_factors) or None,
     )
 
 
@@ -117,7 +125,8 @@ def test_where_frequencies_depend_on_the_position_keys_do_not_move() -> None:
 
 
 def test_models_say_whether_their_keys_can_move(tmp_path: Path) -> None:
-    for name, moves in (("llama3", True), ("qwen3", True), ("gpt2", False)):
+    movable = {"llama3": True, "qwen3": True, "phi3_partial": True, "gemma3": False, "gpt2": False}
+    for name, moves in movable.items():
         model = load_model(save(reference_model(name), tmp_path / name))
         assert (model.key_rotation is not None) == moves
     assert NullModel().key_rotation is None

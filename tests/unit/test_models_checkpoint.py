@@ -20,7 +20,8 @@ from trireme.kernels import ops
 from trireme.kernels.cpu_library import cpu_library
 from trireme.loading.whole import load_model
 from trireme.models.checkpoint import Checkpoint
-from trireme.models.config import RopeKind, parse_config
+from trireme.models.config import RopeKind
+from trireme.models.config_parsing import parse_config
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -31,6 +32,8 @@ LLAMA: dict[str, Any] = {
     "num_attention_heads": 4,
 }
 GPT2: dict[str, Any] = {"model_type": "gpt2", "vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4}
+PHI3: dict[str, Any] = {"model_type": "phi3", "max_position_embeddings": 128}
+GEMMA: dict[str, Any] = {"model_type": "gemma2"}
 LLAMA3_SCALING = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -88,6 +91,22 @@ def test_windows_follow_each_architectures_switches() -> None:
     assert parse_config({**on, "layer_types": types}).windows == (8, None, 8)
 
 
+def test_gemmas_layers_take_turns_as_published() -> None:
+    """The published files of the larger ones leave out what these lines say."""
+    gemma2 = parse_config({**LLAMA, "model_type": "gemma2"})
+    assert gemma2.windows == (4096, None, 4096)
+    assert (gemma2.attention_cap, gemma2.logit_cap, gemma2.head_dim) == (50.0, 30.0, 256)
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 7, "sliding_window": 8}
+    scaled = {**text, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    gemma3 = parse_config({"model_type": "gemma3", "text_config": scaled, "eos_token_id": [1, 106]})
+    assert gemma3.windows == (8, 8, 8, 8, 8, None, 8)
+    assert gemma3.rope is not None and gemma3.local_rope is not None
+    assert (gemma3.rope.kind, gemma3.rope.theta, gemma3.rope.factor) == (RopeKind.LINEAR, 1e6, 8.0)
+    assert (gemma3.local_rope.kind, gemma3.local_rope.theta) == (RopeKind.DEFAULT, 1e4)
+    assert (gemma3.num_heads, gemma3.num_kv_heads, gemma3.vocab_size) == (8, 4, 262_208)
+    assert (gemma3.attention_cap, gemma3.logit_cap, gemma3.eos_token_ids) == (None, None, (1, 106))
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -104,6 +123,21 @@ def test_windows_follow_each_architectures_switches() -> None:
         ({"rope_parameters": []}, "rope_parameters"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({**PHI3, "rope_parameters": {"partial_rotary_factor": 0.4}}, "pairs"),
+        (
+            {**PHI3, "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+            "pairs",
+        ),
+        (
+            {**PHI3, "rope_scaling": {"type": "su", "short_factor": ["a"], "long_factor": [1.0]}},
+            "short_factor",
+        ),
+        ({**PHI3, "partial_rotary_factor": 1.5}, "partial_rotary_factor"),
+        ({**GEMMA, "hidden_activation": "relu"}, "hidden_activation"),
+        ({**GEMMA, "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({**GEMMA, "attn_logit_softcapping": -1.0}, "attn_logit_softcapping"),
+        ({**GEMMA, "layer_types": [["full_attention"]] * 3}, "layer_types"),
+        ({"model_type": "gemma3"}, "text_config"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
     ],

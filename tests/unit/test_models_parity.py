@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tests.unit.engine_support import (
 )
 from trireme.engine import build
 from trireme.kernels.attention_batch import AttentionBatch
-from trireme.loading.whole import load_model
+from trireme.loading.whole import load_model, load_whole
 from trireme.models.model import Model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,6 +84,38 @@ def test_logits_equal_those_of_transformers(pair: tuple[Any, Path]) -> None:
         expected = reference(torch.tensor([token_ids])).logits[0]
     difference = (all_logits(load_model(directory), token_ids) - expected).abs().max().item()
     assert difference <= 1e-4
+
+
+@pytest.mark.parametrize(("served", "length"), [(None, 100), (64, 60)])
+def test_longrope_turns_by_what_the_longest_served_sequence_asks_for(
+    served: int | None, length: int, tmp_path: Path
+) -> None:
+    reference = reference_model("phi3_longrope")
+    directory = save(reference, tmp_path / "phi3")
+    token_ids = prompt_of(1, length)
+    with torch.inference_mode():
+        expected = reference(torch.tensor([token_ids])).logits[0]
+    ours = load_whole(directory, max_positions=served)
+    assert (all_logits(ours.model, token_ids) - expected).abs().max().item() <= 1e-4
+    assert ours.key.endswith(":long" if served is None else ":short")
+    if served is not None:
+        engine = build(directory, settings=settings(max_model_len=served))
+        assert answer(engine, token_ids[:20], greedy(40)) == reference_answer(reference, token_ids[:20], 40)
+
+
+def test_of_a_model_with_images_the_text_is_served(tmp_path: Path) -> None:
+    hf: Any = importlib.import_module("transformers")
+    text = reference_model("gemma3").config.to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sight = {**vision, "image_size": 28, "patch_size": 14}
+    config = hf.Gemma3Config(text_config=text, vision_config=sight, mm_tokens_per_image=4)
+    torch.manual_seed(5)
+    reference = hf.Gemma3ForConditionalGeneration(config).eval()
+    token_ids = prompt_of(1, 60)
+    with torch.inference_mode():
+        expected = reference(torch.tensor([token_ids])).logits[0]
+    ours = load_model(save(reference, tmp_path))
+    assert (all_logits(ours, token_ids) - expected).abs().max().item() <= 1e-4
 
 
 def test_greedy_tokens_equal_those_of_transformers_alone_and_in_a_crowd(pair: tuple[Any, Path]) -> None:

@@ -114,7 +114,7 @@ def edit_tensors(directory: Path, change: Callable[[dict[str, Tensor]], object])
 
 
 @pytest.mark.parametrize("form", ROW_FORMATS)
-@pytest.mark.parametrize("name", ["llama_linear", "llama3", "qwen3", "mixtral", "gpt2"])
+@pytest.mark.parametrize("name", ["llama_linear", "llama3", "qwen3", "mixtral", "phi3_partial", "gpt2"])
 def test_logits_equal_those_of_transformers_on_the_weights_that_the_codes_stand_for(
     name: str, form: str, tolerance: float, tmp_path: Path
 ) -> None:

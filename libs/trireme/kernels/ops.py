@@ -72,6 +72,14 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return reference.swiglu(gate_up)
 
 
+def gated(gate_up: Tensor, kind: str) -> Tensor:
+    """`swiglu` with the gate's activation of `activation`: (tokens, 2 * width) to (tokens, width)."""
+    if kind == "silu":
+        return swiglu(gate_up)
+    gate, up = gate_up.chunk(2, -1)
+    return activation(gate, kind).mul_(up)
+
+
 def activation(x: Tensor, kind: str) -> Tensor:
     """Elementwise silu, gelu_new (tanh), gelu (erf) or relu."""
     return reference.activation(x, kind)
@@ -224,6 +232,7 @@ def paged_attention(
     *,
     scale: float,
     window: int | None = None,
+    cap: float | None = None,
 ) -> Tensor:
     """Causal attention of one step's queries over the paged cache.
 
@@ -238,10 +247,16 @@ def paged_attention(
         batch: which tokens belong to which sequence, and where its blocks lie.
         scale: factor on the dot products.
         window: a query at position p sees keys at positions > p - window; None: all up to p.
+        cap: scores become cap * tanh(score / cap); None: they stay.
 
     Returns:
         (tokens, heads * head_dim), contiguous.
     """
-    if q.is_cuda and cuda_ops.is_available(q.device):
+    if cap is None and q.is_cuda and cuda_ops.is_available(q.device):
         return cuda_ops.paged_attention(q, k_cache, v_cache, batch, scale=scale, window=window)
-    return reference.paged_attention(q, k_cache, v_cache, batch, scale=scale, window=window)
+    return reference.paged_attention(q, k_cache, v_cache, batch, scale=scale, window=window, cap=cap)
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap), in place."""
+    return x.div_(cap).tanh_().mul_(cap)

@@ -72,32 +72,41 @@ def append_kv(k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, sl
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, *, scale: float, window: int | None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int | None,
+    cap: float | None = None,
 ) -> Tensor:
     num_decodes = batch.num_decodes
     groups = batch.decode_groups(window)
     if num_decodes == batch.num_tokens and len(groups) == 1:
-        return _decode(q, k_cache, v_cache, groups[0], scale)
+        return _decode(q, k_cache, v_cache, groups[0], scale, cap)
 
     out = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
     for group in groups:
         if group.rows is None:
-            out[:num_decodes] = _decode(q[:num_decodes], k_cache, v_cache, group, scale)
+            out[:num_decodes] = _decode(q[:num_decodes], k_cache, v_cache, group, scale, cap)
         else:
             out.index_copy_(
-                0, group.rows, _decode(q.index_select(0, group.rows), k_cache, v_cache, group, scale)
+                0, group.rows, _decode(q.index_select(0, group.rows), k_cache, v_cache, group, scale, cap)
             )
     short, longer = batch.chunk_groups(window)
     for several in short:
-        found = _short_chunks(q.index_select(0, several.queries), k_cache, v_cache, several, scale)
+        found = _short_chunks(q.index_select(0, several.queries), k_cache, v_cache, several, scale, cap)
         out.index_copy_(0, several.tokens, found.index_select(0, several.places))
     for chunk in longer:
         tokens = slice(chunk.first_token, chunk.first_token + chunk.num_tokens)
-        out[tokens] = _prefill(q[tokens], k_cache, v_cache, chunk, scale)
+        out[tokens] = _prefill(q[tokens], k_cache, v_cache, chunk, scale, cap)
     return out
 
 
-def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: DecodeGroup, scale: float) -> Tensor:
+def _decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, group: DecodeGroup, scale: float, cap: float | None
+) -> Tensor:
     """q (sequences, heads, head_dim) -> (sequences, heads * head_dim).
 
     The query heads that share a key head stand as that head's queries, so nothing is repeated.
@@ -110,17 +119,20 @@ def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: DecodeGroup, sca
     v = _blocks(v_cache, group, q.dtype).view(shape)
     if count == 1:
         k, v = k[:, group.start : group.stop], v[:, group.start : group.stop]
-    out = F.scaled_dot_product_attention(
+    out = _attend(
         q.view(count, kv_heads, -1, head_dim),
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=group.mask,
         scale=scale,
+        cap=cap,
     )
     return out.reshape(count, -1)
 
 
-def _short_chunks(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: ChunkGroup, scale: float) -> Tensor:
+def _short_chunks(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, group: ChunkGroup, scale: float, cap: float | None
+) -> Tensor:
     """q (sequences * queries, heads, head_dim) -> (sequences * queries, heads * head_dim)."""
     count, queries = group.num_sequences, group.num_queries
     _, block_size, kv_heads, _ = k_cache.shape
@@ -128,18 +140,21 @@ def _short_chunks(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: ChunkGroup
     shared = heads // kv_heads
     shape = (count, group.width * block_size, kv_heads, head_dim)
     q = q.view(count, queries, kv_heads, shared, head_dim).permute(0, 2, 3, 1, 4)
-    out = F.scaled_dot_product_attention(
+    out = _attend(
         q.reshape(count, kv_heads, shared * queries, head_dim),
         _blocks(k_cache, group, q.dtype).view(shape).transpose(1, 2),
         _blocks(v_cache, group, q.dtype).view(shape).transpose(1, 2),
         attn_mask=group.mask_of_heads(shared),
         scale=scale,
+        cap=cap,
     )
     out = out.view(count, kv_heads, shared, queries, head_dim).permute(0, 3, 1, 2, 4)
     return out.reshape(count * queries, heads * head_dim)
 
 
-def _prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: ChunkPlan, scale: float) -> Tensor:
+def _prefill(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: ChunkPlan, scale: float, cap: float | None
+) -> Tensor:
     """q (tokens, heads, head_dim) -> (tokens, heads * head_dim)."""
     kv_heads = k_cache.shape[2]
     tokens, heads, head_dim = q.shape
@@ -147,15 +162,39 @@ def _prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: ChunkPlan, scal
     k = _blocks(k_cache, chunk, q.dtype).view(-1, kv_heads, head_dim)[chunk.start : chunk.stop]
     v = _blocks(v_cache, chunk, q.dtype).view(-1, kv_heads, head_dim)[chunk.start : chunk.stop]
     keys = k.shape[0]
-    out = F.scaled_dot_product_attention(
+    out = _attend(
         q.view(tokens, kv_heads, group, head_dim).permute(1, 2, 0, 3),
         k.transpose(0, 1)[:, None].expand(kv_heads, group, keys, head_dim),
         v.transpose(0, 1)[:, None].expand(kv_heads, group, keys, head_dim),
         attn_mask=chunk.mask,
         is_causal=chunk.is_causal,
         scale=scale,
+        cap=cap,
     )
     return out.permute(2, 0, 1, 3).reshape(tokens, -1)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    attn_mask: Tensor | None,
+    scale: float,
+    cap: float | None,
+    is_causal: bool = False,
+) -> Tensor:
+    """PyTorch's attention; where scores are capped, which it cannot, in its parts."""
+    if cap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
+    scores = torch.matmul(q, k.transpose(-2, -1)).float()
+    scores = scores.mul_(scale / cap).tanh_().mul_(cap)
+    if is_causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(1)
+        scores.masked_fill_(hidden, float("-inf"))
+    if attn_mask is not None:
+        scores += attn_mask
+    return torch.matmul(scores.softmax(-1).to(v.dtype), v)
 
 
 def _blocks(cache: Tensor, plan: DecodeGroup | ChunkGroup | ChunkPlan, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from trireme.errors import InvalidConfiguration
 from trireme.loading.few_bits import open_few_bits, weights_key
 from trireme.models.checkpoint import Checkpoint
-from trireme.models.config import Family
+from trireme.models.config import Family, RopeKind
 from trireme.models.decoder import Decoder
 from trireme.models.gpt2 import Gpt2
 from trireme.models.model import Model
@@ -85,7 +85,7 @@ def load_whole(
             dtype_name = str(dtype).removeprefix("torch.")
             loaded = LoadedModel(
                 model=model,
-                key=weights_key(opened, few_bits),
+                key=weights_key(opened, few_bits) + _rotation_key(model),
                 weight_format=dtype_name if few_bits is None else few_bits.form.name,
             )
         finally:
@@ -105,6 +105,14 @@ def load_whole(
             },
         )
     return loaded
+
+
+def _rotation_key(model: Model) -> str:
+    """Keys that longrope turned by one set of frequencies are none for a model that turns by the other."""
+    rope = model.config.rope
+    if rope is None or rope.kind is not RopeKind.LONGROPE:
+        return ""
+    return ":long" if model.max_positions > rope.original_max_positions else ":short"
 
 
 def _read(weights: ModelWeights, max_positions: int) -> Model:

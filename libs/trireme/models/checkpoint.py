@@ -17,7 +17,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from trireme.errors import InvalidCheckpoint
-from trireme.models.config import ModelConfig, parse_config, token_ids
+from trireme.models.config import ModelConfig
+from trireme.models.config_fields import token_ids
+from trireme.models.config_parsing import parse_config
 from trireme.quant.weight_files import CONFIG, INDEX, SINGLE, open_weights, read_object
 
 _WHOLE_BYTES: Final = 64 << 20

@@ -1,6 +1,6 @@
-"""The Llama family: Llama 2 and 3, Mistral, Mixtral, Qwen2, Qwen3 and its mixtures of experts.
+"""The Llama family: Llama 2 and 3, Mistral, Mixtral, Qwen2, Qwen3 and its mixtures of experts, Phi-3, Gemma.
 
-Pre-norm blocks of grouped-query attention with rotary positions and a SwiGLU feed-forward, or several.
+Pre-norm blocks of grouped-query attention with rotary positions and a gated feed-forward, or several.
 What differs between the members is a field of `ModelConfig`.
 """
 
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Self
+from typing import Final, Self
 
+import torch
 from torch import Tensor
 
 from trireme.kernels import decoder_cpu, ops
@@ -20,6 +21,9 @@ from trireme.models.decoder_layer import DecoderLayer, native_layer, read_layer
 from trireme.models.model import LayerKv
 from trireme.models.rope import RopeTable
 from trireme.models.weights import ModelWeights
+
+_PREFIXES: Final = ("", "model.", "model.language_model.", "language_model.model.")
+"""Of weights' names: of a body saved without its head, with it, and of models with images, new and old."""
 
 
 class Decoder:
@@ -43,16 +47,12 @@ class Decoder:
         self._layers = tuple(layers)
         self._final_norm = final_norm
         self._head = head
-        self._scale = 1.0 / math.sqrt(config.head_dim)
-        self._rope = RopeTable(
-            config.rope or RopeConfig(),
-            head_dim=config.head_dim,
-            max_positions=config.max_positions,
-            num_positions=max_positions,
-            device=self.device,
-            dtype=self.dtype,
-        )
-        self.key_rotation = self._rope.key_rotation
+        self._scale = config.score_scale or 1.0 / math.sqrt(config.head_dim)
+        self._rope = self._rope_table(config.rope or RopeConfig())
+        self._local_rope = self._rope if config.local_rope is None else self._rope_table(config.local_rope)
+        is_one_rope = self._local_rope is self._rope
+        # Cached keys are turned alike in all layers, which is wrong where these have two rules.
+        self.key_rotation = self._rope.key_rotation if is_one_rope else None
         self._native = self._native_layers()
         self.step_bytes = ops.weight_bytes(head) + sum(layer.step_bytes for layer in layers)
 
@@ -64,15 +64,14 @@ class Decoder:
             InvalidCheckpoint: a tensor is missing or has another shape than the configuration says.
         """
         config = weights.config
-        # Without the prefix: a body saved without its head.
-        prefix = "" if "embed_tokens.weight" in weights else "model."
+        prefix = next((each for each in _PREFIXES if f"{each}embed_tokens.weight" in weights), "model.")
         embedding_name = f"{prefix}embed_tokens.weight"
         embedding = weights.tensor(embedding_name, (config.vocab_size, config.hidden_size))
         return cls(
             config,
             embedding=embedding,
             layers=[read_layer(weights, prefix, layer) for layer in range(config.num_layers)],
-            final_norm=weights.tensor(f"{prefix}norm.weight", (config.hidden_size,)),
+            final_norm=weights.norm(f"{prefix}norm.weight", config.hidden_size),
             head=weights.head(embedding, embedding_name),
             max_positions=max_positions,
         )
@@ -83,31 +82,65 @@ class Decoder:
         config = self.config
         eps, scale = config.norm_eps, self._scale
         if self._native is not None and decoder_cpu.takes_kv(kv[0][0].dtype):
-            x = self._embedding.index_select(0, tokens)
+            x = self._embed(tokens)
             self._native.forward(x, positions, kv, batch)
             return ops.rms_norm(x, self._final_norm, eps)
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         rotated = heads + kv_heads
-        cos, sin = self._rope.at(positions)
-        x = self._embedding.index_select(0, tokens)  # (tokens, hidden)
+        rotation = self._rope.at(positions)
+        local_rotation = rotation if self._local_rope is self._rope else self._local_rope.at(positions)
+        x = self._embed(tokens)  # (tokens, hidden)
         for layer, (k_cache, v_cache) in zip(self._layers, kv, strict=True):
             fused = ops.linear(ops.rms_norm(x, layer.input_norm, eps), layer.qkv, layer.qkv_bias)
             fused = fused.view(-1, rotated + kv_heads, head_dim)
             qk = fused[:, :rotated]
             if layer.qk_norm is not None:
                 qk = ops.rms_norm(qk, layer.qk_norm, eps)
-            qk = ops.rotary(qk, cos, sin)
+            qk = ops.rotary(qk, *(rotation if layer.window is None else local_rotation))
             ops.append_kv(qk[:, heads:], fused[:, rotated:], k_cache, v_cache, batch.slots)
             seen = ops.paged_attention(
-                qk[:, :heads], k_cache, v_cache, batch, scale=scale, window=layer.window
+                *(qk[:, :heads], k_cache, v_cache, batch),
+                scale=scale,
+                window=layer.window,
+                cap=config.attention_cap,
             )
-            x = ops.linear_add(seen, layer.out, x, layer.out_bias)
-            x = layer.feed_forward.forward(ops.rms_norm(x, layer.mlp_norm, eps), x)
+            if layer.post_attention_norm is None:
+                x = ops.linear_add(seen, layer.out, x, layer.out_bias)
+            else:
+                made = ops.linear(seen, layer.out, layer.out_bias)
+                x = x + ops.rms_norm(made, layer.post_attention_norm, eps)
+            normed = ops.rms_norm(x, layer.mlp_norm, eps)
+            if layer.post_mlp_norm is None:
+                x = layer.feed_forward.forward(normed, x)
+            else:
+                x = x + ops.rms_norm(layer.feed_forward.output(normed), layer.post_mlp_norm, eps)
         return ops.rms_norm(x, self._final_norm, eps)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """(tokens, hidden)."""
+        x = self._embedding.index_select(0, tokens)
+        if self.config.embedding_scale == 1.0:
+            return x
+        # Rounded to the type first, as the models were trained.
+        return x * torch.tensor(self.config.embedding_scale, dtype=self.dtype).item()
+
+    def _rope_table(self, rope: RopeConfig) -> RopeTable:
+        config = self.config
+        return RopeTable(
+            rope,
+            head_dim=config.head_dim,
+            max_positions=config.max_positions,
+            num_positions=self.max_positions,
+            device=self.device,
+            dtype=self.dtype,
+            rotary_dim=config.rotary_dim,
+        )
 
     def _native_layers(self) -> decoder_cpu.DecoderLayers | None:
         """All layers in one call, where the CPU's library takes them."""
         config = self.config
+        if config.attention_cap is not None or self._local_rope is not self._rope:
+            return None
         layers = [native_layer(layer) for layer in self._layers]
         found = [layer for layer in layers if layer is not None]
         if len(found) < len(layers) or not decoder_cpu.takes(found, config.head_dim, self.dtype):
@@ -125,4 +158,6 @@ class Decoder:
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return ops.linear(hidden, self._head).float()
+        scores = ops.linear(hidden, self._head).float()
+        cap = self.config.logit_cap
+        return scores if cap is None else ops.soft_cap(scores, cap)

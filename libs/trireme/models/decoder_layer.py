@@ -12,7 +12,9 @@ from trireme.kernels import ops
 from trireme.kernels.decoder_cpu import DenseWeights, ExpertWeights, LayerWeights
 from trireme.kernels.low_bit_cpu import PackedLinear
 from trireme.kernels.ops import LinearWeight
+from trireme.models.config import ModelConfig
 from trireme.models.feed_forward import DenseFeedForward, FeedForward, MixtureFeedForward, read_feed_forward
+from trireme.models.rope import partial_rotary_order
 from trireme.models.weights import ModelWeights, Part
 
 
@@ -28,7 +30,11 @@ class DecoderLayer:
     """(heads + kv_heads, head_dim)."""
     out: LinearWeight
     out_bias: Tensor | None
+    post_attention_norm: Tensor | None
+    """(hidden,): of what attention gives, before it joins the residual stream; None: it stays."""
     mlp_norm: Tensor
+    post_mlp_norm: Tensor | None
+    """The same for the feed-forward."""
     feed_forward: FeedForward
     window: int | None
 
@@ -49,36 +55,57 @@ def read_layer(weights: ModelWeights, prefix: str, index: int) -> DecoderLayer:
     q_rows, kv_rows = config.num_heads * head_dim, config.num_kv_heads * head_dim
     at = f"{prefix}layers.{index}."
 
-    def matrix(parts: Sequence[Part], inputs: int) -> LinearWeight:
-        return weights.linear([(f"{at}{name}.weight", rows) for name, rows in parts], inputs)
+    def matrix(parts: Sequence[Part], inputs: int, row_order: Tensor | None = None) -> LinearWeight:
+        named = [(f"{at}{name}.weight", rows) for name, rows in parts]
+        return weights.linear(named, inputs, row_order=row_order)
 
     def bias(parts: Sequence[Part], wanted: bool) -> Tensor | None:
         if not wanted:
             return None
         return torch.cat([weights.tensor(f"{at}{name}.bias", (rows,)) for name, rows in parts])
 
-    qkv = (("self_attn.q_proj", q_rows), ("self_attn.k_proj", kv_rows), ("self_attn.v_proj", kv_rows))
+    def norm(name: str, width: int = hidden) -> Tensor:
+        return weights.norm(f"{at}{name}.weight", width)
+
+    qkv: tuple[Part, ...] = (("self_attn.qkv_proj", q_rows + 2 * kv_rows),)
+    if not config.fused_projections:
+        qkv = (("self_attn.q_proj", q_rows), ("self_attn.k_proj", kv_rows), ("self_attn.v_proj", kv_rows))
     out = (("self_attn.o_proj", hidden),)
     qk_norm = None
     if config.qk_norm:
-        q_norm = weights.tensor(f"{at}self_attn.q_norm.weight", (head_dim,))
-        k_norm = weights.tensor(f"{at}self_attn.k_norm.weight", (head_dim,))
+        q_norm, k_norm = norm("self_attn.q_norm", head_dim), norm("self_attn.k_norm", head_dim)
         qk_norm = torch.stack([q_norm] * config.num_heads + [k_norm] * config.num_kv_heads)
+    before_mlp = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
     return DecoderLayer(
-        input_norm=weights.tensor(f"{at}input_layernorm.weight", (hidden,)),
-        qkv=matrix(qkv, hidden),
+        input_norm=norm("input_layernorm"),
+        qkv=matrix(qkv, hidden, _rotary_order(config)),
         qkv_bias=bias(qkv, config.qkv_bias),
         qk_norm=qk_norm,
         out=matrix(out, q_rows),
         out_bias=bias(out, config.out_bias),
-        mlp_norm=weights.tensor(f"{at}post_attention_layernorm.weight", (hidden,)),
+        post_attention_norm=norm("post_attention_layernorm") if config.post_norms else None,
+        mlp_norm=norm(before_mlp),
+        post_mlp_norm=norm("post_feedforward_layernorm") if config.post_norms else None,
         feed_forward=read_feed_forward(weights, at, index),
         window=config.windows[index],
     )
 
 
+def _rotary_order(config: ModelConfig) -> Tensor | None:
+    """Where each row of queries, keys and values comes from; None: they stay."""
+    if config.rotary_dim is None:
+        return None
+    head_dim, rotated = config.head_dim, config.num_heads + config.num_kv_heads
+    order = torch.arange((rotated + config.num_kv_heads) * head_dim).view(-1, head_dim)
+    order[:rotated] = order[:rotated, partial_rotary_order(head_dim, config.rotary_dim)]
+    return order.view(-1)
+
+
 def native_layer(layer: DecoderLayer) -> LayerWeights | None:
-    """The layer for `kernels.decoder_cpu`; None: not all of its products are packed for it."""
+    """The layer for `kernels.decoder_cpu`; None: not all of its products are packed for it, or it has a norm
+    that is not computed there."""
+    if layer.post_attention_norm is not None or layer.post_mlp_norm is not None:
+        return None
     if not (isinstance(layer.qkv, PackedLinear) and isinstance(layer.out, PackedLinear)):
         return None
     feed_forward = layer.feed_forward
@@ -103,7 +130,9 @@ def native_layer(layer: DecoderLayer) -> LayerWeights | None:
 
 
 def _native_dense(dense: DenseFeedForward) -> DenseWeights | None:
-    if not (isinstance(dense.gate_up, PackedLinear) and isinstance(dense.down, PackedLinear)):
+    if dense.activation != "silu" or not (
+        isinstance(dense.gate_up, PackedLinear) and isinstance(dense.down, PackedLinear)
+    ):
         return None
     return DenseWeights(
         gate_up=dense.gate_up,

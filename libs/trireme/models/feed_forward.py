@@ -1,4 +1,4 @@
-"""What follows attention in a decoder layer: one SwiGLU, or several of which each token uses a few."""
+"""What follows attention in a layer: a gated feed-forward, or several of which each token uses a few."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from trireme.models.weights import ModelWeights, Part
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseFeedForward:
-    """down(silu(gate(x)) * up(x)), the two weights of one input fused."""
+    """down(act(gate(x)) * up(x)), the two weights of one input fused."""
 
     gate_up: LinearWeight
     """(2 * intermediate, hidden): gate, up."""
     gate_up_bias: Tensor | None
     down: LinearWeight
     down_bias: Tensor | None
+    activation: str
+    """Of the gate: silu or gelu_new."""
 
     @property
     def step_bytes(self) -> int:
@@ -31,8 +33,14 @@ class DenseFeedForward:
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """(tokens, hidden) both."""
-        gate_up = ops.linear(x, self.gate_up, self.gate_up_bias)
-        return ops.linear_add(ops.swiglu(gate_up), self.down, residual, self.down_bias)
+        return ops.linear_add(self._inner(x), self.down, residual, self.down_bias)
+
+    def output(self, x: Tensor) -> Tensor:
+        """Without the residual stream: (tokens, hidden)."""
+        return ops.linear(self._inner(x), self.down, self.down_bias)
+
+    def _inner(self, x: Tensor) -> Tensor:
+        return ops.gated(ops.linear(x, self.gate_up, self.gate_up_bias), self.activation)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +71,10 @@ class MixtureFeedForward:
             x, self.router, num_chosen=self.num_chosen, renormalises=self.renormalises
         )
         return ops.mixture_add(x, shares, experts, self.gate_up, self.down, residual)
+
+    def output(self, x: Tensor) -> Tensor:
+        """Without the residual stream: (tokens, hidden)."""
+        return self.forward(x, torch.zeros_like(x))
 
 
 FeedForward = DenseFeedForward | MixtureFeedForward
@@ -113,11 +125,14 @@ def _read_dense(weights: ModelWeights, at: str, config: ModelConfig) -> DenseFee
     def matrix(parts: Sequence[Part], inputs: int) -> LinearWeight:
         return weights.linear([(f"{name}.weight", rows) for name, rows in parts], inputs)
 
-    gate_up = ((f"{at}mlp.gate_proj", inner), (f"{at}mlp.up_proj", inner))
+    gate_up: tuple[Part, ...] = ((f"{at}mlp.gate_up_proj", 2 * inner),)
+    if not config.fused_projections:
+        gate_up = ((f"{at}mlp.gate_proj", inner), (f"{at}mlp.up_proj", inner))
     down = ((f"{at}mlp.down_proj", hidden),)
     return DenseFeedForward(
         gate_up=matrix(gate_up, hidden),
         gate_up_bias=bias(gate_up),
         down=matrix(down, inner),
         down_bias=bias(down),
+        activation=config.activation,
     )

@@ -5,6 +5,12 @@ key stays right as its sequence grows, and may be shared by sequences of differe
 Dynamic scaling therefore uses at position p the frequencies for a sequence of p + 1 tokens,
 which is what a token-by-token decode does.
 
+Longrope has two sets of frequencies, one for sequences within the original context and one for longer ones.
+A model takes the second for all of its sequences if it is to serve positions beyond the original context.
+
+Where only the first part of each head is rotated, `partial_rotary_order` puts queries and keys in such an
+order that pairs lie half a head apart as everywhere; those that are not rotated have frequency 0.
+
 Rotations add up: a key rotated for position p, turned by -n steps, is the key for position p - n.
 So cached keys may move, unless the frequencies themselves depend on the position.
 """
@@ -14,6 +20,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trireme.kernels import ops
@@ -58,15 +65,20 @@ class RopeTable:
         num_positions: int,
         device: torch.device,
         dtype: torch.dtype,
+        rotary_dim: int | None = None,
     ) -> None:
-        frequencies = _frequencies(rope, head_dim)
+        """`rotary_dim`: of each head, the first that are rotated, in `partial_rotary_order`; None: all."""
+        rotary_dim = rotary_dim or head_dim
+        frequencies = _frequencies(rope, rotary_dim, num_positions)
         stretches = rope.kind is RopeKind.DYNAMIC and num_positions > max_positions
         angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies
         if stretches:
-            angles[max_positions:] = _stretched(rope, head_dim, max_positions, num_positions)
-        self.key_rotation = None if stretches else KeyRotation(frequencies)
+            angles[max_positions:] = _stretched(rope, rotary_dim, max_positions, num_positions)
+        unrotated = (head_dim - rotary_dim) // 2
+        self.key_rotation = None if stretches else KeyRotation(F.pad(frequencies, (0, unrotated)))
         """None: a key of one position is no rotation of another's."""
-        cos, sin = angles.cos(), angles.sin()
+        cos = F.pad(angles.cos() * rope.amplitude, (0, unrotated), value=1.0)
+        sin = F.pad(angles.sin() * rope.amplitude, (0, unrotated))
         self._cos = torch.cat((cos, cos), -1)[:, None, :].to(device, dtype)  # (positions, 1, head_dim)
         self._sin = torch.cat((-sin, sin), -1)[:, None, :].to(device, dtype)
 
@@ -80,9 +92,24 @@ class RopeTable:
         return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
 
 
-def _frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
+def partial_rotary_order(head_dim: int, rotary_dim: int) -> Tensor:
+    """Where each dimension of a head comes from, so that pairs rotary_dim / 2 apart lie head_dim / 2 apart.
+
+    Dot products do not depend on the order: (head_dim,) int64.
+    """
+    rotated = torch.arange(rotary_dim).view(2, -1)
+    others = torch.arange(rotary_dim, head_dim).view(2, -1)
+    return torch.cat((rotated, others), 1).reshape(-1)
+
+
+def _frequencies(rope: RopeConfig, head_dim: int, num_positions: int) -> Tensor:
     """Radians per position of each pair: (head_dim / 2) float32."""
-    frequencies = 1.0 / rope.theta ** _exponents(head_dim)
+    exponents = _exponents(head_dim)
+    if rope.kind is RopeKind.LONGROPE:
+        is_long = num_positions > rope.original_max_positions
+        factors = torch.tensor(rope.long_factors if is_long else rope.short_factors)
+        return 1.0 / (factors * rope.theta**exponents)
+    frequencies = 1.0 / rope.theta**exponents
     if rope.kind is RopeKind.LINEAR:
         return frequencies / rope.factor
     return _llama3(rope, frequencies) if rope.kind is RopeKind.LLAMA3 else frequencies

@@ -16,7 +16,7 @@ from trireme.kernels import ops
 from trireme.kernels.ops import LinearWeight
 from trireme.models.checkpoint import Checkpoint
 from trireme.quant.few_bit_weights import FewBitWeights
-from trireme.quant.quantization import QuantizedWeight, concatenate, dequantize
+from trireme.quant.quantization import QuantizedWeight, concatenate, dequantize, select_rows
 
 Part = tuple[str, int]
 """A weight's name, and its outputs."""
@@ -61,25 +61,48 @@ class ModelWeights:
         """
         return self._stored(name, shape).to(self.device, self.dtype)
 
-    def linear(self, parts: Sequence[Part], inputs: int, *, is_transposed: bool = False) -> LinearWeight:
+    def norm(self, name: str, width: int) -> Tensor:
+        """The weight of an RMS norm as `ops.rms_norm` takes it: (width,).
+
+        Raises:
+            InvalidCheckpoint: it is missing or has another shape; names it.
+        """
+        weight = self._stored(name, (width,))
+        if self.config.norm_adds_one:
+            weight = weight.float() + 1.0
+        return weight.to(self.device, self.dtype)
+
+    def linear(
+        self,
+        parts: Sequence[Part],
+        inputs: int,
+        *,
+        is_transposed: bool = False,
+        row_order: Tensor | None = None,
+    ) -> LinearWeight:
         """The weights of layers that read the same inputs as one matrix, the first on top.
 
         Args:
             parts: name and outputs of each.
             inputs: of all of them.
             is_transposed: high-precision weights are stored as (inputs, outputs); codes never are.
+            row_order: where each row of the result comes from, (outputs of all,) int64; None: they stay.
 
         Raises:
             InvalidCheckpoint: one is missing or has another shape; names it.
         """
         if all(self._is_in_few_bits(name) for name, _ in parts):
             quantized = concatenate([self._quantized(name, (rows, inputs)) for name, rows in parts])
+            if row_order is not None:
+                quantized = select_rows(quantized, row_order)
             self.stored_bytes += quantized.stored_bytes
             if not ops.takes_quantized(quantized.form, self.device, self.dtype):
                 self.expanded_bytes += quantized.codes.numel() * self.dtype.itemsize
             return ops.pack_quantized(quantized, device=self.device, dtype=self.dtype)
         matrices = [self._matrix(name, (rows, inputs), is_transposed=is_transposed) for name, rows in parts]
         matrix = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+        if row_order is not None:
+            matrix = matrix.index_select(0, row_order)
         return ops.pack_weight(matrix.to(self.device), self.dtype)
 
     def head(self, embedding: Tensor, embedding_name: str) -> LinearWeight:

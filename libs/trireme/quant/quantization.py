@@ -137,6 +137,16 @@ def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     )
 
 
+def select_rows(weight: QuantizedWeight, rows: Tensor) -> QuantizedWeight:
+    """Some output channels in some order; `rows`: (outputs,) int64."""
+    return QuantizedWeight(
+        form=weight.form,
+        codes=weight.codes.index_select(0, rows),
+        scales=weight.scales.index_select(0, rows),
+        zeros=None if weight.zeros is None else weight.zeros.index_select(0, rows),
+    )
+
+
 def row_blocks(out_channels: int, in_channels: int) -> Iterator[slice]:
     """Slices that cover the rows, each of a bounded number of elements."""
     step = max(1, _BLOCK_ELEMENTS // in_channels)

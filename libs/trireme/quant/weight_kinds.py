@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Final
 
 LINEAR_KINDS: Final = frozenset(
-    ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+    (
+        *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"),
+        *("gate_proj", "up_proj", "gate_up_proj", "down_proj", "w1", "w2", "w3"),
+    )
 )
-"""What is quantized of the Llama family and of its mixtures of experts; a router's gate is not among them."""
+"""What is quantized of the Llama family and of its mixtures of experts; a router's gate is not among them.
+Phi-3 stores qkv_proj and gate_up_proj as one matrix each."""
 GPT2_LINEAR_KINDS: Final = frozenset(("c_attn", "c_proj", "c_fc"))
 """GPT-2 stores these as (input, output)."""
 OPTIONAL_KINDS: Final = frozenset(("embed_tokens", "lm_head", "wte"))
