@@ -68,6 +68,7 @@ class Settings:
     max_logprobs: int = 20
     max_messages: int = 2048
     max_prompts: int = 64
+    max_embeddings: int = 2048
     max_labels: int = 64
 
     def limits(self) -> Limits:
@@ -83,5 +84,6 @@ class Settings:
             max_logprobs=self.max_logprobs,
             max_messages=self.max_messages,
             max_prompts=self.max_prompts,
+            max_embeddings=self.max_embeddings,
             max_labels=self.max_labels,
         )
