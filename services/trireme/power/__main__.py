@@ -112,8 +112,7 @@ async def serve(settings: Settings) -> None:
         async with registry.membership(describe), asyncio.TaskGroup() as tasks:
             events = Stream(redis, keys.events, Event)
             running = [
-                tasks.create_task(work)
-                for work in (metering.run(), carbon.run(), finished.follow(events))
+                tasks.create_task(work) for work in (metering.run(), carbon.run(), finished.follow(events))
             ]
             log.info(
                 "serving",
@@ -132,12 +131,8 @@ def _what_to_meter(settings: Settings) -> tuple[Power, list[str]]:
     return fleet.power, [group.device for group in fleet.workers]
 
 
-def _meters(
-    settings: Settings, power: Power, devices: list[str], clock: Clock
-) -> tuple[EnergyMeter, ...]:
-    calibration = Calibration(
-        idle_w=settings.cpu_idle_w, max_w=settings.cpu_max_w, alpha=settings.cpu_alpha
-    )
+def _meters(settings: Settings, power: Power, devices: list[str], clock: Clock) -> tuple[EnergyMeter, ...]:
+    calibration = Calibration(idle_w=settings.cpu_idle_w, max_w=settings.cpu_max_w, alpha=settings.cpu_alpha)
     nvml: Nvml | None = None
     if settings.modelled_gpu_w:
         try:

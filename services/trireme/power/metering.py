@@ -204,9 +204,7 @@ class Metering:
     async def _read(self) -> list[Entry[Measurement]]:
         entries: list[Entry[Measurement]] = []
         for _ in range(MAX_BATCHES):
-            batch = await self._measurements.read_group(
-                self._group, CONSUMER, count=BATCH, block_ms=None
-            )
+            batch = await self._measurements.read_group(self._group, CONSUMER, count=BATCH, block_ms=None)
             entries.extend(batch)
             if len(batch) < BATCH:
                 break
@@ -223,9 +221,7 @@ class Metering:
             return None
         return Reading(energy_uj=round(joules * UJ_PER_J), at_s=self._now_s(), epoch=meter.epoch)
 
-    async def _uses(
-        self, entries: Sequence[Entry[Measurement]], now_s: float
-    ) -> dict[str, list[EngineUse]]:
+    async def _uses(self, entries: Sequence[Entry[Measurement]], now_s: float) -> dict[str, list[EngineUse]]:
         """The engine use per metered device among new facts of this node's workers."""
         facts = [entry.fact for entry in entries if entry.fact.HasField("engine")]
         try:
@@ -302,5 +298,3 @@ class Metering:
 
     def _now_s(self) -> float:
         return self._clock.monotonic_s() + self._offset_s
-
-

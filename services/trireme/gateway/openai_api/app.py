@@ -165,13 +165,18 @@ class OpenAiApi:
 
 @asynccontextmanager
 async def openai_server(
-    settings: Settings, core: Generation, links: WorkerLinks, health: HealthReporter
+    settings: Settings,
+    core: Generation,
+    links: WorkerLinks,
+    health: HealthReporter,
+    more_routes: Sequence[web.AbstractRouteDef] = (),
 ) -> AsyncIterator[str]:
     """Serve until the block ends; yields the bound host:port."""
     app = web.Application(
         middlewares=[_marked_and_counted(core), errors_as_json], client_max_size=settings.max_body_bytes
     )
     app.add_routes(OpenAiApi(settings, core, links).routes())
+    app.add_routes(more_routes)
     app.add_routes(metrics_routes(core.metrics.registry, health))
     runner = web.AppRunner(
         app,
