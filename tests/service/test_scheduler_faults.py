@@ -15,6 +15,7 @@ from trireme.bus.connection import Keys, open_redis
 from trireme.bus.registry import Registry
 from trireme.bus.request_records import SCHEDULERS, RequestRecords, State
 from trireme.bus.streams import Stream
+from trireme.runtime.spans import NoSpans
 from trireme.scheduler import dispatcher as dispatcher_module
 from trireme.scheduler import tenant_shares
 from trireme.scheduler.dispatcher import Dispatcher
@@ -49,6 +50,7 @@ class Bench:
             view=self.view,
             shares=self.shares,
             metrics=Metrics(),
+            spans=NoSpans(),
             window_requests=100,
         )
 

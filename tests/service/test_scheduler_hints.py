@@ -13,6 +13,7 @@ from trireme.bus.registry import Registry
 from trireme.bus.request_records import RequestRecords
 from trireme.bus.streams import Entry, Stream
 from trireme.policies.routing import Choice, Estimate
+from trireme.runtime.spans import NoSpans
 from trireme.scheduler import hints as hints_module
 from trireme.scheduler.dispatcher import Dispatcher
 from trireme.scheduler.fleet_view import FleetView
@@ -45,6 +46,7 @@ class Bench:
             view=self.view,
             shares=self.shares,
             metrics=Metrics(),
+            spans=NoSpans(),
             window_requests=1000,
         )
         self.hints = HintPublisher(redis, KEYS, scheduler_id="s1", dispatcher=self.dispatcher, view=self.view)

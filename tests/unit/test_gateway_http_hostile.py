@@ -23,9 +23,11 @@ from trireme.gateway.models import ModelCatalog, load_catalog
 from trireme.gateway.openai_api.app import openai_server
 from trireme.gateway.openai_api.bodies import ChatBody, CompletionBody
 from trireme.gateway.request_table import RequestTable
+from trireme.gateway.request_traces import RequestTraces
 from trireme.gateway.settings import Settings
 from trireme.runtime.fleet import load_fleet
 from trireme.runtime.health import HealthReporter
+from trireme.runtime.spans import NoSpans
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "checkpoints" / "trireme-py-1m"
@@ -101,6 +103,7 @@ async def serving(catalog: ModelCatalog, **changes: Any) -> AsyncIterator[Server
         table=table,
         recovery=None,  # type: ignore[arg-type]
         metrics=metrics,
+        traces=RequestTraces(NoSpans(), keep=4),
     )
     async with AsyncExitStack() as stack:
         address = await stack.enter_async_context(

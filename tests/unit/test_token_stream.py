@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from trireme.gateway.live_request import Choice, LiveRequest
 from trireme.gateway.metrics import Metrics
 from trireme.gateway.request_table import RequestTable
+from trireme.runtime.spans import NoSpans
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, Assignment
 from trireme.wire.inference.v1.inference_pb2 import FINISH_REASON_LENGTH, SamplingParameters, TokenIds
 from trireme.wire.worker.v1.worker_pb2 import TokenBatch
@@ -92,6 +93,7 @@ class TokenStream(RuleBasedStateMachine):
             records=Records(),  # type: ignore[arg-type]
             events=Records(),  # type: ignore[arg-type]
             biller=Biller("cpu", node="local"),
+            spans=NoSpans(),
             cancel=lambda variant, handles: None,
         )
         self.worker._in_background = lambda work: work.close()  # type: ignore[method-assign]

@@ -13,6 +13,7 @@ from redis.exceptions import ConnectionError as RedisAway
 from trireme.bus.request_records import State
 from trireme.bus.streams import Entry
 from trireme.errors import InvalidRequest
+from trireme.runtime.spans import NoSpans
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, Assignment, Event, RequestKind
 from trireme.wire.inference.v1 import inference_pb2 as inference
 from trireme.wire.worker.v1.worker_pb2 import TokenBatch
@@ -117,6 +118,7 @@ class Bench:
             records=self.records,  # type: ignore[arg-type]
             events=self.events,  # type: ignore[arg-type]
             biller=Biller("cpu", node="local"),
+            spans=NoSpans(),
             cancel=lambda variant, handles: self.engines.send(Cancel(variant, handles)),
         )
         self.variants = VariantTable(self.engines)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from trireme.gateway.prefix_blocks import name_blocks
 from trireme.gateway.submission import Submission
 from trireme.loading.whole import load_model
 from trireme.runtime.fleet import PublicPrefix
+from trireme.runtime.spans import NoSpans
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, Assignment, RequestKind
 from trireme.worker.billing import Biller
 from trireme.worker.live_requests import LiveRequest
@@ -50,6 +51,7 @@ class Worker:
             records=None,  # type: ignore[arg-type]
             events=Nobody(),  # type: ignore[arg-type]
             biller=Biller("cpu", node="local"),
+            spans=NoSpans(),
             cancel=lambda variant, handles: None,
         )
         self._count = 0

@@ -11,14 +11,15 @@ from trireme.gateway.process import running_gateway
 from trireme.gateway.settings import Settings
 from trireme.runtime.settings import load
 from trireme.runtime.shutdown import stop_requested
-from trireme.runtime.telemetry import configure_logging, configure_tracing
+from trireme.runtime.spans import Spans, spans_to_collector
+from trireme.runtime.telemetry import configure_logging
 
 log = logging.getLogger(__name__)
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, spans: Spans) -> None:
     """Run one gateway until SIGTERM, then let its streams end."""
-    async with running_gateway(settings) as gateway:
+    async with running_gateway(settings, spans) as gateway:
         log.info(
             "serving",
             extra={
@@ -35,8 +36,7 @@ async def serve(settings: Settings) -> None:
 def main() -> None:
     settings = load(Settings, os.environ, prefix="TRIREME_GATEWAY_")
     configure_logging("gateway", level=settings.log_level)
-    configure_tracing("gateway")
-    uvloop.run(serve(settings))
+    uvloop.run(serve(settings, spans_to_collector("gateway")))
 
 
 if __name__ == "__main__":

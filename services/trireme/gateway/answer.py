@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable
 
 from trireme.errors import ServiceUnavailable
@@ -38,8 +39,6 @@ class Answer:
         self.live = live
         self.delivered = False
         """True after the Summary was handed out."""
-        self.let_go = False
-        """Set before `close`: the request goes on for another gateway, whatever was delivered here."""
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._flush_interval_s = flush_interval_s
@@ -50,6 +49,8 @@ class Answer:
             len(admitted.prompt_token_ids), admitted.sampling.seed, attached, dropped_tokens(admitted)
         )
         self._accepted_s = self._loop.time()
+        self.first_delivery_unix_s = 0.0
+        """When the first tokens were handed out; 0: none were."""
         self._first_token_s = 0.0
         self._last_token_s = 0.0
         self._taken = [*resume_from, *[0] * len(live.choices)][: len(live.choices)]
@@ -189,6 +190,7 @@ class Answer:
         now_s = self._loop.time()
         if not self._last_token_s:
             self._first_token_s = now_s - self._accepted_s
+            self.first_delivery_unix_s = time.time()
             self._metrics.first_token.observe(self._first_token_s)
         else:
             self._metrics.inter_token.observe((now_s - self._last_token_s) / tokens)

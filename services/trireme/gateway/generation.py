@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from trireme.bus.connection import AWAY, persistently
@@ -28,11 +29,12 @@ from trireme.gateway.models import ModelCatalog, ServedModel
 from trireme.gateway.prefix_blocks import name_blocks
 from trireme.gateway.recovery import Recovery, ending_error
 from trireme.gateway.request_table import RequestTable
+from trireme.gateway.request_traces import CallTrace, RequestTraces
 from trireme.gateway.settings import Settings
 from trireme.gateway.submission import Submission
+from trireme.gateway.timelines import Event
 from trireme.gateway.truncation import dropped_tokens
 from trireme.gateway.worker_links import WorkerLinks
-from trireme.runtime.telemetry import current_traceparent, span
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest
 from trireme.wire.inference.v1.inference_pb2 import TokenIds
 
@@ -59,7 +61,10 @@ class Generation:
         table: RequestTable,
         recovery: Recovery,
         metrics: Metrics,
+        traces: RequestTraces,
     ) -> None:
+        self.traces = traces
+        """Its `timelines` tell of the last requests."""
         self.catalog = catalog
         self.limits: Limits = settings.limits()
         self.metrics = metrics
@@ -85,21 +90,27 @@ class Generation:
             RequestNotFound: the id's request ended and its output is no longer kept.
             RequestCancelled, RequestQuarantined, RequestFailed: it ended so before.
         """
+        call = self.traces.begin(submission)
+        try:
+            return await self._submit(submission, call)
+        except TriremeError as error:
+            self.traces.refused(call, error)
+            raise
+
+    async def _submit(self, submission: Submission, call: CallTrace) -> Answer:
         if self._leaving:
             raise ServiceUnavailable("this gateway is leaving: ask another one", retry_after_s=0.1)
         known = self._table.get(submission.caller.request_id)
         if known is not None:
             _check_same(known.admitted, submission)
             self.metrics.resumes.inc()
-            return self._answer(known, submission.resume_from, attached=True)
+            return self._answer(known, submission.resume_from, call, attached=True)
         if len(self._table) >= self._settings.max_inflight:
             raise Overloaded(
                 f"this gateway holds {len(self._table)} requests, its limit",
                 retry_after_s=self._settings.retry_after_s,
             )
-        traceparent = submission.caller.traceparent
-        with span("trireme.gateway.admit", traceparent=traceparent):
-            return await self._admit(submission, current_traceparent() or traceparent)
+        return await self._admit(submission, call)
 
     async def cancel(self, request_id: str) -> bool:
         """Stop a request, whoever serves it; False where it had ended or was never known."""
@@ -130,9 +141,9 @@ class Generation:
         if self._endings:
             await asyncio.wait(self._endings, timeout=SETTLING_S)
 
-    async def _admit(self, submission: Submission, traceparent: str) -> Answer:
+    async def _admit(self, submission: Submission, call: CallTrace) -> Answer:
         started_s = time.monotonic()
-        admitted = self._admitted(submission, traceparent)
+        admitted = self._admitted(submission, call.traceparent)
         live = self._live(admitted, submission.model)
         self._table.add(live)
         try:
@@ -159,11 +170,12 @@ class Generation:
             self._give_up(live, RequestCancelled("the client went away"))
             self._in_background(self._settle(live, "client"))
             raise
+        call.events.append(Event("durable", time.time()))
         self.metrics.admission.observe(time.monotonic() - started_s)
         self.metrics.prompt_tokens.inc(len(admitted.prompt_token_ids))
         self.metrics.truncated_tokens.inc(dropped_tokens(admitted))
         attached = result.admission is Admission.KNOWN
-        return self._answer(live, submission.resume_from, attached=attached)
+        return self._answer(live, submission.resume_from, call, attached=attached)
 
     async def _attach(self, live: LiveRequest, submission: Submission) -> LiveRequest:
         """Take over a request that another gateway held, or that ended."""
@@ -192,7 +204,9 @@ class Generation:
         live.fail(error)
         self._table.remove(live)
 
-    def _answer(self, live: LiveRequest, resume_from: tuple[int, ...], *, attached: bool) -> Answer:
+    def _answer(
+        self, live: LiveRequest, resume_from: tuple[int, ...], call: CallTrace, *, attached: bool
+    ) -> Answer:
         answer = Answer(
             live,
             resume_from=resume_from,
@@ -200,7 +214,7 @@ class Generation:
             flush_interval_s=self._flush_interval_s,
             usage_wait_s=self._settings.usage_wait_s,
             metrics=self.metrics,
-            on_close=self._closed,
+            on_close=partial(self._closed, call),
         )
         self._answers.add(answer)
         return answer
@@ -209,13 +223,14 @@ class Generation:
         crowded_s = len(self._answers) / self._settings.max_deliveries_per_s
         return max(self._settings.flush_interval_s, min(crowded_s, LONGEST_FLUSH_S))
 
-    def _closed(self, answer: Answer) -> None:
+    def _closed(self, call: CallTrace, answer: Answer) -> None:
+        self.traces.ended(call, answer)
         self._answers.discard(answer)
         live = answer.live
         if live.listeners:
             return  # Another call reads the same request.
         self._table.remove(live)
-        if self._abandoning or answer.let_go:
+        if self._abandoning:
             return
         if answer.delivered:
             if live.accounted and live.worker_id:

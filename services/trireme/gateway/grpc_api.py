@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from functools import partial
 
 from trireme.errors import InvalidRequest
@@ -48,10 +49,12 @@ class InferenceServicer(rpc.InferenceServicer):
                 _messages(request) if request.WhichOneof("prompt") == "chat" else None,
                 sampling.max_tokens if sampling.HasField("max_tokens") else None,
             )
+            caller = self._caller(
+                context, request.request_id, request.slo_class, request.priority, request.session_id
+            )
+            is_chat = request.WhichOneof("prompt") == "chat"
             submission = generation(
-                self._caller(
-                    context, request.request_id, request.slo_class, request.priority, request.session_id
-                ),
+                replace(caller, operation="chat") if is_chat else caller,
                 model,
                 prompt,
                 sampling,

@@ -11,6 +11,7 @@ import grpc
 
 from trireme.errors import InvalidRequest, TriremeError
 from trireme.gateway.answer import Answer
+from trireme.gateway.arrivals import note_arrival
 from trireme.gateway.metrics import Metrics
 from trireme.gateway.submission import (
     DEFAULT_TENANT,
@@ -67,6 +68,7 @@ def metadata_of(context: Context) -> Mapping[str, str]:
 @contextmanager
 def counted(metrics: Metrics, call: str) -> Iterator[None]:
     """Count a call by how it ends."""
+    note_arrival()
     code = "cancelled"  # What leaves neither by return nor by error was cut off.
     try:
         yield

@@ -34,7 +34,10 @@ from trireme.wire.inference.v1.inference_pb2 import (
     TokenLogprob,
     Usage,
 )
-from trireme.wire.worker.v1.worker_pb2 import SequenceUpdate
+from trireme.wire.worker.v1.worker_pb2 import EngineTimes, SequenceUpdate
+
+MAX_EVENTS = 64
+"""Of one request; further ones are forgotten."""
 
 _ENGINE_ERRORS: dict[str, type[TriremeError]] = {
     error.code: error for error in (ContextLengthExceeded, InvalidRequest, ModelNotFound, RequestCancelled)
@@ -162,6 +165,10 @@ class LiveRequest:
         self.variant = ""
         self.decision = ""
         self.started_unix_s = 0.0
+        self.times = EngineTimes()
+        """When scheduler and worker did what; the first token is the first one of all attempts."""
+        self.events: list[tuple[float, str, str]] = []
+        """(monotonic seconds, name, detail) of what befell it."""
         self.usage: Usage | None = None
         self.scores: tuple[float, ...] = ()
         self.embedding: tuple[float, ...] = ()
@@ -218,6 +225,8 @@ class LiveRequest:
             self.decision = update.admitted.decision
             if update.admitted.started_unix_s and not self.started_unix_s:
                 self.started_unix_s = update.admitted.started_unix_s
+        if update.HasField("times"):
+            self._take_times(update.times)
         if update.choice >= len(self.choices):
             return Applied.STALE
         choice = self.choices[update.choice]
@@ -229,9 +238,7 @@ class LiveRequest:
                 return Applied.GAP
             new = update.token_ids[have - first :]
             if new:
-                if self.paused_since_s is not None:
-                    self.paused_s += now_s - self.paused_since_s
-                    self.paused_since_s = None
+                self._go_on(now_s)
                 if choice.extend(new, update.logprobs[have - first :]):
                     self._choice_ended(now_s)
                     outcome = Applied.STOP_CHOICE
@@ -259,15 +266,33 @@ class LiveRequest:
                 return Applied.GAP
             if index < have:
                 return Applied.TAKEN
-            if self.paused_since_s is not None:
-                self.paused_s += now_s - self.paused_since_s
-                self.paused_since_s = None
+            self._go_on(now_s)
             if choice.append(token_id):
                 self._choice_ended(now_s)
                 outcome = Applied.STOP_CHOICE
         for listener in self.listeners:
             listener(self.ended)
         return outcome
+
+    def note(self, name: str, now_s: float, detail: str = "") -> None:
+        """Something befell the request that its timeline should tell."""
+        if len(self.events) < MAX_EVENTS:
+            self.events.append((now_s, name, detail))
+
+    def _go_on(self, now_s: float) -> None:
+        if self.paused_since_s is not None:
+            self.paused_s += now_s - self.paused_since_s
+            self.paused_since_s = None
+            self.note("resumed", now_s)
+
+    def _take_times(self, times: EngineTimes) -> None:
+        """A later attempt only goes on where one before it made tokens: its beginning is no new one."""
+        before = self.times
+        self.times = EngineTimes()
+        self.times.CopyFrom(times)
+        if before.first_token_unix_s and before.first_token_unix_s != times.first_token_unix_s:
+            for name in ("assigned_unix_s", "received_unix_s", "started_unix_s", "first_token_unix_s"):
+                setattr(self.times, name, getattr(before, name))
 
     def _finish(self, choice: Choice, update: SequenceUpdate, now_s: float) -> None:
         if update.finished.reason == FINISH_REASON_ERROR:
@@ -284,6 +309,7 @@ class LiveRequest:
 
     def enter_attempt(self, attempt: int, now_s: float) -> None:
         """From now on only this attempt counts; who serves it is not known yet."""
+        self.note("attempt", now_s, str(attempt))
         self.attempt = attempt
         self.admitted.attempt = attempt
         self.worker_id = ""
@@ -296,6 +322,7 @@ class LiveRequest:
         """Tell the client that a fault delays its answer."""
         if self.paused_since_s is None:
             self.paused_since_s = now_s
+            self.note("paused", now_s, reason)
         self.pauses.append(Paused(reason))
         self.notify(urgent=True)
 

@@ -20,16 +20,17 @@ from trireme.gateway.models import load_catalog
 from trireme.gateway.oip.servicer import SERVICE_NAME as OIP_SERVICE_NAME
 from trireme.gateway.oip.servicer import OpenInferenceServicer
 from trireme.gateway.openai_api.app import openai_server
-from trireme.gateway.openai_api.background import Background
 from trireme.gateway.readiness import fleet_answers
 from trireme.gateway.recovery import Recovery
 from trireme.gateway.request_table import RequestTable
+from trireme.gateway.request_traces import RequestTraces
 from trireme.gateway.settings import Settings
 from trireme.gateway.worker_links import WorkerLinks
 from trireme.runtime.fleet import load_fleet
 from trireme.runtime.health import HealthReporter
 from trireme.runtime.serving import grpc_server
 from trireme.runtime.shutdown import end_tasks
+from trireme.runtime.spans import NoSpans, Spans
 from trireme.wire.bus.v1.facts_pb2 import ProcessRecord
 from trireme.wire.inference.v1.inference_pb2_grpc import add_InferenceServicer_to_server
 from trireme.wire.oip.v2.oip_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
@@ -47,18 +48,16 @@ class Gateway:
     core: Generation
     links: WorkerLinks
     health: HealthReporter
-    background: Background
 
     async def leave(self, *, drain_s: float) -> None:
         """Say NOT_SERVING, take nothing new, and let the answers come to their end for `drain_s`."""
         await self.health.stop_serving()
-        await self.background.leave()
         await self.core.leave(drain_s=drain_s)
 
 
 @asynccontextmanager
-async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
-    """Serve until the block ends.
+async def running_gateway(settings: Settings, spans: Spans | None = None) -> AsyncIterator[Gateway]:
+    """Serve until the block ends; the spans of requests go to `spans`.
 
     Raises:
         InvalidConfiguration, InvalidCheckpoint: the fleet file or a checkpoint is not right.
@@ -96,6 +95,7 @@ async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
             table=table,
             recovery=recovery,
             metrics=metrics,
+            traces=RequestTraces(spans or NoSpans(), keep=settings.kept_timelines),
         )
         answers = partial(fleet_answers, links)
         health = HealthReporter({SERVICE_NAME: answers, OIP_SERVICE_NAME: answers})
@@ -120,15 +120,10 @@ async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
                 drain_s=1.0,
             )
         )
-        background = Background(redis, keys, settings, core, gateway_id=gateway_id)
-        running += [tasks.create_task(work) for work in background.running()]
-        http_address = await stack.enter_async_context(
-            openai_server(settings, core, links, health, background.routes())
-        )
+        http_address = await stack.enter_async_context(openai_server(settings, core, links, health))
 
         # Whatever ends this process, its clients' requests go on and are theirs to resume.
         stack.push_async_callback(core.leave, drain_s=0.0)
-        stack.push_async_callback(background.leave)
 
         def describe() -> ProcessRecord:
             found = fleet_answers(links)
@@ -153,5 +148,4 @@ async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
             core=core,
             links=links,
             health=health,
-            background=background,
         )

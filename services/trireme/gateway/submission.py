@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trireme.errors import InvalidRequest
+from trireme.gateway.arrivals import arrived_unix_s
 from trireme.gateway.limits import Limits, answer_tokens, check_prompt, check_sampling, in_range
 from trireme.gateway.models import ServedModel
 from trireme.gateway.truncation import Cut, Overflow, cut_prompt
@@ -38,6 +40,10 @@ class Caller:
     deadline_unix_s: float = 0.0
     """0: none."""
     traceparent: str = ""
+    operation: str = "text_completion"
+    """As OpenTelemetry names it."""
+    received_unix_s: float = dataclasses.field(default_factory=arrived_unix_s)
+    """When the call came in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,12 +171,4 @@ def with_class(caller: Caller) -> Caller:
     """The caller with its SLO class decided."""
     if caller.slo_class != SLO_CLASS_UNSPECIFIED:
         return caller
-    return Caller(
-        request_id=caller.request_id,
-        tenant=caller.tenant,
-        slo_class=SLO_CLASS_STANDARD,
-        priority=caller.priority,
-        session_id=caller.session_id,
-        deadline_unix_s=caller.deadline_unix_s,
-        traceparent=caller.traceparent,
-    )
+    return replace(caller, slo_class=SLO_CLASS_STANDARD)

@@ -34,7 +34,7 @@ from trireme.runtime.metrics_server import metrics_server
 from trireme.runtime.serving import grpc_server
 from trireme.runtime.settings import load
 from trireme.runtime.shutdown import stop_requested
-from trireme.runtime.telemetry import configure_logging, configure_tracing
+from trireme.runtime.telemetry import configure_logging
 from trireme.wire.bus.v1.facts_pb2 import Hint, Measurement, ProcessRecord
 from trireme.wire.kvstore.v1 import kvstore_pb2_grpc as rpc
 
@@ -150,7 +150,6 @@ def main() -> None:
     """Entry point."""
     settings = load(Settings, os.environ, prefix="TRIREME_KVSTORE_")
     configure_logging("kvstore", level=settings.log_level)
-    configure_tracing("kvstore")
     uvloop.run(serve(settings))
 
 

@@ -29,7 +29,7 @@ from trireme.runtime.metrics_server import metrics_server
 from trireme.runtime.serving import grpc_server
 from trireme.runtime.settings import load
 from trireme.runtime.shutdown import stop_requested
-from trireme.runtime.telemetry import configure_logging, configure_tracing
+from trireme.runtime.telemetry import configure_logging
 from trireme.wire.bus.v1.facts_pb2 import Directive, ProcessRecord
 from trireme.wire.placement.v1 import placement_pb2_grpc as rpc
 
@@ -145,7 +145,6 @@ def main() -> None:
     """Entry point."""
     settings = load(Settings, os.environ, prefix="TRIREME_PLACEMENT_")
     configure_logging("placement", level=settings.log_level)
-    configure_tracing("placement")
     uvloop.run(serve(settings))
 
 

@@ -33,7 +33,7 @@ from trireme.runtime.metrics_server import metrics_server
 from trireme.runtime.serving import grpc_server
 from trireme.runtime.settings import load
 from trireme.runtime.shutdown import stop_requested
-from trireme.runtime.telemetry import configure_logging, configure_tracing
+from trireme.runtime.telemetry import configure_logging
 from trireme.wire.bus.v1.facts_pb2 import Directive, Event, Measurement, ProcessRecord
 from trireme.wire.power.v1.power_pb2_grpc import add_PowerServicer_to_server
 
@@ -146,7 +146,6 @@ def _meters(settings: Settings, power: Power, devices: list[str], clock: Clock) 
 def main() -> None:
     settings = load(Settings, os.environ, prefix="TRIREME_POWER_")
     configure_logging("power", level=settings.log_level)
-    configure_tracing("power")
     uvloop.run(serve(settings))
 
 

@@ -20,7 +20,8 @@ from trireme.runtime.metrics_server import metrics_server
 from trireme.runtime.serving import grpc_server
 from trireme.runtime.settings import load
 from trireme.runtime.shutdown import stop_requested
-from trireme.runtime.telemetry import configure_logging, configure_tracing
+from trireme.runtime.spans import Spans, spans_to_collector
+from trireme.runtime.telemetry import configure_logging
 from trireme.scheduler.dispatcher import Dispatcher
 from trireme.scheduler.fleet_view import FleetView
 from trireme.scheduler.hints import HintPublisher
@@ -39,7 +40,7 @@ STALLED_S = 5.0
 """The dispatch loop turns at least twice a second; silence for so long is a stall."""
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, spans: Spans) -> None:
     """Run one replica until SIGTERM."""
     scheduler_id = new_process_id("scheduler")
     keys = Keys(settings.bus_prefix)
@@ -58,6 +59,7 @@ async def serve(settings: Settings) -> None:
             view=view,
             shares=shares,
             metrics=metrics,
+            spans=spans,
             window_requests=settings.window_requests,
         )
         reaper = Reaper(
@@ -151,8 +153,7 @@ async def _learn_from_answers(events: Stream[Event], dispatcher: Dispatcher, hin
 def main() -> None:
     settings = load(Settings, os.environ, prefix="TRIREME_SCHEDULER_")
     configure_logging("scheduler", level=settings.log_level)
-    configure_tracing("scheduler")
-    uvloop.run(serve(settings))
+    uvloop.run(serve(settings, spans_to_collector("scheduler")))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from trireme.policies.fair_sharing import Waiting, cost
 from trireme.policies.fair_window import FairWindow
 from trireme.policies.prefix_index import split_hashes
 from trireme.policies.routing import Choice, RoutedRequest, choose_worker
-from trireme.runtime.telemetry import current_traceparent, span
+from trireme.runtime.spans import Spans, span_ref
 from trireme.scheduler.fleet_view import FleetView
 from trireme.scheduler.metrics import Metrics
 from trireme.scheduler.tenant_shares import TenantShares
@@ -51,6 +51,7 @@ class Dispatcher:
         view: FleetView,
         shares: TenantShares,
         metrics: Metrics,
+        spans: Spans,
         window_requests: int,
     ) -> None:
         self._scheduler_id = scheduler_id
@@ -59,6 +60,7 @@ class Dispatcher:
         self._view = view
         self._shares = shares
         self._metrics = metrics
+        self._spans = spans
         self._window = window_requests
         self._held: FairWindow[bytes] = FairWindow()
         self._entries: dict[bytes, Entry[AdmittedRequest]] = {}
@@ -237,6 +239,7 @@ class Dispatcher:
 
     async def _hand_over(self, chosen: list[tuple[Entry[AdmittedRequest], Choice]]) -> None:
         """Make the choices durable; what was stale, or could not be made so, is taken back."""
+        begun_unix_s = time.time()
         handovers = [self._handover(entry, choice) for entry, choice in chosen]
         try:
             assigned = await self._records.assign(handovers)
@@ -249,16 +252,37 @@ class Dispatcher:
             self._release(entry)
             if not done:
                 self._take_back(entry.fact, choice)
-            elif self.on_assigned is not None:
-                self.on_assigned(entry.fact, choice)
+            else:
+                self._trace(entry.fact, choice, begun_unix_s, now_s)
+                if self.on_assigned is not None:
+                    self.on_assigned(entry.fact, choice)
             self._metrics.decided(assigned=done, waited_s=now_s - entry.fact.admitted_unix_s)
+
+    def _trace(
+        self, request: AdmittedRequest, choice: Choice, start_unix_s: float, end_unix_s: float
+    ) -> None:
+        root = span_ref(request.traceparent)
+        if root is None or not root.sampled:
+            return
+        self._spans.put(
+            "trireme.scheduler.assign",
+            None,
+            # What goes on after a lost worker does so in the phase that its tokens had begun.
+            parent=root.phase("decode" if any(d.ids for d in request.delivered) else "queue"),
+            start_unix_s=start_unix_s,
+            end_unix_s=end_unix_s,
+            attributes={
+                "trireme.request_id": request.request_id,
+                "trireme.attempt": request.attempt,
+                "trireme.decision": choice.reason,
+                "trireme.worker_id": choice.worker_id,
+                "trireme.variant": choice.variant,
+                "trireme.candidates": len(choice.estimates),
+            },
+        )
 
     def _handover(self, entry: Entry[AdmittedRequest], choice: Choice) -> Handover:
         request = entry.fact
-        with span("schedule", traceparent=request.traceparent) as current:
-            current.set_attribute("trireme.decision", choice.reason)
-            current.set_attribute("trireme.worker", choice.worker_id)
-            request.traceparent = current_traceparent() or request.traceparent
         now_s = time.time()
         return Handover(
             entry_id=entry.entry_id,

@@ -25,7 +25,8 @@ from trireme.runtime.metrics_server import metrics_server
 from trireme.runtime.serving import grpc_server
 from trireme.runtime.settings import load
 from trireme.runtime.shutdown import stop_requested
-from trireme.runtime.telemetry import configure_logging, configure_tracing
+from trireme.runtime.spans import Spans, spans_to_collector
+from trireme.runtime.telemetry import configure_logging
 from trireme.wire.bus.v1.facts_pb2 import (
     Assignment,
     Directive,
@@ -66,7 +67,7 @@ PATIENCE = 2
 SERVICE_NAME = "trireme.wire.worker.v1.Worker"
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, spans: Spans) -> None:
     """Run one worker until SIGTERM, then drain."""
     fleet = load_fleet(settings.fleet)
     group = _group(fleet, settings.group)
@@ -129,6 +130,7 @@ async def serve(settings: Settings) -> None:
             records=records,
             events=events,
             biller=biller,
+            spans=spans,
             cancel=lambda variant, handles: engines.send(Cancel(variant, handles)),
         )
         store = None
@@ -324,8 +326,7 @@ def _fence() -> None:
 def main() -> None:
     settings = load(Settings, os.environ, prefix="TRIREME_WORKER_")
     configure_logging("worker", level=settings.log_level)
-    configure_tracing("worker")
-    uvloop.run(serve(settings))
+    uvloop.run(serve(settings, spans_to_collector("worker")))
 
 
 if __name__ == "__main__":

@@ -181,6 +181,7 @@ class BlockLoads:
 
     async def _load(self, expected: Expected) -> None:
         chain = None
+        live, begun_unix_s = expected.live, time.time()
         try:
             async with asyncio.timeout(self._deadline_s):
                 chain = await self._hold(expected)
@@ -188,6 +189,8 @@ class BlockLoads:
             log.info("kv_not_held_in_time", extra={"request_id": expected.live.request_id})
         except Exception:  # What cannot be loaded is computed.
             log.exception("kv_load_failed", extra={"request_id": expected.live.request_id})
+        live.kv_load = (begun_unix_s, time.time())
+        live.kv_loaded_blocks = len(chain.hashes) if chain is not None else 0
         self._forget(expected)
         self._send(Offer(expected.live.variant, expected.live.handles, chain))
 

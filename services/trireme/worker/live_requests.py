@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from trireme.runtime.spans import Moment
 from trireme.wire.bus.v1.facts_pb2 import Assignment
 from trireme.wire.inference.v1.inference_pb2 import PositionLogprobs, Usage
-from trireme.wire.worker.v1.worker_pb2 import Admitted, Finished, SequenceUpdate
+from trireme.wire.worker.v1.worker_pb2 import Admitted, EngineTimes, Finished, SequenceUpdate
 
 UPDATE_TOKENS = 8192
 """Tokens in one update at most."""
+MAX_STOPS = 16
+"""Preemptions of one request that are told one by one."""
 UPDATE_LOGPROBS = 16384
 """Log-probabilities in one update at most, alternatives included; each has about a dozen bytes."""
 
@@ -59,6 +62,16 @@ class LiveRequest:
     cached_prompt_tokens: int = 0
     started_unix_s: float = 0.0
     first_token_unix_s: float = 0.0
+    received_unix_s: float = field(default_factory=time.time)
+    """When its assignment was read."""
+    ended_unix_s: float = 0.0
+    kv_load: tuple[float, float] = (0.0, 0.0)
+    """From when until when stored blocks were sought for it and kept in place."""
+    kv_loaded_blocks: int = 0
+    num_stops: int = 0
+    """Times it was preempted, as far as the engine told of them."""
+    stops: list[Moment] = field(default_factory=list)
+    """The first of them."""
     ended_s: float | None = None
     """Monotonic; None while a choice goes on."""
     scores: tuple[float, ...] = ()
@@ -84,6 +97,27 @@ class LiveRequest:
     @property
     def is_complete(self) -> bool:
         return all(choice.finished is not None for choice in self.choices)
+
+    def note_stop(self, kind: str, reason: str) -> None:
+        """It was preempted just now."""
+        self.num_stops += 1
+        if len(self.stops) < MAX_STOPS:
+            self.stops.append(
+                Moment("preempted", time.time(), {"trireme.kind": kind, "trireme.detail": reason})
+            )
+
+    def times(self) -> EngineTimes:
+        """When what happened, as far as it has."""
+        return EngineTimes(
+            assigned_unix_s=self.assignment.assigned_unix_s,
+            received_unix_s=self.received_unix_s,
+            started_unix_s=self.started_unix_s,
+            first_token_unix_s=self.first_token_unix_s,
+            ended_unix_s=self.ended_unix_s,
+            kv_load_s=self.kv_load[1] - self.kv_load[0],
+            kv_loaded_blocks=self.kv_loaded_blocks,
+            preemptions=self.num_stops,
+        )
 
     def usage(self) -> Usage:
         """What it used so far, in this attempt; delivered tokens of earlier ones count as answer."""
@@ -165,6 +199,7 @@ class LiveRequest:
                         started_unix_s=self.started_unix_s,
                     )
                 )
+                update.times.CopyFrom(self.times())
                 self.announced = True
             if ends and choice.finished is not None and upto == len(choice.token_ids):
                 update.finished.CopyFrom(choice.finished)
@@ -172,6 +207,7 @@ class LiveRequest:
             updates.append(update)
         if updates and self.is_complete and all(choice.finish_sent for choice in self.choices):
             updates[-1].usage.CopyFrom(self.usage())
+            updates[-1].times.CopyFrom(self.times())
             updates[-1].scores.extend(self.scores)
             updates[-1].embedding.extend(self.embedding)
         return updates

@@ -12,12 +12,14 @@ from collections.abc import Callable, Container, Coroutine, Iterable
 from trireme.bus.connection import persistently
 from trireme.bus.request_records import RequestRecords, State, work_tokens
 from trireme.bus.streams import Stream
+from trireme.runtime.spans import Spans
 from trireme.wire.bus.v1.facts_pb2 import Assignment, Event, RequestFinished
 from trireme.wire.inference.v1 import inference_pb2 as inference
 from trireme.wire.worker.v1.worker_pb2 import Finished
 from trireme.worker.billing import Biller
 from trireme.worker.live_requests import Choice, LiveRequest
 from trireme.worker.outboxes import Outbox
+from trireme.worker.request_spans import put_spans
 from trireme.worker.step_news import Ending, Output, StepNews
 
 log = logging.getLogger(__name__)
@@ -49,12 +51,14 @@ class RequestTable:
         records: RequestRecords,
         events: Stream[Event],
         biller: Biller,
+        spans: Spans,
         cancel: Callable[[str, tuple[int, ...]], None],
     ) -> None:
         self._worker_id = worker_id
         self._records = records
         self._events = events
         self._biller = biller
+        self._spans = spans
         self._cancel = cancel
         self._live: dict[str, LiveRequest] = {}
         self._sequences: dict[int, tuple[LiveRequest, Choice]] = {}
@@ -299,6 +303,8 @@ class RequestTable:
 
     def _ended(self, request: LiveRequest, now_s: float) -> None:
         request.ended_s = time.monotonic()
+        request.ended_unix_s = now_s
+        put_spans(self._spans, request, self._worker_id)
         admitted = request.assignment.request
         finished = RequestFinished(
             request_id=request.request_id,

@@ -30,6 +30,7 @@ def turn_events(
         request_id = live.request_id
         log.debug("sequence_turn", extra={"request_id": request_id, "kind": turn.kind, "reason": turn.reason})
         if turn.kind in _STOPPED:
+            live.note_stop(turn.kind, turn.reason)
             what = SequencePreempted(
                 request_id=request_id, worker_id=worker_id, reason=f"{turn.kind}: {turn.reason}"
             )

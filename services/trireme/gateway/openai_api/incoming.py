@@ -82,6 +82,7 @@ def caller_of(
         session_id=checked_name(headers.get("x-trireme-session", ""), param="x-trireme-session")
         or _session_of(prompt_cache_key),
         traceparent=checked_traceparent(headers.get("traceparent", "")),
+        operation="text_completion" if request.path == "/v1/completions" else "chat",
     )
 
 

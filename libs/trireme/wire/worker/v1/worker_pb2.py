@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from trireme.wire.inference.v1 import inference_pb2 as trireme_dot_wire_dot_inference_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#trireme/wire/worker/v1/worker.proto\x12\x16trireme.wire.worker.v1\x1a)trireme/wire/inference/v1/inference.proto\"\x1b\n\x05Hello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\"\x1c\n\x06\x41ttach\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"A\n\x07\x43onfirm\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08received\x18\x02 \x03(\r\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\"J\n\x04Stop\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x06\x63hoice\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x03 \x01(\tB\t\n\x07_choice\"\xdc\x01\n\x0eGatewayMessage\x12.\n\x05hello\x18\x01 \x01(\x0b\x32\x1d.trireme.wire.worker.v1.HelloH\x00\x12\x30\n\x06\x61ttach\x18\x02 \x01(\x0b\x32\x1e.trireme.wire.worker.v1.AttachH\x00\x12\x32\n\x07\x63onfirm\x18\x03 \x01(\x0b\x32\x1f.trireme.wire.worker.v1.ConfirmH\x00\x12,\n\x04stop\x18\x04 \x01(\x0b\x32\x1c.trireme.wire.worker.v1.StopH\x00\x42\x06\n\x04what\"E\n\x08\x41\x64mitted\x12\x0f\n\x07variant\x18\x01 \x01(\t\x12\x10\n\x08\x64\x65\x63ision\x18\x02 \x01(\t\x12\x16\n\x0estarted_unix_s\x18\x03 \x01(\x01\"n\n\x08\x46inished\x12\x37\n\x06reason\x18\x01 \x01(\x0e\x32\'.trireme.wire.inference.v1.FinishReason\x12\x12\n\nerror_code\x18\x02 \x01(\t\x12\x15\n\rerror_message\x18\x03 \x01(\t\"\xf6\x02\n\x0eSequenceUpdate\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06\x63hoice\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x04 \x01(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12=\n\x08logprobs\x18\x06 \x03(\x0b\x32+.trireme.wire.inference.v1.PositionLogprobs\x12\x32\n\x08\x61\x64mitted\x18\x07 \x01(\x0b\x32 .trireme.wire.worker.v1.Admitted\x12\x32\n\x08\x66inished\x18\x08 \x01(\x0b\x32 .trireme.wire.worker.v1.Finished\x12/\n\x05usage\x18\t \x01(\x0b\x32 .trireme.wire.inference.v1.Usage\x12\x0e\n\x06scores\x18\n \x03(\x01\x12\x11\n\tembedding\x18\x0b \x03(\x02\x12\x0c\n\x04lane\x18\x0c \x01(\x04\"\x9c\x01\n\nTokenBatch\x12\x37\n\x07updates\x18\x01 \x03(\x0b\x32&.trireme.wire.worker.v1.SequenceUpdate\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x0f\n\x07unknown\x18\x03 \x03(\t\x12\r\n\x05lanes\x18\x04 \x03(\x04\x12\x0f\n\x07indices\x18\x05 \x03(\r\x12\x11\n\ttoken_ids\x18\x06 \x03(\r\"\xa5\x01\n\x12LoadVariantRequest\x12\x0f\n\x07variant\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\ncheckpoint\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x10\n\x08kv_bytes\x18\x05 \x01(\x04\x12\x15\n\rmax_sequences\x18\x06 \x01(\r\x12\x11\n\tprecision\x18\x07 \x01(\t\x12\x10\n\x08kv_dtype\x18\x08 \x01(\t\"%\n\x13LoadVariantResponse\x12\x0e\n\x06load_s\x18\x01 \x01(\x01\"\'\n\x14UnloadVariantRequest\x12\x0f\n\x07variant\x18\x01 \x01(\t\"\x17\n\x15UnloadVariantResponse\"!\n\x0c\x44rainRequest\x12\x11\n\ttimeout_s\x18\x01 \x01(\x01\"\"\n\rDrainResponse\x12\x11\n\tremaining\x18\x01 \x01(\r2\x8f\x03\n\x06Worker\x12Y\n\x07\x43onnect\x12&.trireme.wire.worker.v1.GatewayMessage\x1a\".trireme.wire.worker.v1.TokenBatch(\x01\x30\x01\x12\x66\n\x0bLoadVariant\x12*.trireme.wire.worker.v1.LoadVariantRequest\x1a+.trireme.wire.worker.v1.LoadVariantResponse\x12l\n\rUnloadVariant\x12,.trireme.wire.worker.v1.UnloadVariantRequest\x1a-.trireme.wire.worker.v1.UnloadVariantResponse\x12T\n\x05\x44rain\x12$.trireme.wire.worker.v1.DrainRequest\x1a%.trireme.wire.worker.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#trireme/wire/worker/v1/worker.proto\x12\x16trireme.wire.worker.v1\x1a)trireme/wire/inference/v1/inference.proto\"\x1b\n\x05Hello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\"\x1c\n\x06\x41ttach\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"A\n\x07\x43onfirm\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08received\x18\x02 \x03(\r\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\"J\n\x04Stop\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x06\x63hoice\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x03 \x01(\tB\t\n\x07_choice\"\xdc\x01\n\x0eGatewayMessage\x12.\n\x05hello\x18\x01 \x01(\x0b\x32\x1d.trireme.wire.worker.v1.HelloH\x00\x12\x30\n\x06\x61ttach\x18\x02 \x01(\x0b\x32\x1e.trireme.wire.worker.v1.AttachH\x00\x12\x32\n\x07\x63onfirm\x18\x03 \x01(\x0b\x32\x1f.trireme.wire.worker.v1.ConfirmH\x00\x12,\n\x04stop\x18\x04 \x01(\x0b\x32\x1c.trireme.wire.worker.v1.StopH\x00\x42\x06\n\x04what\"E\n\x08\x41\x64mitted\x12\x0f\n\x07variant\x18\x01 \x01(\t\x12\x10\n\x08\x64\x65\x63ision\x18\x02 \x01(\t\x12\x16\n\x0estarted_unix_s\x18\x03 \x01(\x01\"n\n\x08\x46inished\x12\x37\n\x06reason\x18\x01 \x01(\x0e\x32\'.trireme.wire.inference.v1.FinishReason\x12\x12\n\nerror_code\x18\x02 \x01(\t\x12\x15\n\rerror_message\x18\x03 \x01(\t\"\xcb\x01\n\x0b\x45ngineTimes\x12\x17\n\x0f\x61ssigned_unix_s\x18\x01 \x01(\x01\x12\x17\n\x0freceived_unix_s\x18\x02 \x01(\x01\x12\x16\n\x0estarted_unix_s\x18\x03 \x01(\x01\x12\x1a\n\x12\x66irst_token_unix_s\x18\x04 \x01(\x01\x12\x14\n\x0c\x65nded_unix_s\x18\x05 \x01(\x01\x12\x11\n\tkv_load_s\x18\x06 \x01(\x01\x12\x18\n\x10kv_loaded_blocks\x18\x07 \x01(\r\x12\x13\n\x0bpreemptions\x18\x08 \x01(\r\"\xaa\x03\n\x0eSequenceUpdate\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06\x63hoice\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x04 \x01(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12=\n\x08logprobs\x18\x06 \x03(\x0b\x32+.trireme.wire.inference.v1.PositionLogprobs\x12\x32\n\x08\x61\x64mitted\x18\x07 \x01(\x0b\x32 .trireme.wire.worker.v1.Admitted\x12\x32\n\x08\x66inished\x18\x08 \x01(\x0b\x32 .trireme.wire.worker.v1.Finished\x12/\n\x05usage\x18\t \x01(\x0b\x32 .trireme.wire.inference.v1.Usage\x12\x0e\n\x06scores\x18\n \x03(\x01\x12\x11\n\tembedding\x18\x0b \x03(\x02\x12\x0c\n\x04lane\x18\x0c \x01(\x04\x12\x32\n\x05times\x18\r \x01(\x0b\x32#.trireme.wire.worker.v1.EngineTimes\"\x9c\x01\n\nTokenBatch\x12\x37\n\x07updates\x18\x01 \x03(\x0b\x32&.trireme.wire.worker.v1.SequenceUpdate\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x0f\n\x07unknown\x18\x03 \x03(\t\x12\r\n\x05lanes\x18\x04 \x03(\x04\x12\x0f\n\x07indices\x18\x05 \x03(\r\x12\x11\n\ttoken_ids\x18\x06 \x03(\r\"\xa5\x01\n\x12LoadVariantRequest\x12\x0f\n\x07variant\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\ncheckpoint\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x10\n\x08kv_bytes\x18\x05 \x01(\x04\x12\x15\n\rmax_sequences\x18\x06 \x01(\r\x12\x11\n\tprecision\x18\x07 \x01(\t\x12\x10\n\x08kv_dtype\x18\x08 \x01(\t\"%\n\x13LoadVariantResponse\x12\x0e\n\x06load_s\x18\x01 \x01(\x01\"\'\n\x14UnloadVariantRequest\x12\x0f\n\x07variant\x18\x01 \x01(\t\"\x17\n\x15UnloadVariantResponse\"!\n\x0c\x44rainRequest\x12\x11\n\ttimeout_s\x18\x01 \x01(\x01\"\"\n\rDrainResponse\x12\x11\n\tremaining\x18\x01 \x01(\r2\x8f\x03\n\x06Worker\x12Y\n\x07\x43onnect\x12&.trireme.wire.worker.v1.GatewayMessage\x1a\".trireme.wire.worker.v1.TokenBatch(\x01\x30\x01\x12\x66\n\x0bLoadVariant\x12*.trireme.wire.worker.v1.LoadVariantRequest\x1a+.trireme.wire.worker.v1.LoadVariantResponse\x12l\n\rUnloadVariant\x12,.trireme.wire.worker.v1.UnloadVariantRequest\x1a-.trireme.wire.worker.v1.UnloadVariantResponse\x12T\n\x05\x44rain\x12$.trireme.wire.worker.v1.DrainRequest\x1a%.trireme.wire.worker.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,22 +46,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ADMITTED']._serialized_end=600
   _globals['_FINISHED']._serialized_start=602
   _globals['_FINISHED']._serialized_end=712
-  _globals['_SEQUENCEUPDATE']._serialized_start=715
-  _globals['_SEQUENCEUPDATE']._serialized_end=1089
-  _globals['_TOKENBATCH']._serialized_start=1092
-  _globals['_TOKENBATCH']._serialized_end=1248
-  _globals['_LOADVARIANTREQUEST']._serialized_start=1251
-  _globals['_LOADVARIANTREQUEST']._serialized_end=1416
-  _globals['_LOADVARIANTRESPONSE']._serialized_start=1418
-  _globals['_LOADVARIANTRESPONSE']._serialized_end=1455
-  _globals['_UNLOADVARIANTREQUEST']._serialized_start=1457
-  _globals['_UNLOADVARIANTREQUEST']._serialized_end=1496
-  _globals['_UNLOADVARIANTRESPONSE']._serialized_start=1498
-  _globals['_UNLOADVARIANTRESPONSE']._serialized_end=1521
-  _globals['_DRAINREQUEST']._serialized_start=1523
-  _globals['_DRAINREQUEST']._serialized_end=1556
-  _globals['_DRAINRESPONSE']._serialized_start=1558
-  _globals['_DRAINRESPONSE']._serialized_end=1592
-  _globals['_WORKER']._serialized_start=1595
-  _globals['_WORKER']._serialized_end=1994
+  _globals['_ENGINETIMES']._serialized_start=715
+  _globals['_ENGINETIMES']._serialized_end=918
+  _globals['_SEQUENCEUPDATE']._serialized_start=921
+  _globals['_SEQUENCEUPDATE']._serialized_end=1347
+  _globals['_TOKENBATCH']._serialized_start=1350
+  _globals['_TOKENBATCH']._serialized_end=1506
+  _globals['_LOADVARIANTREQUEST']._serialized_start=1509
+  _globals['_LOADVARIANTREQUEST']._serialized_end=1674
+  _globals['_LOADVARIANTRESPONSE']._serialized_start=1676
+  _globals['_LOADVARIANTRESPONSE']._serialized_end=1713
+  _globals['_UNLOADVARIANTREQUEST']._serialized_start=1715
+  _globals['_UNLOADVARIANTREQUEST']._serialized_end=1754
+  _globals['_UNLOADVARIANTRESPONSE']._serialized_start=1756
+  _globals['_UNLOADVARIANTRESPONSE']._serialized_end=1779
+  _globals['_DRAINREQUEST']._serialized_start=1781
+  _globals['_DRAINREQUEST']._serialized_end=1814
+  _globals['_DRAINRESPONSE']._serialized_start=1816
+  _globals['_DRAINRESPONSE']._serialized_end=1850
+  _globals['_WORKER']._serialized_start=1853
+  _globals['_WORKER']._serialized_end=2252
 # @@protoc_insertion_point(module_scope)

@@ -232,6 +232,56 @@ class Finished(_message.Message):
 Global___Finished: _TypeAlias = Finished  # noqa: Y015
 
 @_typing.final
+class EngineTimes(_message.Message):
+    """When an attempt did what, by the clock of whoever did it; seconds since 1970, 0: not yet."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ASSIGNED_UNIX_S_FIELD_NUMBER: _builtins.int
+    RECEIVED_UNIX_S_FIELD_NUMBER: _builtins.int
+    STARTED_UNIX_S_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_UNIX_S_FIELD_NUMBER: _builtins.int
+    ENDED_UNIX_S_FIELD_NUMBER: _builtins.int
+    KV_LOAD_S_FIELD_NUMBER: _builtins.int
+    KV_LOADED_BLOCKS_FIELD_NUMBER: _builtins.int
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    assigned_unix_s: _builtins.float
+    """The scheduler chose the worker."""
+    received_unix_s: _builtins.float
+    """The worker read the assignment."""
+    started_unix_s: _builtins.float
+    """The engine first ran it."""
+    first_token_unix_s: _builtins.float
+    """Its first token of this attempt was made."""
+    ended_unix_s: _builtins.float
+    """Its last choice ended."""
+    kv_load_s: _builtins.float
+    """Seconds that the worker took to have stored KV blocks kept in place for it."""
+    kv_loaded_blocks: _builtins.int
+    """So many of them there were."""
+    preemptions: _builtins.int
+    """Times it had to stop for others, as far as the engine told of them."""
+    def __init__(
+        self,
+        *,
+        assigned_unix_s: _builtins.float = ...,
+        received_unix_s: _builtins.float = ...,
+        started_unix_s: _builtins.float = ...,
+        first_token_unix_s: _builtins.float = ...,
+        ended_unix_s: _builtins.float = ...,
+        kv_load_s: _builtins.float = ...,
+        kv_loaded_blocks: _builtins.int = ...,
+        preemptions: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assigned_unix_s", b"assigned_unix_s", "ended_unix_s", b"ended_unix_s", "first_token_unix_s", b"first_token_unix_s", "kv_load_s", b"kv_load_s", "kv_loaded_blocks", b"kv_loaded_blocks", "preemptions", b"preemptions", "received_unix_s", b"received_unix_s", "started_unix_s", b"started_unix_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EngineTimes: _TypeAlias = EngineTimes  # noqa: Y015
+
+@_typing.final
 class SequenceUpdate(_message.Message):
     """News of one choice of one request."""
 
@@ -249,6 +299,7 @@ class SequenceUpdate(_message.Message):
     SCORES_FIELD_NUMBER: _builtins.int
     EMBEDDING_FIELD_NUMBER: _builtins.int
     LANE_FIELD_NUMBER: _builtins.int
+    TIMES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request."""
     attempt: _builtins.int
@@ -289,6 +340,10 @@ class SequenceUpdate(_message.Message):
     def embedding(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """For EMBED: the vector, with the last update."""
 
+    @_builtins.property
+    def times(self) -> Global___EngineTimes:
+        """With the first update of an attempt, as far as known then, and with the last."""
+
     def __init__(
         self,
         *,
@@ -304,10 +359,11 @@ class SequenceUpdate(_message.Message):
         scores: _abc.Iterable[_builtins.float] | None = ...,
         embedding: _abc.Iterable[_builtins.float] | None = ...,
         lane: _builtins.int = ...,
+        times: Global___EngineTimes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "finished", b"finished", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "finished", b"finished", "times", b"times", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "attempt", b"attempt", "choice", b"choice", "embedding", b"embedding", "finished", b"finished", "first_index", b"first_index", "lane", b"lane", "logprobs", b"logprobs", "request_id", b"request_id", "scores", b"scores", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "attempt", b"attempt", "choice", b"choice", "embedding", b"embedding", "finished", b"finished", "first_index", b"first_index", "lane", b"lane", "logprobs", b"logprobs", "request_id", b"request_id", "scores", b"scores", "times", b"times", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
