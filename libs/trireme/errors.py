@@ -90,6 +90,27 @@ class RequestNotFound(TriremeError):
     code = "request_not_found"
 
 
+class ObjectNotFound(TriremeError):
+    """No stored response, file or batch of that id is the caller's: it never was, or its time ended."""
+
+    kind = Kind.NOT_FOUND
+    code = "not_found"
+
+
+class PreviousResponseNotFound(TriremeError):
+    """`previous_response_id` names no stored response of the caller's."""
+
+    kind = Kind.INVALID
+    code = "previous_response_not_found"
+
+
+class StorageFull(TriremeError):
+    """A tenant's share of what is stored for it is used up."""
+
+    kind = Kind.EXHAUSTED
+    code = "storage_quota_exceeded"
+
+
 class RequestConflict(TriremeError):
     """A request of that id exists with other contents or another owner."""
 

@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,58 +16,12 @@ import aiohttp
 import openai
 import pytest
 from openai import AsyncOpenAI
-from tokenizers import Tokenizer
 
-from tests.service.gateway_fleet import CHECKPOINT, KEYS, FakeWorker, Fleet, fleet
+from tests.service.gateway_fleet import KEYS, fleet
+from tests.service.openai_world import IDS, TEXT, TOKENIZER, USER, World
 from trireme.bus.request_records import State
-from trireme.gateway.process import Gateway
 from trireme.wire.bus.v1.facts_pb2 import Assignment
 from trireme.wire.inference.v1 import inference_pb2 as wire
-
-TOKENIZER = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
-TEXT = "return 1  # 😀 é"
-IDS = TOKENIZER.encode(TEXT).ids
-USER = [{"role": "user", "content": "hi"}]
-
-
-@dataclass
-class World:
-    fleet: Fleet
-    worker: FakeWorker
-    gateway: Gateway
-    client: AsyncOpenAI
-    http: aiohttp.ClientSession
-
-    @property
-    def url(self) -> str:
-        return f"http://{self.gateway.http_address}"
-
-    async def serve(self, ids: list[int] = IDS, *, finish: int = wire.FINISH_REASON_STOP) -> Assignment:
-        """Answer the next request with these tokens."""
-        assignment = await self.worker.next_assignment()
-        self.worker.answer(assignment, ids, finish=finish)
-        return assignment
-
-    async def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any, Any]:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        async with self.http.post(self.url + path, data=data, headers=headers) as response:
-            raw = await response.read()
-            return response.status, json.loads(raw) if raw[:1] == b"{" else raw, response.headers
-
-
-@pytest.fixture
-async def world(redis_url: str, tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[World]:
-    settings = getattr(request, "param", {})
-    async with (
-        fleet(redis_url, tmp_path) as made,
-        made.gateway(**settings) as gateway,
-        AsyncOpenAI(
-            base_url=f"http://{gateway.http_address}/v1", api_key="none", max_retries=0, timeout=20
-        ) as client,
-        aiohttp.ClientSession() as http,
-    ):
-        yield World(made, made.workers[0], gateway, client, http)
-
 
 with_settings = pytest.mark.parametrize
 

@@ -107,6 +107,26 @@ class Keys:
     def ledger(self, name: str) -> str:
         return f"{self.prefix}:ledger:{name}"
 
+    def work(self, kind: str) -> str:
+        """Sorted set: open work of a kind, scored by the end of its holder's lease."""
+        return f"{self.prefix}:work:{kind}"
+
+    def work_holders(self, kind: str) -> str:
+        """Hash: who holds which work."""
+        return f"{self.prefix}:work-holders:{kind}"
+
+    def kept(self, kind: str, object_id: str = "") -> str:
+        """One stored object (a response, a file, a batch); without an id, what all of them begin with."""
+        return f"{self.prefix}:{kind}:{object_id}"
+
+    def shelf(self, kind: str, tenant: str) -> str:
+        """Sorted set: a tenant's stored objects of a kind, by age."""
+        return f"{self.prefix}:{kind}-of:{tenant}"
+
+    def shelf_sizes(self, kind: str, tenant: str) -> str:
+        """Hash: their sizes in bytes by id, and under `*` the sum."""
+        return f"{self.prefix}:{kind}-bytes-of:{tenant}"
+
 
 class BusRefuses(ConnectionError):
     """Redis answers but takes no writes: its disk or memory is full, or it is a replica now."""

@@ -39,6 +39,8 @@ class Answer:
         self.live = live
         self.delivered = False
         """True after the Summary was handed out."""
+        self.let_go = False
+        """Set before `close`: the request goes on for another gateway, whatever was delivered here."""
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._flush_interval_s = flush_interval_s

@@ -230,7 +230,7 @@ class Generation:
         if live.listeners:
             return  # Another call reads the same request.
         self._table.remove(live)
-        if self._abandoning:
+        if self._abandoning or answer.let_go:
             return
         if answer.delivered:
             if live.accounted and live.worker_id:

@@ -17,7 +17,8 @@
 | max_logit_bias | 1024 | entries, each in -100..100 |
 | max_logprobs | 20 | alternatives per token |
 | max_messages | 2048 | messages of a chat |
-| max_prompts | 64 | prompts of one completions call, texts of one Embed |
+| max_prompts | 64 | prompts of one completions call |
+| max_embeddings | 2048 | texts of one Embed or /v1/embeddings |
 | max_labels | 64 | labels of one Classify, at least 2 |
 """
 
@@ -45,6 +46,7 @@ class Limits:
     max_logprobs: int = 20
     max_messages: int = 2048
     max_prompts: int = 64
+    max_embeddings: int = 2048
     max_labels: int = 64
 
 

@@ -20,6 +20,7 @@ from trireme.gateway.models import load_catalog
 from trireme.gateway.oip.servicer import SERVICE_NAME as OIP_SERVICE_NAME
 from trireme.gateway.oip.servicer import OpenInferenceServicer
 from trireme.gateway.openai_api.app import openai_server
+from trireme.gateway.openai_api.background import Background
 from trireme.gateway.readiness import fleet_answers
 from trireme.gateway.recovery import Recovery
 from trireme.gateway.request_table import RequestTable
@@ -48,10 +49,12 @@ class Gateway:
     core: Generation
     links: WorkerLinks
     health: HealthReporter
+    background: Background
 
     async def leave(self, *, drain_s: float) -> None:
         """Say NOT_SERVING, take nothing new, and let the answers come to their end for `drain_s`."""
         await self.health.stop_serving()
+        await self.background.leave()
         await self.core.leave(drain_s=drain_s)
 
 
@@ -120,10 +123,15 @@ async def running_gateway(settings: Settings, spans: Spans | None = None) -> Asy
                 drain_s=1.0,
             )
         )
-        http_address = await stack.enter_async_context(openai_server(settings, core, links, health))
+        background = Background(redis, keys, settings, core, gateway_id=gateway_id)
+        running += [tasks.create_task(work) for work in background.running()]
+        http_address = await stack.enter_async_context(
+            openai_server(settings, core, links, health, background.routes())
+        )
 
         # Whatever ends this process, its clients' requests go on and are theirs to resume.
         stack.push_async_callback(core.leave, drain_s=0.0)
+        stack.push_async_callback(background.leave)
 
         def describe() -> ProcessRecord:
             found = fleet_answers(links)
@@ -148,4 +156,5 @@ async def running_gateway(settings: Settings, spans: Spans | None = None) -> Asy
             core=core,
             links=links,
             health=health,
+            background=background,
         )

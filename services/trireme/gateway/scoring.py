@@ -18,6 +18,9 @@ from trireme.gateway.submission import Caller, Submission, with_class
 from trireme.wire.bus.v1.facts_pb2 import RequestKind
 from trireme.wire.inference.v1.inference_pb2 import SamplingParameters
 
+EMBEDDED_AT_ONCE = 64
+"""Texts of one call that are in the fleet at a time."""
+
 
 @dataclass(frozen=True, slots=True)
 class LabelScore:
@@ -74,31 +77,38 @@ async def classify(
 
 
 async def embed(
-    core: Generation, caller: Caller, model: ServedModel, texts: Sequence[str]
+    core: Generation,
+    caller: Caller,
+    model: ServedModel,
+    texts: Sequence[str | Sequence[int]],
+    *,
+    param: str = "texts",
 ) -> tuple[list[tuple[float, ...]], list[Summary]]:
     """One vector per text, in order; the texts are separate requests on the bus.
 
+    Args:
+        texts: texts, or their token ids.
+
     Raises:
         InvalidRequest: no texts, too many, or an empty one.
+        ContextLengthExceeded: a text is too long.
     """
-    limit = core.limits.max_prompts
+    limit = core.limits.max_embeddings
     if not 1 <= len(texts) <= limit:
-        raise InvalidRequest(f"texts must have 1 to {limit} entries, not {len(texts)}", param="texts")
-    prompts = [await model.tokenize(text) for text in texts]
-    for prompt in prompts:
-        check_prompt(prompt, model, core.limits, param="texts")
-    asked = [
-        asyncio.create_task(
-            _ask(
-                core,
-                replace(caller, request_id=f"{caller.request_id}/{number}"),
-                model,
-                RequestKind.REQUEST_KIND_EMBED,
-                prompt,
-            )
-        )
-        for number, prompt in enumerate(prompts)
-    ]
+        raise InvalidRequest(f"{param} must have 1 to {limit} entries, not {len(texts)}", param=param)
+    prompts = []
+    for text in texts:
+        prompts.append(await model.tokenize(text, param=param) if isinstance(text, str) else list(text))
+        check_prompt(prompts[-1], model, core.limits, param=param)
+        await asyncio.sleep(0)  # Other requests' tokens go on flowing.
+    places = asyncio.Semaphore(EMBEDDED_AT_ONCE)
+
+    async def one(number: int, prompt: list[int]) -> tuple[LiveRequest, Summary]:
+        numbered = replace(caller, request_id=f"{caller.request_id}/{number}")
+        async with places:
+            return await _ask(core, numbered, model, RequestKind.REQUEST_KIND_EMBED, prompt)
+
+    asked = [asyncio.create_task(one(number, prompt)) for number, prompt in enumerate(prompts)]
     try:
         answers = await asyncio.gather(*asked)
     finally:

@@ -58,6 +58,17 @@ class Settings:
     trust_tenant_header: bool = False
     """Believe `x-trireme-tenant`; only behind a proxy that sets it."""
 
+    response_ttl_s: float = 86400.0
+    """How long a stored response (/v1/responses) is kept after its end."""
+    max_responses: int = 1000
+    """Stored responses of one tenant; the oldest that ended makes room."""
+    max_response_bytes: int = 64 * 2**20
+    """Of one tenant's stored responses together; the oldest that ended makes room."""
+    max_background: int = 64
+    """Background responses of one tenant that run at once; more are refused."""
+    max_driven: int = 256
+    """Background responses that this gateway drives at once; more wait for another, or for room."""
+
     max_body_bytes: int = 8 * 2**20
     max_header_bytes: int = 16 * 2**10
     max_prompt_tokens: int = 131072
@@ -70,6 +81,7 @@ class Settings:
     max_logprobs: int = 20
     max_messages: int = 2048
     max_prompts: int = 64
+    max_embeddings: int = 2048
     max_labels: int = 64
 
     def limits(self) -> Limits:
@@ -85,5 +97,6 @@ class Settings:
             max_logprobs=self.max_logprobs,
             max_messages=self.max_messages,
             max_prompts=self.max_prompts,
+            max_embeddings=self.max_embeddings,
             max_labels=self.max_labels,
         )

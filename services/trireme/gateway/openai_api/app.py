@@ -16,9 +16,10 @@ from trireme.gateway.answer import Answer
 from trireme.gateway.arrivals import note_arrival
 from trireme.gateway.generation import Generation
 from trireme.gateway.models import ServedModel
-from trireme.gateway.openai_api.bodies import ChatBody, CompletionBody
+from trireme.gateway.openai_api.bodies import ChatBody, CompletionBody, EmbeddingsBody
 from trireme.gateway.openai_api.calls import Call, streamed_answer, whole_answer
 from trireme.gateway.openai_api.door import Door
+from trireme.gateway.openai_api.embeddings import embeddings_answer
 from trireme.gateway.openai_api.errors import errors_as_json
 from trireme.gateway.openai_api.incoming import REQUEST_ID, caller_of, parsed, read_body
 from trireme.gateway.openai_api.prepared import Prepared, prepare_chat, prepare_completion
@@ -47,6 +48,7 @@ class OpenAiApi:
         return [
             web.post("/v1/chat/completions", self.chat),
             web.post("/v1/completions", self.completions),
+            web.post("/v1/embeddings", self.embeddings),
             web.get("/v1/models", self.models),
             web.get("/v1/models/{name}", self.model),
         ]
@@ -73,6 +75,14 @@ class OpenAiApi:
         )
         prepared = await prepare_completion(self._core, body, caller)
         return await self._answer(request, prepared, bool(body.stream), body.includes_usage)
+
+    async def embeddings(self, request: web.Request) -> web.StreamResponse:
+        raw = await read_body(request, self._settings)
+        body = await parsed(EmbeddingsBody, raw)
+        caller = caller_of(
+            request, raw, self._settings, priority=body.priority, service_tier=body.service_tier
+        )
+        return await embeddings_answer(self._core, body, caller)
 
     async def models(self, request: web.Request) -> web.Response:
         return web.json_response(
@@ -156,13 +166,18 @@ class OpenAiApi:
 
 @asynccontextmanager
 async def openai_server(
-    settings: Settings, core: Generation, links: WorkerLinks, health: HealthReporter
+    settings: Settings,
+    core: Generation,
+    links: WorkerLinks,
+    health: HealthReporter,
+    more_routes: Sequence[web.AbstractRouteDef] = (),
 ) -> AsyncIterator[str]:
     """Serve until the block ends; yields the bound host:port."""
     app = web.Application(
         middlewares=[_marked_and_counted(core), errors_as_json], client_max_size=settings.max_body_bytes
     )
     app.add_routes(OpenAiApi(settings, core, links).routes())
+    app.add_routes(more_routes)
     app.add_routes(metrics_routes(core.metrics.registry, health))
     runner = web.AppRunner(
         app,

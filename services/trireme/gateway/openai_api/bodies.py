@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from trireme.errors import InvalidRequest
 
-B = TypeVar("B", bound="_Body")
+B = TypeVar("B", bound="Strict")
 
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -28,7 +28,9 @@ SHOWN_CHARACTERS = 80
 """How much of a client's own words an error repeats."""
 
 
-def _bounded(limit: int) -> BeforeValidator:
+def bounded(limit: int) -> BeforeValidator:
+    """At most so many entries of a map."""
+
     # The checker makes an error of some 500 bytes for each wrong entry, however many there are.
     def check(data: Any) -> Any:
         if isinstance(data, dict) and len(data) > limit:
@@ -38,22 +40,24 @@ def _bounded(limit: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """An object whose fields are known and right."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
     """Accepted: padding is a server's choice, and none is sent."""
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     type: Literal["text"]
     text: str
 
 
-class _Tolerant(_Strict):
+class _Tolerant(Strict):
     """Lets a field of other servers pass where it asks for nothing."""
 
     @model_validator(mode="before")
@@ -96,7 +100,7 @@ class _Body(_Tolerant):
     n: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    logit_bias: Annotated[dict[str, float], _bounded(MAX_MAP_ENTRIES)] | None = None
+    logit_bias: Annotated[dict[str, float], bounded(MAX_MAP_ENTRIES)] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     user: str | None = None
@@ -128,7 +132,7 @@ class ChatBody(_Body):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     response_format: dict[str, Any] | None = None
-    metadata: Annotated[dict[str, str], _bounded(MAX_MAP_ENTRIES)] | None = None
+    metadata: Annotated[dict[str, str], bounded(MAX_MAP_ENTRIES)] | None = None
     """Accepted: an opaque mark of the client's."""
     store: bool | None = None
     """Accepted if false: nothing is stored."""
@@ -151,6 +155,30 @@ class CompletionBody(_Body):
     logprobs: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
+
+
+class EmbeddingsBody(_Tolerant):
+    """POST /v1/embeddings."""
+
+    model: str
+    input: (
+        str
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]],
+            Field(min_length=1, fail_fast=True),
+        ]
+    )
+    """A text or its token ids, or several."""
+    encoding_format: Literal["float", "base64"] | None = None
+    """base64: the numbers as little-endian floats of 32 bits. Absent: float."""
+    dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    """Refused: a model's vectors have the length that they have."""
+    user: str | None = None
+    """Accepted: an opaque mark of the client's."""
+    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+    priority: Annotated[int, Field(ge=-100, le=100)] | None = None
 
 
 _LATER: dict[str, str] = {
@@ -196,7 +224,7 @@ def parse(body_class: type[B], raw: bytes) -> B:
         body = body_class.model_validate_json(raw)
     except ValidationError as error:
         raise _fault(error) from None
-    if body.stream_options is not None and not body.stream:
+    if isinstance(body, _Body) and body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
     return body
 

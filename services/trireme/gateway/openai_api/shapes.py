@@ -110,14 +110,7 @@ class ChatShape:
         }
 
     def _rows(self, delta: Delta) -> list[dict[str, Any]]:
-        return [
-            {**self._row(position.chosen), "top_logprobs": [self._row(token) for token in position.top]}
-            for position in delta.logprobs
-        ]
-
-    def _row(self, token: Any) -> dict[str, Any]:
-        text, raw = self._vocabulary.piece(token.token_id)
-        return {"token": text, "logprob": max(token.logprob, LEAST_LOGPROB), "bytes": list(raw)}
+        return logprob_rows(self._vocabulary, delta.logprobs)
 
 
 class TextShape:
@@ -203,6 +196,19 @@ class Frame:
     def usage_chunk(self, usage: dict[str, Any]) -> str:
         """The extra event with the totals."""
         return f'{self._before}],"usage":{json.dumps(usage)}}}\n\n'
+
+
+def logprob_rows(vocabulary: Vocabulary, positions: Sequence[Any]) -> list[dict[str, Any]]:
+    """Tokens with their log-probabilities and alternatives, as chats and responses show them."""
+
+    def row(token: Any) -> dict[str, Any]:
+        text, raw = vocabulary.piece(token.token_id)
+        return {"token": text, "logprob": max(token.logprob, LEAST_LOGPROB), "bytes": list(raw)}
+
+    return [
+        {**row(position.chosen), "top_logprobs": [row(token) for token in position.top]}
+        for position in positions
+    ]
 
 
 def finish_reason(event: ChoiceFinished) -> str:

@@ -1,0 +1,51 @@
+"""Server-sent events to one client, with comments while there is nothing to say."""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiohttp import web
+
+
+class EventStream:
+    """The response to one call, which is prepared with its first event."""
+
+    def __init__(self, request: web.Request, *, request_id: str, stall_s: float) -> None:
+        self._request = request
+        self._stall_s = stall_s
+        self.response = web.StreamResponse(
+            headers={
+                "Content-Type": "text/event-stream; charset=utf-8",
+                "Cache-Control": "no-cache",
+                "X-Accel-Buffering": "no",
+                "x-request-id": request_id,
+            }
+        )
+
+    @property
+    def has_begun(self) -> bool:
+        """The status went out: what goes wrong now can only be said in an event."""
+        return self.response.prepared
+
+    async def send(self, data: bytes, *, last: bool = False) -> None:
+        """Send some events.
+
+        Raises:
+            ConnectionError, TimeoutError: the client is gone, or took nothing for `stall_s`.
+        """
+        if not self.response.prepared:
+            await self.response.prepare(self._request)
+        async with asyncio.timeout(self._stall_s):
+            if data:
+                await self.response.write(data)
+            if last:
+                await self.response.write_eof()
+
+    async def ping(self) -> None:
+        """A comment, which clients ignore."""
+        await self.send(b": ping\n\n")
+
+    def abandon(self) -> None:
+        """The client is gone: drop what it did not take."""
+        if self._request.transport is not None:
+            self._request.transport.abort()
