@@ -62,6 +62,20 @@ class ContextLengthExceeded(TriremeError):
     code = "context_length_exceeded"
 
 
+class InvalidApiKey(TriremeError):
+    """The call has no API key, or none that is known."""
+
+    kind = Kind.UNAUTHENTICATED
+    code = "invalid_api_key"
+
+
+class PermissionDenied(TriremeError):
+    """The API key is known and does not open this."""
+
+    kind = Kind.FORBIDDEN
+    code = "permission_denied"
+
+
 class InvalidCheckpoint(TriremeError):
     """A checkpoint's files are missing, malformed or of an unsupported architecture."""
 

@@ -30,7 +30,7 @@ VALUES: Object = {
     "models": {"small": {"variants": {"small": {"checkpoint": MODEL}}}},
     "workers": [{"name": "cpu", "engine": {"kv_mib": 32, "swap_mib": 0}, "drainSeconds": 5}],
     "kvstore": {"dramMib": 32, "ssdMib": 64},
-    "gateway": {"drainSeconds": 5},
+    "gateway": {"drainSeconds": 5, "allowAnonymous": True},
 }
 
 

@@ -21,6 +21,7 @@ from tests.install.charts import (
     render,
     render_values,
     values_files,
+    values_of,
 )
 from tests.install.service_settings import listening, settings_class
 from trireme.kvcache.arena import arena_size_bytes
@@ -232,6 +233,21 @@ def test_the_schema_knows_the_settings_that_the_chart_does_not_set_itself(servic
     names = {entry["name"] for entry in container["env"]}
     ours = {name.removeprefix(prefix).lower() for name in names if name.startswith(prefix)}
     assert set(section["settings"]["properties"]) == known - ours
+
+
+def test_a_gateway_is_open_only_where_the_values_say_so() -> None:
+    with pytest.raises(Exception, match="keysSecret"):
+        render_values({"gateway": {"allowAnonymous": False}})
+    for name in values_files():
+        for pod, container, settings in served(render(name)):
+            if service_of(container) != "gateway":
+                continue
+            assert settings.allow_anonymous == (settings.keys is None)
+            if settings.keys is not None:
+                mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+                volumes = {volume["name"]: volume for volume in pod.spec["volumes"]}
+                assert volumes[mounts[str(settings.keys.parent)]]["secret"]["secretName"] == "tenants"
+    assert any(values_of(name).get("gateway", {}).get("keysSecret") for name in values_files())
 
 
 def test_the_schema_knows_a_worker_groups_keys() -> None:

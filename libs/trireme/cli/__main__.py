@@ -10,6 +10,7 @@ from trireme.cli.demo import demo
 from trireme.cli.down import down
 from trireme.cli.explain import explain
 from trireme.cli.generate import generate
+from trireme.cli.keys import keys
 from trireme.cli.models import models
 from trireme.cli.quantize import quantize
 from trireme.cli.scale import scale
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(keys)
 
 
 def main() -> None:

@@ -94,6 +94,10 @@ def plan_processes(
         listen = {"HTTP_LISTEN": http, "GRPC_LISTEN": grpc}
         listen["MAX_WAITING"] = str(fleet.gateway.max_queue_requests)
         listen["MAX_PROMPT_TOKENS"] = str(fleet.gateway.max_request_tokens)
+        if fleet.gateway.keys is not None:
+            listen["KEYS"] = str(fleet.gateway.keys)
+        if fleet.gateway.allow_anonymous:
+            listen["ALLOW_ANONYMOUS"] = "true"
         specs.append(service("gateway", f"gateway-{index}", listen, grpc_address=local_address(grpc)))
     return FleetPlan(fleet=fleet, run_id=run_id, bus_prefix=fleet.name, redis_url=redis_url, specs=specs)
 

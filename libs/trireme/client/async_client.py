@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 import grpc
 
 from trireme.client.channels import CHANNEL_OPTIONS, Addresses
+from trireme.client.credentials import call_metadata
 from trireme.client.events import Event, Paused
 from trireme.client.requests import Prompt, Sampling, generate_request, slo_class
 from trireme.client.results import (
@@ -37,12 +38,21 @@ class TriremeClient:
         addresses: host:port of each gateway's gRPC server.
         retry_s: how long an answer may be without a gateway before its call fails.
         timeout_s: deadline of the calls that are not streams.
+        api_key: who calls; None: what TRIREME_API_KEY says.
     """
 
-    def __init__(self, addresses: Sequence[str], *, retry_s: float = 30.0, timeout_s: float = 600.0) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        retry_s: float = 30.0,
+        timeout_s: float = 600.0,
+        api_key: str | None = None,
+    ) -> None:
+        self._metadata = call_metadata(api_key)
         self._addresses = Addresses(addresses)
         self._retry_s = retry_s
-        self._timeout_s = timeout_s
+        self._unary_options = {"timeout": timeout_s, "metadata": self._metadata}
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     async def __aenter__(self) -> Self:
@@ -97,7 +107,7 @@ class TriremeClient:
         broken_s: float | None = None
         while not answer.done:
             address = self._addresses.current
-            call = self._stub(address).Generate(answer.next_call())
+            call = self._stub(address).Generate(answer.next_call(), metadata=self._metadata)
             try:
                 async for response in call:
                     broken_s = None
@@ -137,7 +147,7 @@ class TriremeClient:
             slo_class=slo_class(slo),
         )
         return classification_from(
-            await self._unary(lambda stub: stub.Classify(request, timeout=self._timeout_s))
+            await self._unary(lambda stub: stub.Classify(request, **self._unary_options))
         )
 
     async def embed(self, model: str, texts: Sequence[str], *, slo: str = "") -> Embeddings:
@@ -147,7 +157,7 @@ class TriremeClient:
             TriremeError: as the fleet said.
         """
         request = pb.EmbedRequest(model=model, texts=texts, slo_class=slo_class(slo))
-        return embeddings_from(await self._unary(lambda stub: stub.Embed(request, timeout=self._timeout_s)))
+        return embeddings_from(await self._unary(lambda stub: stub.Embed(request, **self._unary_options)))
 
     async def list_models(self) -> list[ModelInfo]:
         """The names that can be asked for, sorted.
@@ -156,7 +166,7 @@ class TriremeClient:
             TriremeError: as the fleet said.
         """
         request = pb.ListModelsRequest()
-        return models_from(await self._unary(lambda stub: stub.ListModels(request, timeout=self._timeout_s)))
+        return models_from(await self._unary(lambda stub: stub.ListModels(request, **self._unary_options)))
 
     async def cancel(self, request_id: str) -> bool:
         """Stop a request; False where it had ended or was never known.
@@ -165,7 +175,7 @@ class TriremeClient:
             TriremeError: as the fleet said.
         """
         request = pb.CancelRequest(request_id=request_id)
-        response = await self._unary(lambda stub: stub.Cancel(request, timeout=self._timeout_s))
+        response = await self._unary(lambda stub: stub.Cancel(request, **self._unary_options))
         return bool(response.cancelled)
 
     async def _unary(self, call: Callable[[Any], Awaitable[R]]) -> R:

@@ -17,6 +17,8 @@ _BY_CODE: dict[str, type[TriremeError]] = {
 }
 _BY_STATUS: dict[grpc.StatusCode, type[TriremeError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
+    grpc.StatusCode.UNAUTHENTICATED: errors.InvalidApiKey,
+    grpc.StatusCode.PERMISSION_DENIED: errors.PermissionDenied,
     grpc.StatusCode.NOT_FOUND: errors.RequestNotFound,
     grpc.StatusCode.ALREADY_EXISTS: errors.RequestConflict,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,

@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 import grpc
 
 from trireme.client.channels import CHANNEL_OPTIONS, Addresses
+from trireme.client.credentials import call_metadata
 from trireme.client.events import Event, Paused
 from trireme.client.requests import Prompt, Sampling, generate_request, slo_class
 from trireme.client.results import (
@@ -37,12 +38,21 @@ class SyncTriremeClient:
         addresses: host:port of each gateway's gRPC server.
         retry_s: how long an answer may be without a gateway before its call fails.
         timeout_s: deadline of the calls that are not streams.
+        api_key: who calls; None: what TRIREME_API_KEY says.
     """
 
-    def __init__(self, addresses: Sequence[str], *, retry_s: float = 30.0, timeout_s: float = 600.0) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        retry_s: float = 30.0,
+        timeout_s: float = 600.0,
+        api_key: str | None = None,
+    ) -> None:
+        self._metadata = call_metadata(api_key)
         self._addresses = Addresses(addresses)
         self._retry_s = retry_s
-        self._timeout_s = timeout_s
+        self._unary_options = {"timeout": timeout_s, "metadata": self._metadata}
         self._channels: dict[str, grpc.Channel] = {}
         self._lock = threading.Lock()
 
@@ -100,7 +110,7 @@ class SyncTriremeClient:
         broken_s: float | None = None
         while not answer.done:
             address = self._addresses.current
-            call = self._stub(address).Generate(answer.next_call())
+            call = self._stub(address).Generate(answer.next_call(), metadata=self._metadata)
             try:
                 for response in call:
                     broken_s = None
@@ -139,7 +149,7 @@ class SyncTriremeClient:
             normalise_length=normalise_length,
             slo_class=slo_class(slo),
         )
-        return classification_from(self._unary(lambda stub: stub.Classify(request, timeout=self._timeout_s)))
+        return classification_from(self._unary(lambda stub: stub.Classify(request, **self._unary_options)))
 
     def embed(self, model: str, texts: Sequence[str], *, slo: str = "") -> Embeddings:
         """One vector per text.
@@ -148,7 +158,7 @@ class SyncTriremeClient:
             TriremeError: as the fleet said.
         """
         request = pb.EmbedRequest(model=model, texts=texts, slo_class=slo_class(slo))
-        return embeddings_from(self._unary(lambda stub: stub.Embed(request, timeout=self._timeout_s)))
+        return embeddings_from(self._unary(lambda stub: stub.Embed(request, **self._unary_options)))
 
     def list_models(self) -> list[ModelInfo]:
         """The names that can be asked for, sorted.
@@ -157,7 +167,7 @@ class SyncTriremeClient:
             TriremeError: as the fleet said.
         """
         request = pb.ListModelsRequest()
-        return models_from(self._unary(lambda stub: stub.ListModels(request, timeout=self._timeout_s)))
+        return models_from(self._unary(lambda stub: stub.ListModels(request, **self._unary_options)))
 
     def cancel(self, request_id: str) -> bool:
         """Stop a request; False where it had ended or was never known.
@@ -166,7 +176,7 @@ class SyncTriremeClient:
             TriremeError: as the fleet said.
         """
         request = pb.CancelRequest(request_id=request_id)
-        response = self._unary(lambda stub: stub.Cancel(request, timeout=self._timeout_s))
+        response = self._unary(lambda stub: stub.Cancel(request, **self._unary_options))
         return bool(response.cancelled)
 
     def _unary(self, call: Callable[[Any], R]) -> R:

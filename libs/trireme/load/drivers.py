@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 import aiohttp
 import grpc
 
+from trireme.client.credentials import call_metadata
 from trireme.load.outcome import Outcome
 from trireme.load.plan import PlannedRequest
 from trireme.wire.inference.v1 import inference_pb2 as pb
@@ -29,9 +30,11 @@ async def grpc_driver(
     model: str,
     temperature: float = 0.0,
     ignore_eos: bool = True,
+    api_key: str | None = None,
     watch: Watcher | None = None,
 ) -> AsyncIterator[Driver]:
     """Spread requests over the gateways' gRPC ports, round robin."""
+    credentials = call_metadata(api_key)
     channels = [grpc.aio.insecure_channel(address) for address in addresses]
     stubs = [rpc.InferenceStub(channel) for channel in channels]
 
@@ -47,7 +50,7 @@ async def grpc_driver(
             request.text = planned.prompt
         else:
             request.token_ids.ids.extend(planned.prompt)
-        metadata = ((TENANT_HEADER, planned.tenant),) if planned.tenant else None
+        metadata = (*credentials, *(((TENANT_HEADER, planned.tenant),) if planned.tenant else ()))
         outcome = Outcome(index=planned.index, started_s=time.monotonic())
         if watch is not None:
             watch(outcome)
@@ -98,14 +101,14 @@ async def openai_driver(
     model: str,
     temperature: float = 0.0,
     ignore_eos: bool = True,
-    api_key: str = "",
+    api_key: str | None = None,
     watch: Watcher | None = None,
 ) -> AsyncIterator[Driver]:
     """Stream `/v1/completions` of any OpenAI-compatible server; tokens are counted by its usage chunk.
 
     A server that does not know `ignore_eos` is asked without it.
     """
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    headers = dict(call_metadata(api_key))
     connector = aiohttp.TCPConnector(limit=0)
     session = aiohttp.ClientSession(
         headers=headers, connector=connector, timeout=aiohttp.ClientTimeout(total=600)

@@ -155,6 +155,10 @@ class Gateway(_Section):
     max_queue_requests: int = Field(default=4096, ge=1)
     """Requests waiting in the fleet before new ones get an honest no."""
     max_request_tokens: int = Field(default=131072, ge=1)
+    keys: Path | None = None
+    """The keys file: who may call, as which tenant. Absent: anyone on this machine."""
+    allow_anonymous: bool = False
+    """Without keys: answer anyone, also from other machines."""
 
 
 class Scheduler(_Section):
@@ -294,5 +298,6 @@ def _anchored(fleet: Fleet, root: Path) -> Fleet:
             "models": models,
             "power": fleet.power.model_copy(update={"carbon": carbon}),
             "kvstore": fleet.kvstore.model_copy(update={"directory": absolute(fleet.kvstore.directory)}),
+            "gateway": fleet.gateway.model_copy(update={"keys": absolute(fleet.gateway.keys)}),
         }
     )

@@ -121,13 +121,14 @@ async def grpc_server(
     health: HealthReporter,
     drain_s: float = 5.0,
     max_concurrent_rpcs: int | None = None,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),  # type: ignore[type-arg]
 ) -> AsyncIterator[str]:
     """Serve until the block ends; yields the bound host:port (port 0 picks a free one).
 
     On leaving, health says NOT_SERVING first, then calls have `drain_s` to end.
     """
     server = grpc.aio.server(
-        interceptors=[ErrorInterceptor()],
+        interceptors=[ErrorInterceptor(), *interceptors],
         maximum_concurrent_rpcs=max_concurrent_rpcs,
         options=[
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

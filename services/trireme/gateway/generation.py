@@ -31,7 +31,7 @@ from trireme.gateway.recovery import Recovery, ending_error
 from trireme.gateway.request_table import RequestTable
 from trireme.gateway.request_traces import CallTrace, RequestTraces
 from trireme.gateway.settings import Settings
-from trireme.gateway.submission import Submission
+from trireme.gateway.submission import Submission, fleet_request_id
 from trireme.gateway.timelines import Event
 from trireme.gateway.truncation import dropped_tokens
 from trireme.gateway.worker_links import WorkerLinks
@@ -100,7 +100,7 @@ class Generation:
     async def _submit(self, submission: Submission, call: CallTrace) -> Answer:
         if self._leaving:
             raise ServiceUnavailable("this gateway is leaving: ask another one", retry_after_s=0.1)
-        known = self._table.get(submission.caller.request_id)
+        known = self._table.get(submission.caller.fleet_id)
         if known is not None:
             _check_same(known.admitted, submission)
             self.metrics.resumes.inc()
@@ -112,8 +112,9 @@ class Generation:
             )
         return await self._admit(submission, call)
 
-    async def cancel(self, request_id: str) -> bool:
-        """Stop a request, whoever serves it; False where it had ended or was never known."""
+    async def cancel(self, request_id: str, *, tenant: str) -> bool:
+        """Stop a tenant's request, whoever serves it; False where it had ended or was never known."""
+        request_id = fleet_request_id(tenant, request_id)
         try:
             was_open, worker_id = await self._records.settle(request_id, State.CANCELLED)
         except AWAY as error:
@@ -183,7 +184,9 @@ class Generation:
         standing = await self._records.standing(request_id)
         body = await self._records.body(request_id)
         if standing is None:
-            raise RequestNotFound(f"request {request_id!r} is no longer known", param="request_id")
+            raise RequestNotFound(
+                f"request {submission.caller.request_id!r} is no longer known", param="request_id"
+            )
         if not standing.state.is_open and standing.state is not State.FINISHED:
             raise ending_error(standing)
         self.metrics.resumes.inc()
@@ -266,7 +269,7 @@ class Generation:
         now_unix_s = time.time()
         latest_s = now_unix_s + self._settings.max_request_s
         admitted = AdmittedRequest(
-            request_id=caller.request_id,
+            request_id=caller.fleet_id,
             tenant=caller.tenant,
             model=submission.model.name,
             kind=submission.kind,
@@ -315,7 +318,8 @@ def _check_same(admitted: AdmittedRequest, submission: Submission) -> None:
     ]
     for name, holds in same:
         if not holds():
+            request_id = submission.caller.request_id
             raise RequestConflict(
-                f"a request with the id {admitted.request_id!r} exists with another {name}: use a new id",
+                f"a request with the id {request_id!r} exists with another {name}: use a new id",
                 param="request_id",
             )

@@ -12,6 +12,7 @@ from trireme.gateway.detokenizer import Vocabulary
 from trireme.gateway.events import Accepted, ChoiceFinished, Delta, Event, Paused, Summary
 from trireme.gateway.generation import Generation
 from trireme.gateway.grpc_calls import ClientWatch, caller_of, counted
+from trireme.gateway.identity import current_principal
 from trireme.gateway.limits import at_most
 from trireme.gateway.models import ServedModel
 from trireme.gateway.scoring import classify, embed
@@ -26,12 +27,9 @@ from trireme.wire.inference.v1 import inference_pb2_grpc as rpc
 class InferenceServicer(rpc.InferenceServicer):
     """What clients call over gRPC."""
 
-    def __init__(
-        self, core: Generation, links: WorkerLinks, *, trust_tenant_header: bool, stall_s: float
-    ) -> None:
+    def __init__(self, core: Generation, links: WorkerLinks, *, stall_s: float) -> None:
         self._core = core
         self._links = links
-        self._trust_tenant_header = trust_tenant_header
         self._watch = ClientWatch(stall_s)
 
     async def Generate(
@@ -132,7 +130,9 @@ class InferenceServicer(rpc.InferenceServicer):
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
         if not request.request_id:
             raise InvalidRequest("request_id is empty: name a request", param="request_id")
-        return pb.CancelResponse(cancelled=await self._core.cancel(checked_request_id(request.request_id)))
+        request_id = checked_request_id(request.request_id)
+        cancelled = await self._core.cancel(request_id, tenant=current_principal().tenant)
+        return pb.CancelResponse(cancelled=cancelled)
 
     async def _prompt(self, request: pb.GenerateRequest, model: ServedModel) -> list[int]:
         most = self._core.limits.max_prompt_tokens if request.context_overflow in CUTTING else None
@@ -158,7 +158,6 @@ class InferenceServicer(rpc.InferenceServicer):
     ) -> Caller:
         return caller_of(
             context,
-            trust_tenant_header=self._trust_tenant_header,
             request_id=request_id,
             slo_class=slo_class,
             priority=priority,

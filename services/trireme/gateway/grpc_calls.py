@@ -12,9 +12,9 @@ import grpc
 from trireme.errors import InvalidRequest, TriremeError
 from trireme.gateway.answer import Answer
 from trireme.gateway.arrivals import note_arrival
+from trireme.gateway.identity import current_principal
 from trireme.gateway.metrics import Metrics
 from trireme.gateway.submission import (
-    DEFAULT_TENANT,
     Caller,
     checked_name,
     checked_request_id,
@@ -30,7 +30,6 @@ MAX_DEADLINE_S = 7 * 24 * 3600.0
 def caller_of(
     context: Context,
     *,
-    trust_tenant_header: bool,
     request_id: str = "",
     slo_class: SloClass.ValueType = SloClass.SLO_CLASS_UNSPECIFIED,
     priority: int = 0,
@@ -42,15 +41,13 @@ def caller_of(
         InvalidRequest: a name has other characters than names may have, or the class is unknown.
     """
     metadata = metadata_of(context)
-    tenant = metadata.get("x-trireme-tenant", "") if trust_tenant_header else ""
-    checked_name(tenant, param="x-trireme-tenant")
     if slo_class not in SloClass.values():
         raise InvalidRequest(f"slo_class {slo_class} is not known", param="slo_class")
     remaining_s = context.time_remaining()
     limited = remaining_s is not None and remaining_s < MAX_DEADLINE_S
     return Caller(
         request_id=checked_request_id(request_id),
-        tenant=tenant or DEFAULT_TENANT,
+        tenant=current_principal().tenant,
         slo_class=slo_class,
         priority=priority,
         session_id=checked_name(session_id, param="session_id"),

@@ -15,6 +15,7 @@ from trireme.bus.registry import Registry, new_process_id
 from trireme.bus.request_records import RequestRecords
 from trireme.gateway.generation import Generation
 from trireme.gateway.grpc_api import InferenceServicer
+from trireme.gateway.identity import GrpcGate, gate_of
 from trireme.gateway.metrics import Metrics
 from trireme.gateway.models import load_catalog
 from trireme.gateway.oip.servicer import SERVICE_NAME as OIP_SERVICE_NAME
@@ -70,6 +71,7 @@ async def running_gateway(settings: Settings, spans: Spans | None = None) -> Asy
     gateway_id = new_process_id("gateway")
     started_s = time.time()
     keys = Keys(settings.bus_prefix)
+    gate = gate_of(settings)
     metrics = Metrics()
     async with AsyncExitStack() as stack:
         redis = await stack.enter_async_context(open_redis(settings.redis_url))
@@ -104,13 +106,11 @@ async def running_gateway(settings: Settings, spans: Spans | None = None) -> Asy
         health = HealthReporter({SERVICE_NAME: answers, OIP_SERVICE_NAME: answers})
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         running = [tasks.create_task(links.run()), tasks.create_task(recovery.run())]
+        if gate.book is not None:
+            running.append(tasks.create_task(gate.book.watch()))
         stack.push_async_callback(end_tasks, running)
-        servicer = InferenceServicer(
-            core, links, trust_tenant_header=settings.trust_tenant_header, stall_s=settings.stall_s
-        )
-        oip_servicer = OpenInferenceServicer(
-            core, links, trust_tenant_header=settings.trust_tenant_header, stall_s=settings.stall_s
-        )
+        servicer = InferenceServicer(core, links, stall_s=settings.stall_s)
+        oip_servicer = OpenInferenceServicer(core, links, stall_s=settings.stall_s)
         grpc_address = await stack.enter_async_context(
             grpc_server(
                 settings.grpc_listen,
@@ -121,13 +121,13 @@ async def running_gateway(settings: Settings, spans: Spans | None = None) -> Asy
                 service_names=[SERVICE_NAME, OIP_SERVICE_NAME],
                 health=health,
                 drain_s=1.0,
+                interceptors=[GrpcGate(gate)],
             )
         )
         background = Background(redis, keys, settings, core, gateway_id=gateway_id)
         running += [tasks.create_task(work) for work in background.running()]
-        http_address = await stack.enter_async_context(
-            openai_server(settings, core, links, health, background.routes())
-        )
+        http = openai_server(settings, core, links, health, background.routes(), gate=gate)
+        http_address = await stack.enter_async_context(http)
 
         # Whatever ends this process, its clients' requests go on and are theirs to resume.
         stack.push_async_callback(core.leave, drain_s=0.0)

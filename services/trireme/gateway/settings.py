@@ -55,8 +55,14 @@ class Settings:
     """Ended requests whose phases this gateway can tell of."""
     drain_s: float = 30.0
     """How long streams may go on after SIGTERM; then their clients resume elsewhere."""
+    keys: Path | None = None
+    """The keys file: who may call, as which tenant. It is read again when it changes."""
+    allow_anonymous: bool = False
+    """Without keys: answer anyone, also from other machines. On loopback this needs no saying."""
+    open_metrics: bool = False
+    """Show /metrics without a key: where Prometheus has none, and clients do not reach the port."""
     trust_tenant_header: bool = False
-    """Believe `x-trireme-tenant`; only behind a proxy that sets it."""
+    """Believe `x-trireme-tenant`; only behind a proxy that sets it, and without keys."""
 
     response_ttl_s: float = 86400.0
     """How long a stored response (/v1/responses) is kept after its end."""

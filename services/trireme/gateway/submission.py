@@ -45,6 +45,11 @@ class Caller:
     received_unix_s: float = dataclasses.field(default_factory=arrived_unix_s)
     """When the call came in."""
 
+    @property
+    def fleet_id(self) -> str:
+        """The request's id in the fleet."""
+        return fleet_request_id(self.tenant, self.request_id)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
@@ -82,6 +87,14 @@ def checked_request_id(request_id: str) -> str:
             param="request_id",
         )
     return request_id
+
+
+def fleet_request_id(tenant: str, request_id: str) -> str:
+    """A request's id in the fleet: tenants may choose equal ids and never meet.
+
+    No id that a client may send has the sign, so none can name another tenant's request.
+    """
+    return request_id if tenant == DEFAULT_TENANT else f"{request_id}@{tenant}"
 
 
 def is_name(text: str) -> bool:

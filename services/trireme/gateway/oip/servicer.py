@@ -37,12 +37,9 @@ MAX_STREAM_REQUESTS = 64
 class OpenInferenceServicer(rpc.GRPCInferenceServiceServicer):
     """What clients of KServe and Triton call."""
 
-    def __init__(
-        self, core: Generation, links: WorkerLinks, *, trust_tenant_header: bool, stall_s: float
-    ) -> None:
+    def __init__(self, core: Generation, links: WorkerLinks, *, stall_s: float) -> None:
         self._core = core
         self._links = links
-        self._trust_tenant_header = trust_tenant_header
         self._watch = ClientWatch(stall_s)
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:
@@ -176,7 +173,6 @@ class OpenInferenceServicer(rpc.GRPCInferenceServiceServicer):
     def _caller(self, context: Context, prompt: Prompt) -> Caller:
         caller = caller_of(
             context,
-            trust_tenant_header=self._trust_tenant_header,
             slo_class=slo_class(prompt.service_tier, None),
             priority=prompt.priority,
             session_id=prompt.session_id,

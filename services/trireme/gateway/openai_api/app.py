@@ -15,6 +15,7 @@ from trireme.errors import RequestCancelled, RequestConflict, RequestNotFound
 from trireme.gateway.answer import Answer
 from trireme.gateway.arrivals import note_arrival
 from trireme.gateway.generation import Generation
+from trireme.gateway.identity import Gate, gate_of, http_gate
 from trireme.gateway.models import ServedModel
 from trireme.gateway.openai_api.bodies import ChatBody, CompletionBody, EmbeddingsBody
 from trireme.gateway.openai_api.calls import Call, streamed_answer, whole_answer
@@ -164,6 +165,25 @@ class OpenAiApi:
             return await streamed_answer(request, call, ping_s=settings.ping_s, stall_s=settings.stall_s)
 
 
+def openai_app(
+    settings: Settings,
+    core: Generation,
+    links: WorkerLinks,
+    health: HealthReporter,
+    more_routes: Sequence[web.AbstractRouteDef],
+    gate: Gate,
+) -> web.Application:
+    """All routes, behind the gate."""
+    app = web.Application(
+        middlewares=[_marked_and_counted(core), errors_as_json, http_gate(gate)],
+        client_max_size=settings.max_body_bytes,
+    )
+    app.add_routes(OpenAiApi(settings, core, links).routes())
+    app.add_routes(more_routes)
+    app.add_routes(metrics_routes(core.metrics.registry, health))
+    return app
+
+
 @asynccontextmanager
 async def openai_server(
     settings: Settings,
@@ -171,14 +191,11 @@ async def openai_server(
     links: WorkerLinks,
     health: HealthReporter,
     more_routes: Sequence[web.AbstractRouteDef] = (),
+    *,
+    gate: Gate | None = None,
 ) -> AsyncIterator[str]:
     """Serve until the block ends; yields the bound host:port."""
-    app = web.Application(
-        middlewares=[_marked_and_counted(core), errors_as_json], client_max_size=settings.max_body_bytes
-    )
-    app.add_routes(OpenAiApi(settings, core, links).routes())
-    app.add_routes(more_routes)
-    app.add_routes(metrics_routes(core.metrics.registry, health))
+    app = openai_app(settings, core, links, health, more_routes, gate or gate_of(settings))
     runner = web.AppRunner(
         app,
         access_log=None,

@@ -48,6 +48,8 @@ def error_response(error: TriremeError) -> web.Response:
         after_s = error.retry_after_s or 1.0
         headers["retry-after"] = str(math.ceil(after_s))
         headers["retry-after-ms"] = str(round(after_s * 1000))
+    if error.kind is Kind.UNAUTHENTICATED:
+        headers["www-authenticate"] = "Bearer"
     return web.json_response(error_object(error), status=HTTP_STATUS[error.kind], headers=headers)
 
 

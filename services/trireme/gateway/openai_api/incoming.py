@@ -10,11 +10,11 @@ from aiohttp import web
 from aiohttp.http import HttpProcessingError
 
 from trireme.errors import InvalidRequest
+from trireme.gateway.identity import current_principal
 from trireme.gateway.openai_api.bodies import B, parse
 from trireme.gateway.openai_api.sampling import slo_class
 from trireme.gateway.settings import Settings
 from trireme.gateway.submission import (
-    DEFAULT_TENANT,
     Caller,
     checked_name,
     checked_traceparent,
@@ -71,12 +71,11 @@ def caller_of(
         InvalidRequest: a name has other characters than names may have.
     """
     headers = request.headers
-    tenant = headers.get("x-trireme-tenant", "") if settings.trust_tenant_header else ""
-    checked_name(tenant, param="x-trireme-tenant")
+    tenant = current_principal().tenant
     checked_name(headers.get("x-request-id", ""), param="x-request-id")
     return Caller(
         request_id=_request_id(request[REQUEST_ID], tenant, request.path, raw),
-        tenant=tenant or DEFAULT_TENANT,
+        tenant=tenant,
         slo_class=slo_class(service_tier, headers.get("x-trireme-slo-class")),
         priority=priority or 0,
         session_id=checked_name(headers.get("x-trireme-session", ""), param="x-trireme-session")

@@ -333,7 +333,7 @@ class ResponsesApi:
     async def _stop(self, stored: StoredResponse) -> None:
         await kept(self._store.end(stored.response_id, state="cancelled", final=End(status="").as_json()))
         with suppress(ServiceUnavailable):  # Its driver sees the same a moment later.
-            await self._core.cancel(stored.asked["caller"]["request_id"])
+            await self._core.cancel(stored.asked["caller"]["request_id"], tenant=stored.tenant)
 
     async def _load(self, response_id: str, tenant: str) -> StoredResponse:
         return await kept(self._store.load(response_id, tenant))
