@@ -14,7 +14,7 @@ OPENVINO := .tools/openvino
 # File the fleet is read from; empty: fleet.yaml here, or else the built-in fleet.
 CONFIG ?=
 
-.PHONY: help setup demo up down status test test-unit check lint types imports proto clean \
+.PHONY: help setup demo up down status test test-unit check lint types imports proto metrics-reference metrics-current clean \
         kernels bench bench-engine bench-floor bench-overhead bench-scaling bench-kvstore bench-peers bench-gpu
 
 help: ## list the targets
@@ -46,7 +46,7 @@ test: kernels ## run all tests that this machine can run
 test-unit: kernels ## run the tests that need no other process
 	$(VENV)/bin/python -m pytest tests/unit
 
-check: lint types imports proto ## lint, types, import directions, generated code
+check: lint types imports proto metrics-current ## lint, types, import directions, generated code
 
 lint: setup ## ruff
 	$(VENV)/bin/ruff check .
@@ -59,6 +59,12 @@ imports: setup ## the import directions of the house
 
 proto: setup ## fail if libs/trireme/wire differs from what proto/ generates
 	.ci/generate_proto.sh --check
+
+metrics-reference: setup ## write the reference part of docs/metrics.md
+	PYTHONPATH=libs:services $(VENV)/bin/python .ci/metrics_reference.py
+
+metrics-current: setup ## fail if docs/metrics.md is not what the services serve
+	PYTHONPATH=libs:services $(VENV)/bin/python .ci/metrics_reference.py --check
 
 bench: setup ## any script of benchmarks/ (NAME=fastserve_sim)
 	$(VENV)/bin/python -m benchmarks.$(or $(NAME),$(error say which: make bench NAME=fastserve_sim))

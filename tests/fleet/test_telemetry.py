@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import signal
 import time
 from collections.abc import Iterator
+from urllib.request import urlopen
 
 import openai
 import pytest
 from openai.types import Completion
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.fleet.conftest import VARIANT, Fleet, running
 from tests.fleet.otlp_collector import Collector, Received, collecting
@@ -159,3 +162,35 @@ async def test_a_request_that_outlives_its_worker_is_still_one_trace(
     second = [s for s in spans if s.service == "trireme-worker" and s.attributes["trireme.attempt"] == 2]
     assert second and all(span.parent_id == decode.span_id for span in second)
     await fleet.ready_workers(2)
+
+
+async def test_a_worker_counts_under_vllms_names_what_was_asked_of_it(fleet: Fleet) -> None:
+    async def samples() -> dict[str, float]:
+        found: dict[str, float] = {}
+        for worker in await fleet.ready_workers(2):
+            page = await asyncio.to_thread(urlopen, f"http://{worker.http_address}/metrics", timeout=30)
+            for family in text_string_to_metric_families(page.read().decode()):
+                for sample in family.samples:
+                    if sample.labels.get("model_name", "py") == "py" and "le" not in sample.labels:
+                        reason = sample.labels.get("finished_reason", "")
+                        key = f"{sample.name} {reason}".strip()
+                        found[key] = found.get(key, 0.0) + sample.value
+        return found
+
+    before = await samples()
+    for number in range(3):
+        async for _ in await complete(fleet, traceparent(0xD0 + number)[1], max_tokens=8, ignore_eos=True):
+            pass
+    after = await samples()
+    grown = {name: after[name] - before[name] for name in before}
+    assert grown["vllm:request_success_total length"] == 3
+    assert grown["vllm:time_to_first_token_seconds_count"] == 3
+    assert grown["vllm:request_generation_tokens_sum"] == 24
+    # The first token is the prefill's; each later one is an iteration's.
+    assert grown["vllm:inter_token_latency_seconds_count"] == 3 * (8 - 1)
+    assert grown["vllm:e2e_request_latency_seconds_sum"] == pytest.approx(
+        grown["vllm:request_queue_time_seconds_sum"] + grown["vllm:request_inference_time_seconds_sum"],
+        abs=1e-3,
+    )
+    assert after["vllm:num_requests_running"] == after["vllm:num_requests_waiting"] == 0
+    assert after["vllm:kv_cache_usage_perc"] == after["vllm:gpu_cache_usage_perc"]

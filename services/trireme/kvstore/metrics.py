@@ -16,12 +16,12 @@ _TIER_GAUGES = {
     "capacity_bytes": "Bytes the tier may use.",
     "used_bytes": "Bytes in use, headers and padding included.",
     "blocks": "Blocks held.",
-    "serving": "1 where the tier serves, 0 where it is off.",
+    "serving": "1 where the tier serves, 0 where it is off: its disk is gone, failed or does not answer.",
 }
 _TIER_COUNTERS = {
     "hits": "Blocks that readers found in the tier.",
     "evictions": "Blocks put out to make room.",
-    "corrupt": "Blocks that did not have their checksum.",
+    "corrupt": "Blocks whose bytes were not those saved: each became a miss.",
 }
 _GAUGES = {
     "write_behind_bytes": "Bytes waiting to be written to SSD.",
@@ -37,13 +37,13 @@ _COUNTERS = {
     "late": "Blocks that were on SSD and did not come in time.",
     "committed": "Blocks saved.",
     "promoted": "Blocks read from SSD into DRAM.",
-    "write_behind_dropped": "Evicted blocks that were not written to SSD.",
+    "write_behind_dropped": "Blocks that left DRAM unwritten: the SSD took nothing or could not keep up.",
     "outlived": "Blocks deleted because nobody used them for the time to live.",
     "fetched_ahead": "Blocks read from SSD because a waiting request will need them.",
     "from_peers": "Blocks fetched from other nodes.",
     "to_peers": "Blocks sent to other nodes.",
     "peer_corrupt": "Blocks from other nodes that did not have their checksum.",
-    "expired": "Leases and reservations that their holder did not end.",
+    "expired": "Holds and reservations whose owner was too slow or died.",
 }
 
 
@@ -56,15 +56,19 @@ class KvStoreCollector(Collector):
         self._node = node
 
     def collect(self) -> Iterator[Metric]:
-        stats = stats_of(self._store, self._transfers, node=self._node)
-        yield from _tier_metrics(stats)
-        for name, text in _GAUGES.items():
-            yield GaugeMetricFamily(f"trireme_kv_{name}", text, value=getattr(stats, name))
-        for name, text in _COUNTERS.items():
-            yield CounterMetricFamily(f"trireme_kv_{name}", text, value=getattr(stats, name))
-        yield CounterMetricFamily(
-            "trireme_kv_matched", "Blocks asked for before loading and found.", value=stats.hits
-        )
+        yield from families_of(stats_of(self._store, self._transfers, node=self._node))
+
+
+def families_of(stats: GetStatsResponse) -> Iterator[Metric]:
+    """What Prometheus gets of a store's figures."""
+    yield from _tier_metrics(stats)
+    for name, text in _GAUGES.items():
+        yield GaugeMetricFamily(f"trireme_kv_{name}", text, value=getattr(stats, name))
+    for name, text in _COUNTERS.items():
+        yield CounterMetricFamily(f"trireme_kv_{name}", text, value=getattr(stats, name))
+    yield CounterMetricFamily(
+        "trireme_kv_matched", "Blocks asked for before loading and found.", value=stats.hits
+    )
 
 
 def _tier_metrics(stats: GetStatsResponse) -> Iterator[Metric]:

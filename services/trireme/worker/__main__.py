@@ -55,6 +55,7 @@ from trireme.worker.step_news import StepNews, Turn
 from trireme.worker.turn_events import publish_turns, turn_events
 from trireme.worker.variant_plan import plan_from_request, plans_of
 from trireme.worker.variants import VariantTable
+from trireme.worker.vllm_aliases import VllmAliases
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ async def serve(settings: Settings, spans: Spans) -> None:
             if loaded is None:
                 return  # its last step ended while it was unloaded
             loaded.note_step(news)
+            aliases.note_step(news)
             loaded.billed_joules += joules
             loaded.billed_engine_s += engine_s
             if news.turns:
@@ -133,6 +135,8 @@ async def serve(settings: Settings, spans: Spans) -> None:
             spans=spans,
             cancel=lambda variant, handles: engines.send(Cancel(variant, handles)),
         )
+        aliases = VllmAliases(variants)
+        table.on_ended = aliases.note_end
         store = None
         if fleet.kvstore.enabled:
             find_store = _find_store(registry, settings.node)
@@ -198,6 +202,8 @@ async def serve(settings: Settings, spans: Spans) -> None:
             )
         )
         metrics = registry_of(EngineCollector(variants, engines.stalled_s))
+        if settings.vllm_aliases:
+            metrics.register(aliases)
         http_address = await stack.enter_async_context(
             metrics_server(settings.metrics_listen, metrics, health)
         )

@@ -67,6 +67,8 @@ class RequestTable:
         self._tombstones: dict[str, float] = {}
         self._endings: set[asyncio.Task[None]] = set()
         self._entries: set[bytes] = set()
+        self.on_ended: Callable[[LiveRequest], None] | None = None
+        """Hears of each request whose last choice has ended."""
 
     def __len__(self) -> int:
         return len(self._live)
@@ -305,6 +307,8 @@ class RequestTable:
         request.ended_s = time.monotonic()
         request.ended_unix_s = now_s
         put_spans(self._spans, request, self._worker_id)
+        if self.on_ended is not None:
+            self.on_ended(request)
         admitted = request.assignment.request
         finished = RequestFinished(
             request_id=request.request_id,

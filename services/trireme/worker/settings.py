@@ -32,4 +32,6 @@ class Settings:
     """Time for the KV store to answer before a block counts as missing."""
     kv_load_always: bool = False
     """Load stored KV wherever there is any, not only where that is faster than computing it."""
+    vllm_aliases: bool = True
+    """Tell Prometheus the main figures under vLLM's names too."""
     log_level: str = "info"
