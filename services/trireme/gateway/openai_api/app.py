@@ -17,12 +17,22 @@ from trireme.gateway.arrivals import note_arrival
 from trireme.gateway.generation import Generation
 from trireme.gateway.identity import Gate, gate_of, http_gate
 from trireme.gateway.models import ServedModel
+from trireme.gateway.openai_api.answers import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    EmbeddingList,
+    ModelCard,
+    ModelList,
+    TextCompletion,
+    TextCompletionChunk,
+)
 from trireme.gateway.openai_api.bodies import ChatBody, CompletionBody, EmbeddingsBody
 from trireme.gateway.openai_api.calls import Call, streamed_answer, whole_answer
 from trireme.gateway.openai_api.door import Door
 from trireme.gateway.openai_api.embeddings import embeddings_answer
 from trireme.gateway.openai_api.errors import errors_as_json
 from trireme.gateway.openai_api.incoming import REQUEST_ID, caller_of, parsed, read_body
+from trireme.gateway.openai_api.openapi import described, description_route
 from trireme.gateway.openai_api.prepared import Prepared, prepare_chat, prepare_completion
 from trireme.gateway.openai_api.shapes import Frame, Shape
 from trireme.gateway.settings import Settings
@@ -54,6 +64,7 @@ class OpenAiApi:
             web.get("/v1/models/{name}", self.model),
         ]
 
+    @described("Answer a conversation.", body=ChatBody, answer=ChatCompletion, event=ChatCompletionChunk)
     async def chat(self, request: web.Request) -> web.StreamResponse:
         raw = await read_body(request, self._settings)
         body = await parsed(ChatBody, raw)
@@ -68,6 +79,7 @@ class OpenAiApi:
         prepared = await prepare_chat(self._core, body, caller)
         return await self._answer(request, prepared, bool(body.stream), body.includes_usage)
 
+    @described("Go on from a prompt.", body=CompletionBody, answer=TextCompletion, event=TextCompletionChunk)
     async def completions(self, request: web.Request) -> web.StreamResponse:
         raw = await read_body(request, self._settings)
         body = await parsed(CompletionBody, raw)
@@ -77,6 +89,7 @@ class OpenAiApi:
         prepared = await prepare_completion(self._core, body, caller)
         return await self._answer(request, prepared, bool(body.stream), body.includes_usage)
 
+    @described("Turn texts into vectors.", body=EmbeddingsBody, answer=EmbeddingList)
     async def embeddings(self, request: web.Request) -> web.StreamResponse:
         raw = await read_body(request, self._settings)
         body = await parsed(EmbeddingsBody, raw)
@@ -85,11 +98,13 @@ class OpenAiApi:
         )
         return await embeddings_answer(self._core, body, caller)
 
+    @described("List models and variants.", answer=ModelList, refusals=(401, 403, 429))
     async def models(self, request: web.Request) -> web.Response:
         return web.json_response(
             {"object": "list", "data": [self._card(model) for model in self._core.catalog.all()]}
         )
 
+    @described("One model or variant.", answer=ModelCard, refusals=(401, 403, 404, 429))
     async def model(self, request: web.Request) -> web.Response:
         return web.json_response(self._card(self._core.catalog.find(request.match_info["name"])))
 
@@ -181,6 +196,7 @@ def openai_app(
     app.add_routes(OpenAiApi(settings, core, links).routes())
     app.add_routes(more_routes)
     app.add_routes(metrics_routes(core.metrics.registry, health))
+    app.add_routes([description_route(app)])
     return app
 
 

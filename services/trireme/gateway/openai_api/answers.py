@@ -1,0 +1,221 @@
+"""What the HTTP API answers, as its description says it. Tests hold live answers to this.
+
+Answers are not built from these classes: a chunk for every few tokens is put together from text.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+FinishReason = Literal["stop", "length"]
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class PromptTokensDetails(_Answer):
+    cached_tokens: int
+    """Prompt tokens whose KV was there already."""
+
+
+class CompletionTokensDetails(_Answer):
+    reasoning_tokens: int
+
+
+class Account(_Answer):
+    """What a call used and where it ran; not OpenAI's."""
+
+    truncated_tokens: int
+    joules: float
+    """Energy attributed to the call."""
+    grams_co2e: float
+    engine_s: float
+    queue_s: float
+    first_token_s: float
+    total_s: float
+    paused_s: float
+    variant: str
+    worker: str
+    decision: str
+    """Why it ran there."""
+    attempts: int
+    """Workers that it was given to, one after the other."""
+
+
+class Usage(_Answer):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
+    trireme: Account
+
+
+class TokenLogprob(_Answer):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChosenLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(_Answer):
+    content: list[ChosenLogprob]
+    refusal: None
+
+
+class ChatMessage(_Answer):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(_Answer):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(_Answer):
+    """A chat's answer, whole."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    system_fingerprint: None
+
+
+class ChatDelta(_Answer):
+    role: Literal["assistant"] = "assistant"
+    content: str = ""
+
+
+class ChatChunkChoice(_Answer):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatCompletionChunk(_Answer):
+    """One event of a chat's stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    """With stream_options.include_usage: null, and the totals in a last chunk without choices."""
+
+
+class TextLogprobs(_Answer):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class TextChoice(_Answer):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: FinishReason
+
+
+class TextCompletion(_Answer):
+    """The answer to a prompt, whole."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+    system_fingerprint: None
+
+
+class TextChunkChoice(_Answer):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class TextCompletionChunk(_Answer):
+    """One event of a completion's stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChunkChoice]
+    usage: Usage | None = None
+
+
+class Embedding(_Answer):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+    """A string where base64 was asked for."""
+
+
+class EmbeddingsUsage(_Answer):
+    prompt_tokens: int
+    total_tokens: int
+    trireme: Account
+
+
+class EmbeddingList(_Answer):
+    """One vector per text."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingsUsage
+
+
+class ModelCard(_Answer):
+    """A model or a variant of one."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    parent: str | None
+    """The model that this is a variant of."""
+    max_model_len: int
+    """Context in tokens."""
+    ready: bool
+    """A worker serves it now."""
+
+
+class ModelList(_Answer):
+    """All models and variants."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class ErrorDetail(_Answer):
+    message: str
+    """What to change."""
+    type: str
+    param: str | None
+    """The field at fault."""
+    code: str | None
+
+
+class Failure(_Answer):
+    """Why a call was not answered; also the data of a stream's last event where it broke."""
+
+    error: ErrorDetail
