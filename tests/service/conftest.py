@@ -7,10 +7,11 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from tests.service.gateway_fleet import fleet
 from tests.service.openai_world import World
+from tests.service.openapi_checks import CheckingTransport
 
 
 @pytest.fixture
@@ -20,7 +21,13 @@ async def world(redis_url: str, tmp_path: Path, request: pytest.FixtureRequest) 
         fleet(redis_url, tmp_path) as made,
         made.gateway(**settings) as gateway,
         AsyncOpenAI(
-            base_url=f"http://{gateway.http_address}/v1", api_key="none", max_retries=0, timeout=20
+            base_url=f"http://{gateway.http_address}/v1",
+            api_key="none",
+            max_retries=0,
+            timeout=20,
+            http_client=DefaultAsyncHttpxClient(
+                transport=CheckingTransport(f"http://{gateway.http_address}")
+            ),
         ) as client,
         aiohttp.ClientSession() as http,
     ):

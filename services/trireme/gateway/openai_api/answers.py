@@ -5,7 +5,7 @@ Answers are not built from these classes: a chunk for every few tokens is put to
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -204,6 +204,54 @@ class ModelList(_Answer):
 
     object: Literal["list"]
     data: list[ModelCard]
+
+
+class _Open(BaseModel):
+    """As OpenAI has it; what is named here is always there."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class ResponseObject(_Open):
+    """A response as it stands."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
+    model: str
+    output: list[dict[str, Any]]
+    """Messages and function calls; empty while it runs."""
+    background: bool
+    error: dict[str, Any] | None
+    incomplete_details: dict[str, Any] | None
+    usage: dict[str, Any] | None
+
+
+class ResponseEvent(_Open):
+    """One event of a response's stream; `type` says which."""
+
+    type: str
+    sequence_number: int
+    """Counts from 0; a stream can be asked for again from any of them."""
+
+
+class DeletedObject(_Answer):
+    """It is gone."""
+
+    id: str
+    object: str
+    deleted: Literal[True]
+
+
+class ObjectPage(_Open):
+    """One page of a list."""
+
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 class ErrorDetail(_Answer):

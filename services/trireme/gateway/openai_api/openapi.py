@@ -32,6 +32,8 @@ _REFUSALS = {
     409: "Another call with the same id contradicts this one.",
     413: "The body is too large.",
     429: "Too much is asked for at the moment; `retry-after` says when to come back.",
+    499: "Another call cancelled the request.",
+    500: "The fleet failed on this request; `message` says how.",
     503: "The fleet cannot answer now; `retry-after` says when to come back.",
     504: "The deadline passed.",
 }
@@ -43,6 +45,11 @@ _HEADERS: dict[str, tuple[str, str]] = {
     "x-trireme-session": ("Calls of one session find each other's KV again.", "^[!-~]{1,128}$"),
     "x-trireme-slo-class": ("How soon the answer is needed.", "^(interactive|standard|batch)$"),
     "traceparent": ("W3C trace context.", "^[!-~]*$"),
+}
+PAGING_QUERY = {
+    "after": "The page after the object of this id.",
+    "limit": "Objects of a page.",
+    "order": "asc or desc, by age.",
 }
 
 

@@ -27,10 +27,12 @@ from trireme.errors import (
 from trireme.gateway.answer import Answer
 from trireme.gateway.background_work import BackgroundWork
 from trireme.gateway.generation import Generation
+from trireme.gateway.openai_api.answers import DeletedObject, ObjectPage, ResponseEvent, ResponseObject
 from trireme.gateway.openai_api.errors import error_event
 from trireme.gateway.openai_api.event_stream import EventStream
 from trireme.gateway.openai_api.incoming import REQUEST_ID, caller_of, parsed, read_body
 from trireme.gateway.openai_api.listing import flag, kept, page_of, query_of, whole_number
+from trireme.gateway.openai_api.openapi import PAGING_QUERY, described
 from trireme.gateway.openai_api.prepared import Prepared, prepare_chat
 from trireme.gateway.openai_api.responses_asking import (
     LOGPROBS,
@@ -81,6 +83,7 @@ class ResponsesApi:
             web.get("/v1/responses/{response_id}/input_items", self.input_items),
         ]
 
+    @described("Answer, and keep the answer.", body=ResponseBody, answer=ResponseObject, event=ResponseEvent)
     async def create(self, request: web.Request) -> web.StreamResponse:
         raw = await read_body(request, self._settings)
         body = await parsed(ResponseBody, raw)
@@ -114,6 +117,17 @@ class ResponsesApi:
                 return await self._streamed(request, asked, prepared, answer)
             return await self._whole(request, asked, prepared, answer)
 
+    @described(
+        "A kept response, as it stands or as a stream.",
+        answer=ResponseObject,
+        event=ResponseEvent,
+        query={
+            "stream": "true: its events, from the first one on.",
+            "starting_after": "With stream: the events after this sequence number.",
+            "include": "What else to show: message.output_text.logprobs.",
+            "include_obfuscation": "Accepted; none is sent.",
+        },
+    )
     async def retrieve(self, request: web.Request) -> web.StreamResponse:
         query = query_of(request, _RETRIEVAL)
         for name in (*query.getall("include", []), *query.getall("include[]", [])):
@@ -128,6 +142,7 @@ class ResponsesApi:
             return await self._followed(request, response_id, tenant, after=-1 if after is None else after)
         return web.json_response(await self._now(response_id, tenant))
 
+    @described("Forget a response; it is stopped where it still runs.", answer=DeletedObject)
     async def delete(self, request: web.Request) -> web.Response:
         response_id, tenant = self._named(request)
         stored = await self._load(response_id, tenant)
@@ -136,6 +151,7 @@ class ResponsesApi:
         await kept(self._store.delete(response_id, tenant))
         return web.json_response({"id": response_id, "object": "response", "deleted": True})
 
+    @described("Stop a response that runs in the background.", answer=ResponseObject)
     async def cancel(self, request: web.Request) -> web.Response:
         response_id, tenant = self._named(request)
         stored = await self._load(response_id, tenant)
@@ -145,6 +161,7 @@ class ResponsesApi:
             await self._stop(stored)
         return web.json_response(await self._now(response_id, tenant))
 
+    @described("What a response was asked.", answer=ObjectPage, query=PAGING_QUERY)
     async def input_items(self, request: web.Request) -> web.Response:
         query = query_of(request, ("after", "include", "include[]", "limit", "order"))
         response_id, tenant = self._named(request)
