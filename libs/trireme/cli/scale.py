@@ -17,6 +17,9 @@ def scale(
     wait: Annotated[
         float, typer.Option("--wait", min=0.0, help="Seconds to wait until it is so; 0: do not wait.")
     ] = 60.0,
+    placement: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="A placement service on a cluster, not this machine's.")
+    ] = "",
 ) -> None:
     """Change how many workers a group has, until the fleet is stopped.
 
@@ -27,7 +30,9 @@ def scale(
         trireme scale worker=3
 
         trireme scale small=4 large=1 --wait 0
+
+        trireme scale worker=3 --placement 10.1.2.3:7060
     """
     from trireme.cli import scaling
 
-    scaling.scale_fleet(targets, run_dir, wait_s=wait)
+    scaling.scale_fleet(targets, run_dir, wait_s=wait, address=placement)

@@ -10,27 +10,25 @@ from functools import partial
 
 import uvloop
 from prometheus_client import CollectorRegistry
+from redis.asyncio import Redis
 
 from trireme.bus.connection import Keys, open_redis, persistently
 from trireme.bus.registry import Registry, new_process_id
-from trireme.bus.streams import Stream
-from trireme.placement.desired import DesiredFleet
-from trireme.placement.metrics import PlacementCollector
-from trireme.placement.process_table import ProcessTable
-from trireme.placement.reconciler import Reconciler
-from trireme.placement.servicer import ObservingServicer, PlacementServicer
+from trireme.errors import InvalidConfiguration
+from trireme.placement.backend import Backend
+from trireme.placement.processes_backend import ObservingBackend, ProcessesBackend
+from trireme.placement.servicer import ObservingServicer
 from trireme.placement.settings import Settings
 from trireme.placement.variant_loader import VariantLoader
-from trireme.policies.placement import Limits
-from trireme.runtime.clock import SystemClock
-from trireme.runtime.fleet import load_fleet
-from trireme.runtime.health import Health, HealthReporter, always_healthy
+from trireme.runtime.clock import Clock, SystemClock
+from trireme.runtime.fleet import Fleet, load_fleet
+from trireme.runtime.health import Health, HealthReporter
 from trireme.runtime.metrics_server import metrics_server
 from trireme.runtime.serving import grpc_server
 from trireme.runtime.settings import load
 from trireme.runtime.shutdown import stop_requested
 from trireme.runtime.telemetry import configure_logging
-from trireme.wire.bus.v1.facts_pb2 import Directive, ProcessRecord
+from trireme.wire.bus.v1.facts_pb2 import ProcessRecord
 from trireme.wire.placement.v1 import placement_pb2_grpc as rpc
 
 SERVICE_NAME = "trireme.wire.placement.v1.Placement"
@@ -47,43 +45,12 @@ async def serve(settings: Settings) -> None:
         await persistently(redis.ping, what="start")
         keys = Keys(settings.bus_prefix)
         registry = Registry(redis, keys)
-        loader = VariantLoader(fleet)
-        reconciler: Reconciler | None = None
-        servicer: rpc.PlacementServicer
+        backend = await open_backend(settings, fleet, redis, registry, clock, process_id, stack)
         metrics = CollectorRegistry()
-        if settings.supervise:
-            desired = DesiredFleet(fleet, redis, keys, run_id=settings.run_id)
-            await desired.restore()
-            reconciler = Reconciler(
-                desired=desired,
-                table=ProcessTable(
-                    command=settings.worker_words,
-                    environ=worker_environ(settings),
-                    log_dir=settings.run_dir / "logs",
-                    threads={group.name: group.threads for group in fleet.workers},
-                ),
-                registry=registry,
-                directives=Stream(redis, keys.directives, Directive, max_entries=10_000),
-                loader=loader,
-                limits=Limits(
-                    surge=settings.surge,
-                    lease_grace_s=settings.lease_grace_s,
-                    start_timeout_s=settings.start_timeout_s,
-                    drain_timeout_s=settings.drain_timeout_s,
-                ),
-                clock=clock,
-                period_s=settings.period_s,
-                load_retry_s=settings.load_retry_s,
-            )
-            reconciler.adopt()
-            servicer = PlacementServicer(desired, reconciler, clock)
-            metrics.register(PlacementCollector(desired, reconciler))
-        else:
-            servicer = ObservingServicer(registry, loader, drain_timeout_s=settings.drain_timeout_s)
-
-        probe = reconciler.health if reconciler is not None else always_healthy
-        health = HealthReporter({SERVICE_NAME: probe})
-        register = partial(rpc.add_PlacementServicer_to_server, servicer)
+        if backend.collector is not None:
+            metrics.register(backend.collector)
+        health = HealthReporter({SERVICE_NAME: backend.health})
+        register = partial(rpc.add_PlacementServicer_to_server, backend.servicer)
         address = await stack.enter_async_context(
             grpc_server(settings.listen, [register], service_names=[SERVICE_NAME], health=health)
         )
@@ -109,36 +76,58 @@ async def serve(settings: Settings) -> None:
             )
 
         await stack.enter_async_context(registry.membership(describe))
-        await run(reconciler, drain_timeout_s=settings.drain_timeout_s)
+        await run(backend)
 
 
-async def run(reconciler: Reconciler | None, *, drain_timeout_s: float) -> None:
+async def open_backend(
+    settings: Settings,
+    fleet: Fleet,
+    redis: Redis,
+    registry: Registry,
+    clock: Clock,
+    process_id: str,
+    stack: AsyncExitStack,
+) -> Backend:
+    """What the settings name; what it opens is closed with `stack`.
+
+    Raises:
+        InvalidConfiguration: there is no such backend, or its client is not installed.
+    """
+    loader = VariantLoader(fleet)
+    if settings.backend == "kubernetes":
+        try:
+            from trireme.placement.kubernetes_backend import open_kubernetes_backend
+        except ModuleNotFoundError as error:
+            raise InvalidConfiguration(
+                f"there is no module {error.name}: install trireme[kubernetes]",
+                param="TRIREME_PLACEMENT_BACKEND",
+            ) from error
+        opening = open_kubernetes_backend(
+            settings, fleet, redis, registry, loader, clock, identity=process_id
+        )
+        return await stack.enter_async_context(opening)
+    if settings.backend != "processes":
+        raise InvalidConfiguration(
+            f"no backend {settings.backend!r}: processes or kubernetes", param="TRIREME_PLACEMENT_BACKEND"
+        )
+    if not settings.supervise:
+        return ObservingBackend(ObservingServicer(registry, loader, drain_timeout_s=settings.drain_timeout_s))
+    return await ProcessesBackend.open(settings, fleet, redis, registry, loader, clock)
+
+
+async def run(backend: Backend) -> None:
     """Reconcile until a signal asks to stop. A failure of ours leaves the workers alone, to be adopted."""
-    if reconciler is None:
-        await stop_requested()
-        return
-    reconciling = asyncio.create_task(reconciler.run())
+    reconciling = asyncio.create_task(backend.run())
     stop = asyncio.create_task(stop_requested())
     await asyncio.wait([reconciling, stop], return_when=asyncio.FIRST_COMPLETED)
     stop.cancel()
     if reconciling.done():
         reconciling.result()
-    reconciling.cancel()
-    await asyncio.wait([reconciling])
-    await reconciler.stop_workers(timeout_s=drain_timeout_s)
-
-
-def worker_environ(settings: Settings) -> dict[str, str]:
-    """The environment of the workers, without group and index."""
-    return {
-        **os.environ,
-        "TRIREME_WORKER_REDIS_URL": settings.redis_url,
-        "TRIREME_WORKER_BUS_PREFIX": settings.bus_prefix,
-        "TRIREME_WORKER_FLEET": str(settings.fleet),
-        "TRIREME_WORKER_NODE": settings.node,
-        "TRIREME_WORKER_LISTEN": "127.0.0.1:0",
-        "TRIREME_WORKER_METRICS_LISTEN": "127.0.0.1:0",
-    }
+    # Python 3.11 loses a cancellation that meets the end of what `wait_for` waits for.
+    while not reconciling.done():
+        reconciling.cancel()
+        await asyncio.wait([reconciling], timeout=0.5)
+    await backend.stop()
 
 
 def main() -> None:

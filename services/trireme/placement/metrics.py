@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from trireme.placement.desired import DesiredFleet
 from trireme.placement.reconciler import Reconciler
 
 
-class PlacementCollector:
+class PlacementCollector(Collector):
     """Reads the desired and the living fleet at scrape time."""
 
     def __init__(self, desired: DesiredFleet, reconciler: Reconciler) -> None:

@@ -26,8 +26,26 @@ class Settings:
     """Worker logs go to `logs/` below it."""
     run_id: str = ""
     """Names one `trireme up`: what `scale` changed holds until its end."""
+    backend: str = "processes"
+    """Where the workers run: `processes` of this node, or workloads of a `kubernetes` cluster."""
     supervise: bool = True
-    """False where someone else starts the workers (a Kubernetes Deployment)."""
+    """Processes only: False where someone else starts the workers."""
+    kubeconfig: Path | None = None
+    """The cluster to scale in; absent: the one that this pod runs in."""
+    namespace: str = ""
+    """Of the workloads; empty: this pod's own."""
+    release_selector: str = ""
+    """Labels of all that is this fleet's, `app.kubernetes.io/instance=blue`; required with kubernetes."""
+    take_replicas_from: tuple[str, ...] = ("helm",)
+    """Field managers that give up the number of replicas: who made the workload, and no autoscaler."""
+    lease: str = "trireme-placement"
+    """The Lease whose holder alone scales."""
+    lease_s: int = 15
+    """A holder that is gone is replaced after so long."""
+    watch_s: int = 20
+    """Watches are opened anew so often, which shows that the API still answers."""
+    stale_s: float = 45.0
+    """What is older decides nothing."""
     worker_command: str = ""
     """Shell words that start a worker; empty: this Python with `-m trireme.worker`."""
     period_s: float = 0.25

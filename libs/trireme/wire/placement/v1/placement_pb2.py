@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)trireme/wire/placement/v1/placement.proto\x12\x19trireme.wire.placement.v1\"\x11\n\x0fGetStateRequest\"\xa5\x02\n\rWorkerProcess\x12\r\n\x05group\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12\x35\n\x05phase\x18\x05 \x01(\x0e\x32&.trireme.wire.placement.v1.WorkerPhase\x12\x16\n\x0estarted_unix_s\x18\x06 \x01(\x01\x12\x10\n\x08restarts\x18\x07 \x01(\r\x12\x11\n\tlast_exit\x18\x08 \x01(\t\x12\x15\n\rcrash_looping\x18\t \x01(\x08\x12\x14\n\x0crestart_in_s\x18\n \x01(\x01\x12\x10\n\x08variants\x18\x0b \x03(\t\x12\x0f\n\x07\x61\x64opted\x18\x0c \x01(\x08\x12\x12\n\nload_error\x18\r \x01(\t\"{\n\nGroupState\x12\r\n\x05group\x18\x01 \x01(\t\x12\x18\n\x10\x64\x65sired_replicas\x18\x02 \x01(\r\x12\x16\n\x0eready_replicas\x18\x03 \x01(\r\x12\x18\n\x10\x64\x65sired_variants\x18\x04 \x03(\t\x12\x12\n\noverridden\x18\x05 \x01(\x08\"\xa3\x02\n\x10GetStateResponse\x12\x35\n\x06groups\x18\x01 \x03(\x0b\x32%.trireme.wire.placement.v1.GroupState\x12\x39\n\x07workers\x18\x02 \x03(\x0b\x32(.trireme.wire.placement.v1.WorkerProcess\x12I\n\x07\x61\x63tions\x18\x03 \x03(\x0b\x32\x38.trireme.wire.placement.v1.GetStateResponse.ActionsEntry\x12\x0e\n\x06recent\x18\x04 \x03(\t\x12\x12\n\nsupervises\x18\x05 \x01(\x08\x1a.\n\x0c\x41\x63tionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"/\n\x0cScaleRequest\x12\r\n\x05group\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\r\"*\n\rScaleResponse\x12\x19\n\x11previous_replicas\x18\x01 \x01(\r\"!\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\x0f\n\rDrainResponse\"U\n\x12LoadVariantRequest\x12\x0f\n\x07variant\x18\x01 \x01(\t\x12\x0f\n\x05group\x18\x02 \x01(\tH\x00\x12\x13\n\tworker_id\x18\x03 \x01(\tH\x00\x42\x08\n\x06target\"\x15\n\x13LoadVariantResponse\"W\n\x14UnloadVariantRequest\x12\x0f\n\x07variant\x18\x01 \x01(\t\x12\x0f\n\x05group\x18\x02 \x01(\tH\x00\x12\x13\n\tworker_id\x18\x03 \x01(\tH\x00\x42\x08\n\x06target\"\x17\n\x15UnloadVariantResponse*\xc4\x01\n\x0bWorkerPhase\x12\x1c\n\x18WORKER_PHASE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_PHASE_STARTING\x10\x01\x12\x16\n\x12WORKER_PHASE_READY\x10\x02\x12\x18\n\x14WORKER_PHASE_UNREADY\x10\x03\x12\x19\n\x15WORKER_PHASE_DRAINING\x10\x04\x12\x15\n\x11WORKER_PHASE_LOST\x10\x05\x12\x18\n\x14WORKER_PHASE_WAITING\x10\x06\x32\x8a\x04\n\tPlacement\x12\x63\n\x08GetState\x12*.trireme.wire.placement.v1.GetStateRequest\x1a+.trireme.wire.placement.v1.GetStateResponse\x12Z\n\x05Scale\x12\'.trireme.wire.placement.v1.ScaleRequest\x1a(.trireme.wire.placement.v1.ScaleResponse\x12Z\n\x05\x44rain\x12\'.trireme.wire.placement.v1.DrainRequest\x1a(.trireme.wire.placement.v1.DrainResponse\x12l\n\x0bLoadVariant\x12-.trireme.wire.placement.v1.LoadVariantRequest\x1a..trireme.wire.placement.v1.LoadVariantResponse\x12r\n\rUnloadVariant\x12/.trireme.wire.placement.v1.UnloadVariantRequest\x1a\x30.trireme.wire.placement.v1.UnloadVariantResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)trireme/wire/placement/v1/placement.proto\x12\x19trireme.wire.placement.v1\"\x11\n\x0fGetStateRequest\"\xb2\x02\n\rWorkerProcess\x12\r\n\x05group\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12\x35\n\x05phase\x18\x05 \x01(\x0e\x32&.trireme.wire.placement.v1.WorkerPhase\x12\x16\n\x0estarted_unix_s\x18\x06 \x01(\x01\x12\x10\n\x08restarts\x18\x07 \x01(\r\x12\x11\n\tlast_exit\x18\x08 \x01(\t\x12\x15\n\rcrash_looping\x18\t \x01(\x08\x12\x14\n\x0crestart_in_s\x18\n \x01(\x01\x12\x10\n\x08variants\x18\x0b \x03(\t\x12\x0f\n\x07\x61\x64opted\x18\x0c \x01(\x08\x12\x12\n\nload_error\x18\r \x01(\t\x12\x0b\n\x03pod\x18\x0e \x01(\t\"\x91\x01\n\nGroupState\x12\r\n\x05group\x18\x01 \x01(\t\x12\x18\n\x10\x64\x65sired_replicas\x18\x02 \x01(\r\x12\x16\n\x0eready_replicas\x18\x03 \x01(\r\x12\x18\n\x10\x64\x65sired_variants\x18\x04 \x03(\t\x12\x12\n\noverridden\x18\x05 \x01(\x08\x12\x14\n\x0cleft_because\x18\x06 \x01(\t\"\xb3\x02\n\x10GetStateResponse\x12\x35\n\x06groups\x18\x01 \x03(\x0b\x32%.trireme.wire.placement.v1.GroupState\x12\x39\n\x07workers\x18\x02 \x03(\x0b\x32(.trireme.wire.placement.v1.WorkerProcess\x12I\n\x07\x61\x63tions\x18\x03 \x03(\x0b\x32\x38.trireme.wire.placement.v1.GetStateResponse.ActionsEntry\x12\x0e\n\x06recent\x18\x04 \x03(\t\x12\x12\n\nsupervises\x18\x05 \x01(\x08\x12\x0e\n\x06status\x18\x06 \x01(\t\x1a.\n\x0c\x41\x63tionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"/\n\x0cScaleRequest\x12\r\n\x05group\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\r\"*\n\rScaleResponse\x12\x19\n\x11previous_replicas\x18\x01 \x01(\r\"!\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\x0f\n\rDrainResponse\"U\n\x12LoadVariantRequest\x12\x0f\n\x07variant\x18\x01 \x01(\t\x12\x0f\n\x05group\x18\x02 \x01(\tH\x00\x12\x13\n\tworker_id\x18\x03 \x01(\tH\x00\x42\x08\n\x06target\"\x15\n\x13LoadVariantResponse\"W\n\x14UnloadVariantRequest\x12\x0f\n\x07variant\x18\x01 \x01(\t\x12\x0f\n\x05group\x18\x02 \x01(\tH\x00\x12\x13\n\tworker_id\x18\x03 \x01(\tH\x00\x42\x08\n\x06target\"\x17\n\x15UnloadVariantResponse*\xc4\x01\n\x0bWorkerPhase\x12\x1c\n\x18WORKER_PHASE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_PHASE_STARTING\x10\x01\x12\x16\n\x12WORKER_PHASE_READY\x10\x02\x12\x18\n\x14WORKER_PHASE_UNREADY\x10\x03\x12\x19\n\x15WORKER_PHASE_DRAINING\x10\x04\x12\x15\n\x11WORKER_PHASE_LOST\x10\x05\x12\x18\n\x14WORKER_PHASE_WAITING\x10\x06\x32\x8a\x04\n\tPlacement\x12\x63\n\x08GetState\x12*.trireme.wire.placement.v1.GetStateRequest\x1a+.trireme.wire.placement.v1.GetStateResponse\x12Z\n\x05Scale\x12\'.trireme.wire.placement.v1.ScaleRequest\x1a(.trireme.wire.placement.v1.ScaleResponse\x12Z\n\x05\x44rain\x12\'.trireme.wire.placement.v1.DrainRequest\x1a(.trireme.wire.placement.v1.DrainResponse\x12l\n\x0bLoadVariant\x12-.trireme.wire.placement.v1.LoadVariantRequest\x1a..trireme.wire.placement.v1.LoadVariantResponse\x12r\n\rUnloadVariant\x12/.trireme.wire.placement.v1.UnloadVariantRequest\x1a\x30.trireme.wire.placement.v1.UnloadVariantResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,34 +33,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETSTATERESPONSE_ACTIONSENTRY']._loaded_options = None
   _globals['_GETSTATERESPONSE_ACTIONSENTRY']._serialized_options = b'8\001'
-  _globals['_WORKERPHASE']._serialized_start=1176
-  _globals['_WORKERPHASE']._serialized_end=1372
+  _globals['_WORKERPHASE']._serialized_start=1228
+  _globals['_WORKERPHASE']._serialized_end=1424
   _globals['_GETSTATEREQUEST']._serialized_start=72
   _globals['_GETSTATEREQUEST']._serialized_end=89
   _globals['_WORKERPROCESS']._serialized_start=92
-  _globals['_WORKERPROCESS']._serialized_end=385
-  _globals['_GROUPSTATE']._serialized_start=387
-  _globals['_GROUPSTATE']._serialized_end=510
-  _globals['_GETSTATERESPONSE']._serialized_start=513
-  _globals['_GETSTATERESPONSE']._serialized_end=804
-  _globals['_GETSTATERESPONSE_ACTIONSENTRY']._serialized_start=758
-  _globals['_GETSTATERESPONSE_ACTIONSENTRY']._serialized_end=804
-  _globals['_SCALEREQUEST']._serialized_start=806
-  _globals['_SCALEREQUEST']._serialized_end=853
-  _globals['_SCALERESPONSE']._serialized_start=855
-  _globals['_SCALERESPONSE']._serialized_end=897
-  _globals['_DRAINREQUEST']._serialized_start=899
-  _globals['_DRAINREQUEST']._serialized_end=932
-  _globals['_DRAINRESPONSE']._serialized_start=934
-  _globals['_DRAINRESPONSE']._serialized_end=949
-  _globals['_LOADVARIANTREQUEST']._serialized_start=951
-  _globals['_LOADVARIANTREQUEST']._serialized_end=1036
-  _globals['_LOADVARIANTRESPONSE']._serialized_start=1038
-  _globals['_LOADVARIANTRESPONSE']._serialized_end=1059
-  _globals['_UNLOADVARIANTREQUEST']._serialized_start=1061
-  _globals['_UNLOADVARIANTREQUEST']._serialized_end=1148
-  _globals['_UNLOADVARIANTRESPONSE']._serialized_start=1150
-  _globals['_UNLOADVARIANTRESPONSE']._serialized_end=1173
-  _globals['_PLACEMENT']._serialized_start=1375
-  _globals['_PLACEMENT']._serialized_end=1897
+  _globals['_WORKERPROCESS']._serialized_end=398
+  _globals['_GROUPSTATE']._serialized_start=401
+  _globals['_GROUPSTATE']._serialized_end=546
+  _globals['_GETSTATERESPONSE']._serialized_start=549
+  _globals['_GETSTATERESPONSE']._serialized_end=856
+  _globals['_GETSTATERESPONSE_ACTIONSENTRY']._serialized_start=810
+  _globals['_GETSTATERESPONSE_ACTIONSENTRY']._serialized_end=856
+  _globals['_SCALEREQUEST']._serialized_start=858
+  _globals['_SCALEREQUEST']._serialized_end=905
+  _globals['_SCALERESPONSE']._serialized_start=907
+  _globals['_SCALERESPONSE']._serialized_end=949
+  _globals['_DRAINREQUEST']._serialized_start=951
+  _globals['_DRAINREQUEST']._serialized_end=984
+  _globals['_DRAINRESPONSE']._serialized_start=986
+  _globals['_DRAINRESPONSE']._serialized_end=1001
+  _globals['_LOADVARIANTREQUEST']._serialized_start=1003
+  _globals['_LOADVARIANTREQUEST']._serialized_end=1088
+  _globals['_LOADVARIANTRESPONSE']._serialized_start=1090
+  _globals['_LOADVARIANTRESPONSE']._serialized_end=1111
+  _globals['_UNLOADVARIANTREQUEST']._serialized_start=1113
+  _globals['_UNLOADVARIANTREQUEST']._serialized_end=1200
+  _globals['_UNLOADVARIANTRESPONSE']._serialized_start=1202
+  _globals['_UNLOADVARIANTRESPONSE']._serialized_end=1225
+  _globals['_PLACEMENT']._serialized_start=1427
+  _globals['_PLACEMENT']._serialized_end=1949
 # @@protoc_insertion_point(module_scope)

@@ -95,6 +95,7 @@ class WorkerProcess(_message.Message):
     VARIANTS_FIELD_NUMBER: _builtins.int
     ADOPTED_FIELD_NUMBER: _builtins.int
     LOAD_ERROR_FIELD_NUMBER: _builtins.int
+    POD_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     """Its group."""
     index: _builtins.int
@@ -119,6 +120,8 @@ class WorkerProcess(_message.Message):
     """True where a former placement process started it."""
     load_error: _builtins.str
     """The last load that failed, one sentence; empty: none."""
+    pod: _builtins.str
+    """Its pod, where a cluster runs it; there `pid` is the one within the pod."""
     @_builtins.property
     def variants(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Variants it serves or loads."""
@@ -139,10 +142,11 @@ class WorkerProcess(_message.Message):
         variants: _abc.Iterable[_builtins.str] | None = ...,
         adopted: _builtins.bool = ...,
         load_error: _builtins.str = ...,
+        pod: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted", b"adopted", "crash_looping", b"crash_looping", "group", b"group", "index", b"index", "last_exit", b"last_exit", "load_error", b"load_error", "phase", b"phase", "pid", b"pid", "restart_in_s", b"restart_in_s", "restarts", b"restarts", "started_unix_s", b"started_unix_s", "variants", b"variants", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted", b"adopted", "crash_looping", b"crash_looping", "group", b"group", "index", b"index", "last_exit", b"last_exit", "load_error", b"load_error", "phase", b"phase", "pid", b"pid", "pod", b"pod", "restart_in_s", b"restart_in_s", "restarts", b"restarts", "started_unix_s", b"started_unix_s", "variants", b"variants", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -159,6 +163,7 @@ class GroupState(_message.Message):
     READY_REPLICAS_FIELD_NUMBER: _builtins.int
     DESIRED_VARIANTS_FIELD_NUMBER: _builtins.int
     OVERRIDDEN_FIELD_NUMBER: _builtins.int
+    LEFT_BECAUSE_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     """Its name."""
     desired_replicas: _builtins.int
@@ -167,6 +172,8 @@ class GroupState(_message.Message):
     """Workers that take requests."""
     overridden: _builtins.bool
     """True where this differs from fleet.yaml."""
+    left_because: _builtins.str
+    """Why the number of workers is left as it is though another is wanted, one sentence; empty: it is not."""
     @_builtins.property
     def desired_variants(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Variants wanted on each worker."""
@@ -179,10 +186,11 @@ class GroupState(_message.Message):
         ready_replicas: _builtins.int = ...,
         desired_variants: _abc.Iterable[_builtins.str] | None = ...,
         overridden: _builtins.bool = ...,
+        left_because: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["desired_replicas", b"desired_replicas", "desired_variants", b"desired_variants", "group", b"group", "overridden", b"overridden", "ready_replicas", b"ready_replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["desired_replicas", b"desired_replicas", "desired_variants", b"desired_variants", "group", b"group", "left_because", b"left_because", "overridden", b"overridden", "ready_replicas", b"ready_replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -219,8 +227,11 @@ class GetStateResponse(_message.Message):
     ACTIONS_FIELD_NUMBER: _builtins.int
     RECENT_FIELD_NUMBER: _builtins.int
     SUPERVISES_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
     supervises: _builtins.bool
-    """False where workers are started by someone else (a Kubernetes Deployment)."""
+    """False where workers are started by someone else (a Kubernetes Deployment that placement does not scale)."""
+    status: _builtins.str
+    """"ok", or what holds it up, one sentence: the cluster's API is away, another replica leads."""
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupState]:
         """In the order of fleet.yaml."""
@@ -231,7 +242,7 @@ class GetStateResponse(_message.Message):
 
     @_builtins.property
     def actions(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Steps taken since placement started, by kind: start, drain, kill, load, unload, adopt."""
+        """Steps taken since placement started, by kind: start, drain, kill, load, unload, adopt; scale, leave, fail."""
 
     @_builtins.property
     def recent(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -245,10 +256,11 @@ class GetStateResponse(_message.Message):
         actions: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         recent: _abc.Iterable[_builtins.str] | None = ...,
         supervises: _builtins.bool = ...,
+        status: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "groups", b"groups", "recent", b"recent", "supervises", b"supervises", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "groups", b"groups", "recent", b"recent", "status", b"status", "supervises", b"supervises", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
