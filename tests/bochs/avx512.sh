@@ -34,6 +34,7 @@ com1: enabled=1, mode=file, dev=$out/serial.txt
 display_library: rfb, options="timeout=0"
 log: $out/log.txt
 panic: action=fatal
+sound: waveoutdrv=dummy, waveindrv=dummy, midioutdrv=dummy
 END
 echo c >"$out/commands"
 bochs -q -f "$out/machine" -rc "$out/commands" >"$out/bochs.txt" 2>&1 </dev/null &

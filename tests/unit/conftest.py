@@ -26,3 +26,9 @@ def one_thread() -> Iterator[None]:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     """A random Llama of two small layers."""
     return load_model(save(reference_model("llama3"), Path(tmp_path_factory.mktemp("llama3"))))
+
+
+@pytest.fixture(scope="module")
+def smaller(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """Other weights, the same tokens: a bad draft model."""
+    return load_model(save(reference_model("qwen3"), Path(tmp_path_factory.mktemp("qwen3"))))

@@ -44,6 +44,9 @@ class Oracle:
     def observe(self, sequence_id: str, marks: Sequence[Mark], num_right: int) -> None:
         self.num_right.append((num_right, len(marks)))
 
+    def close(self) -> None:
+        pass
+
     def forget(self, sequence_id: str) -> None:
         self.forgotten.append(sequence_id)
 

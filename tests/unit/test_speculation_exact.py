@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,10 +17,8 @@ from tests.unit.engine_support import (
     greedy,
     outputs_of,
     prompt_of,
-    reference_model,
     request,
     run,
-    save,
     settings,
     tokens_of,
 )
@@ -40,7 +37,6 @@ from trireme.engine.speculation.proposals import Proposal
 from trireme.errors import InvalidConfiguration
 from trireme.kernels.attention_batch import AttentionBatch
 from trireme.kvcache.block_identity import block_hashes
-from trireme.loading.whole import load_model
 from trireme.models.model import LayerKv, Model
 from trireme.policies.speculation import Mark, SpeculationSettings
 
@@ -73,12 +69,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def smaller(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """Other weights, the same tokens: a bad draft model."""
-    return load_model(save(reference_model("qwen3"), Path(tmp_path_factory.mktemp("qwen3"))))
 
 
 def requests_of_all_options(max_tokens: int = 30) -> list[SequenceRequest]:
@@ -320,6 +310,9 @@ class Stubborn:
     def forget(self, sequence_id: str) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
 
 @pytest.mark.parametrize("raises", [True, False])
 def test_a_draft_that_the_model_cannot_bear_harms_nobody(model: Model, raises: bool) -> None:
@@ -355,7 +348,7 @@ def test_a_cancelled_sequence_gives_its_draft_models_blocks_back(model: Model) -
         engine.step()
     assert engine._speculator is not None
     (drafter,) = engine._speculator._drafters
-    pool = drafter._pool  # type: ignore[attr-defined]
+    pool = drafter.readers.pool  # type: ignore[attr-defined]
     assert pool.num_held > 0
     for n in range(3):
         engine.cancel(f"{n}")
@@ -368,7 +361,7 @@ def test_a_draft_model_short_of_blocks_drafts_for_fewer(model: Model) -> None:
     engine = speculating(model, draft=model, max_batch_tokens=100)
     assert engine._speculator is not None
     (drafter,) = engine._speculator._drafters
-    taken = drafter._pool.allocate(drafter._pool.num_available - 8)  # type: ignore[attr-defined]
+    taken = drafter.readers.pool.allocate(drafter.readers.pool.num_available - 8)  # type: ignore[attr-defined]
     assert taken
     assert_same(outputs_from(engine, wanted), plain)
     assert engine.stats().accepted_tokens > 0

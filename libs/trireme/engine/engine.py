@@ -257,6 +257,8 @@ class Engine:
 
     def close(self) -> None:
         """End the threads of the copies. What was not copied is lost; the engine takes no step again."""
+        if self._speculator is not None:
+            self._speculator.close()
         self._cache.copies.close()
         self._cache.copies.poll()
 

@@ -60,6 +60,8 @@ class SpeculationSettings:
     """Most that are drafted for a sequence and step."""
     matches: bool = True
     """Draft what followed the sequence's last tokens when they stood in it before."""
+    beside: bool = False
+    """The draft model runs beside the target, not before it: for machines that have a core to spare."""
 
     def __post_init__(self) -> None:
         if self.fixed_tokens is not None and not 1 <= self.fixed_tokens <= 64:

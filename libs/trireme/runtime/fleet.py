@@ -68,11 +68,18 @@ class Variant(_Section):
     draft: Path | None = None
     """Checkpoint of a smaller model with the same tokenizer that drafts; absent: drafts come from repetitions
     in prompt and answer alone."""
+    draft_beside: bool = False
+    """The draft model runs beside the model, on a thread of its own, not before each of its steps: where a
+    core is to spare."""
 
     @model_validator(mode="after")
     def _drafts_are_wanted(self) -> Variant:
         if self.draft is not None and self.speculate == "off":
             raise ValueError("draft names a model, but speculate is off: set speculate to auto")
+        if self.draft_beside and self.draft is None:
+            raise ValueError(
+                "draft_beside is set, but no draft: name the checkpoint of the model that drafts"
+            )
         return self
 
     @model_validator(mode="after")

@@ -131,4 +131,5 @@ def _settings(
 def _speculation(plan: VariantPlan) -> SpeculationSettings | None:
     if plan.speculate == "off":
         return None
-    return SpeculationSettings(fixed_tokens=None if plan.speculate == "auto" else plan.speculate)
+    fixed = None if plan.speculate == "auto" else plan.speculate
+    return SpeculationSettings(fixed_tokens=fixed, beside=plan.draft_beside)

@@ -42,6 +42,8 @@ class VariantPlan:
     """Tokens drafted per sequence and step."""
     draft: Path | None = None
     """Checkpoint of the model that drafts."""
+    draft_beside: bool = False
+    """It runs beside the target."""
     kv_dtype: str = AUTO
     """What keys and values are stored as: one of `KV_DTYPES`."""
 
@@ -80,6 +82,7 @@ def plans_of(fleet: Fleet, group: WorkerGroup) -> list[VariantPlan]:
                 kv_dtype=variant.kv_dtype,
                 speculate=variant.speculate,
                 draft=variant.draft,
+                draft_beside=variant.draft_beside,
                 kv_bytes=(variant.kv_mib or group.kv_mib) * 2**20,
                 block_tokens=fleet.block_tokens,
                 max_sequences=sequences,

@@ -56,3 +56,6 @@ class Drafter(Protocol):
 
     def forget(self, sequence_id: str) -> None:
         """The sequence has ended."""
+
+    def close(self) -> None:
+        """It is asked nothing more."""

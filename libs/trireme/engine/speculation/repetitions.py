@@ -105,5 +105,8 @@ class RepetitionDrafter:
         if index is not None and marks:
             index.trust = _FORGETTING * index.trust + (1.0 - _FORGETTING) * num_right / len(marks)
 
+    def close(self) -> None:
+        pass  # nothing runs between two calls
+
     def forget(self, sequence_id: str) -> None:
         self._indices.pop(sequence_id, None)

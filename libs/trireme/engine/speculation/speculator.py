@@ -12,7 +12,9 @@ from trireme.engine.kv_cache import KvCache
 from trireme.engine.request import Mode
 from trireme.engine.sequence import Sequence
 from trireme.engine.settings import EngineSettings
+from trireme.engine.speculation.draft_beside import BesideDrafter
 from trireme.engine.speculation.draft_model import ModelDrafter
+from trireme.engine.speculation.draft_readers import DraftReaders
 from trireme.engine.speculation.proposals import NOTHING, Drafter, Proposal, Want
 from trireme.engine.speculation.repetitions import RepetitionDrafter
 from trireme.models.model import Model
@@ -112,6 +114,11 @@ class Speculator:
         for drafter in self._drafters:
             drafter.forget(sequence_id)
 
+    def close(self) -> None:
+        """End what drafters have running."""
+        for drafter in self._drafters:
+            drafter.close()
+
     def _want(self, sequence: Sequence) -> Want | None:
         """What may be drafted so that no verified token lies behind the end or behind a cut."""
         params = sequence.request.sampling
@@ -137,6 +144,7 @@ class Speculator:
                 # Nobody's answer depends on a draft: decoding goes on without this drafter.
                 log.exception("drafter_failed", extra={"drafter": type(drafter).__name__})
                 self._drafters = tuple(other for other in self._drafters if other is not drafter)
+                drafter.close()
                 continue
             for want, proposal in zip(rest, proposals, strict=True):
                 if proposal is not NOTHING and proposal.tokens:
@@ -187,15 +195,18 @@ def speculator_of(
         return None
     controller = SpeculationController(settings.speculation)
     if draft is not None:
-        own = ModelDrafter(
+        readers = DraftReaders(
             draft,
             target.config,
             num_blocks=settings.num_blocks,
             block_size=settings.block_size,
             max_model_len=max_model_len,
-            controller=controller,
-            clock=clock,
         )
+        own: Drafter
+        if settings.speculation.beside:
+            own = BesideDrafter(readers, controller)
+        else:
+            own = ModelDrafter(readers, controller, clock=clock)
         drafters = (own, *drafters)
     return Speculator(
         cache,
