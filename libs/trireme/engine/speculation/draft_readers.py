@@ -93,7 +93,7 @@ class DraftReaders:
         """What is computed in it runs beside what others compute; on CPUs it is for the thread to do that."""
         if self._model.device.type != "cuda":
             return nullcontext()
-        return torch.cuda.stream(torch.cuda.Stream(self._model.device))
+        return torch.cuda.stream(torch.cuda.Stream(self._model.device))  # type: ignore[no-untyped-call]
 
     def find(self, sequence_id: str) -> Reader | None:
         """The sequence's reader, as the one that was used last."""
