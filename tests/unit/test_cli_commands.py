@@ -15,7 +15,8 @@ from trireme.cli.scaling import parse_target
 from trireme.errors import InvalidConfiguration, InvalidRequest, Overloaded
 
 ROOTS = ":".join(str(Path(__file__).resolve().parents[2] / root) for root in ("libs", "services"))
-NAMES = [command.__name__ for command in COMMANDS]
+BY_NAME = {command.__name__.replace("_", "-"): command for command in COMMANDS}
+NAMES = list(BY_NAME)
 
 
 def test_all_commands_are_there() -> None:
@@ -28,7 +29,7 @@ def test_each_command_explains_itself(name: str) -> None:
     shown = CliRunner().invoke(app, [name, "--help"])
     assert shown.exit_code == 0
     assert f"{name} [OPTIONS]" in shown.output
-    described = next(command for command in COMMANDS if command.__name__ == name).__doc__
+    described = BY_NAME[name].__doc__
     assert described is not None
     assert described.split(".")[0].split()[0] in shown.output
 

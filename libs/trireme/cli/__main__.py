@@ -10,6 +10,7 @@ from trireme.cli.demo import demo
 from trireme.cli.down import down
 from trireme.cli.explain import explain
 from trireme.cli.generate import generate
+from trireme.cli.import_gguf import import_gguf
 from trireme.cli.keys import keys
 from trireme.cli.models import models
 from trireme.cli.quantize import quantize
@@ -19,7 +20,10 @@ from trireme.cli.status import status
 from trireme.cli.top import top
 from trireme.cli.up import up
 
-COMMANDS = (demo, up, status, down, generate, chat, models, scale, explain, top, bench, simulate, quantize)
+COMMANDS = (
+    *(demo, up, status, down, generate, chat, models, scale, explain, top, bench, simulate),
+    *(quantize, import_gguf),
+)
 
 app = typer.Typer(
     name="trireme",

@@ -1,0 +1,1 @@
+"""Checkpoints of llama.cpp, brought into the layout of Hugging Face."""
