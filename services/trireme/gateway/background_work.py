@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextvars import Context
 from typing import Any
 
 from trireme.bus.connection import AWAY
@@ -87,7 +88,8 @@ class BackgroundWork:
                 self._begin(work_id)
 
     def _begin(self, work_id: str) -> None:
-        task = asyncio.create_task(self._to_its_end(work_id))
+        # Not in the context of the call that asked for it, which ends long before.
+        task = asyncio.create_task(self._to_its_end(work_id), context=Context())
         self._driving[work_id] = task
 
         def ended(done: asyncio.Task[Any]) -> None:

@@ -11,9 +11,7 @@ that still run never do.
 
 from __future__ import annotations
 
-import itertools
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,64 +20,13 @@ from redis.asyncio import Redis
 
 from trireme.bus.connection import Keys
 from trireme.errors import ObjectNotFound, Overloaded, StorageFull
+from trireme.gateway.shelves import Evict, Put, ShelfLimits, Shelves
 
-KIND = "response"
 OPEN = ("queued", "in_progress")
-
-_DROP_ONE = """
-local function is_open(id)
-  local state = redis.call('HGET', ARGV[1] .. id, 'state')
-  return state == 'queued' or state == 'in_progress'
-end
-local function drop(id)
-  local size = redis.call('HGET', KEYS[2], id)
-  if size then redis.call('HINCRBY', KEYS[2], '*', -tonumber(size)) end
-  redis.call('HDEL', KEYS[2], id)
-  redis.call('ZREM', KEYS[1], id)
-  redis.call('SREM', KEYS[3], id)
-  redis.call('DEL', ARGV[1] .. id, ARGV[1] .. id .. ':output')
-end
-"""
-
-_KEEP = (
-    _DROP_ONE
-    + """
--- ARGV: prefix, id, created, ttl, max count, max bytes, size, max open (-1: it is not to run), fields
-if redis.call('EXISTS', ARGV[1] .. ARGV[2]) == 1 then return 0 end
-local max_open = tonumber(ARGV[8])
-if max_open >= 0 and redis.call('SCARD', KEYS[3]) >= max_open then
-  for _, id in ipairs(redis.call('SMEMBERS', KEYS[3])) do
-    if not is_open(id) then redis.call('SREM', KEYS[3], id) end
-  end
-  if redis.call('SCARD', KEYS[3]) >= max_open then return -1 end
-end
-local function is_full()
-  return redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[5])
-    or tonumber(redis.call('HGET', KEYS[2], '*') or '0') + tonumber(ARGV[7]) > tonumber(ARGV[6])
-end
-if is_full() then
-  for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
-    if not is_open(id) then drop(id) end
-    if not is_full() then break end
-  end
-  if is_full() then return -2 end
-end
-for i = 9, #ARGV, 2 do redis.call('HSET', ARGV[1] .. ARGV[2], ARGV[i], ARGV[i + 1]) end
-redis.call('EXPIRE', ARGV[1] .. ARGV[2], ARGV[4])
-redis.call('ZADD', KEYS[1], ARGV[3], ARGV[2])
-redis.call('HSET', KEYS[2], ARGV[2], ARGV[7])
-redis.call('HINCRBY', KEYS[2], '*', ARGV[7])
-if max_open >= 0 then redis.call('SADD', KEYS[3], ARGV[2]) end
--- The shelf outlives what stands on it, also what runs for long before its time is counted.
-for i = 1, 3 do redis.call('EXPIRE', KEYS[i], 2 * tonumber(ARGV[4]) + 86400) end
-return 1
-"""
-)
 
 _APPEND = """
 -- ARGV: first index, ttl, id, then entries
-local state = redis.call('HGET', KEYS[1], 'state')
-if state ~= 'queued' and state ~= 'in_progress' then return {0, state or ''} end
+if redis.call('HGET', KEYS[1], 'open') ~= '1' then return {0, ''} end
 redis.call('HSET', KEYS[1], 'state', 'in_progress')
 local have = redis.call('LLEN', KEYS[2])
 if tonumber(ARGV[1]) > have then return {-1, tostring(have)} end
@@ -98,15 +45,12 @@ return {1, ''}
 
 _END = """
 -- ARGV: state, final, ttl
-local state = redis.call('HGET', KEYS[1], 'state')
-if state ~= 'queued' and state ~= 'in_progress' then return 0 end
-redis.call('HSET', KEYS[1], 'state', ARGV[1], 'final', ARGV[2])
+if redis.call('HGET', KEYS[1], 'open') ~= '1' then return 0 end
+redis.call('HSET', KEYS[1], 'open', '0', 'state', ARGV[1], 'final', ARGV[2])
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 redis.call('EXPIRE', KEYS[2], ARGV[3])
 return 1
 """
-
-_DROP = _DROP_ONE + "drop(ARGV[2]) return 1"
 
 APPENDED_AT_ONCE = 2048
 """Entries in one write."""
@@ -130,30 +74,14 @@ class StoredResponse:
         return self.state in OPEN
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShelfLimits:
-    """What one tenant may keep."""
-
-    max_count: int
-    max_bytes: int
-    max_open: int
-    """Background responses that run at once."""
-    ttl_s: float
-    """A response outlives its end by so long."""
-
-
 class ResponseStore:
     """The responses of one fleet."""
 
     def __init__(self, redis: Redis, keys: Keys, limits: ShelfLimits) -> None:
         self._redis = redis
-        self._keys = keys
-        self._limits = limits
-        self._ttl_s = max(1, int(limits.ttl_s))
-        self._keep = redis.register_script(_KEEP)
+        self._shelves = Shelves(redis, keys, kind="response", limits=limits)
         self._append = redis.register_script(_APPEND)
         self._end = redis.register_script(_END)
-        self._drop = redis.register_script(_DROP)
 
     async def open(self, response_id: str, tenant: str, asked: dict[str, Any]) -> bool:
         """Keep a background response that is to run; False where it is known already.
@@ -162,8 +90,8 @@ class ResponseStore:
             Overloaded: so many of the tenant's run already.
             StorageFull: the tenant's shelf is full of responses that run.
         """
-        fields = {"tenant": tenant, "state": "queued", "asked": json.dumps(asked)}
-        return await self._put(response_id, tenant, fields, max_open=self._limits.max_open)
+        fields = {"tenant": tenant, "open": "1", "state": "queued", "asked": json.dumps(asked)}
+        return await self._put(response_id, tenant, fields, runs=True)
 
     async def keep(
         self,
@@ -180,16 +108,17 @@ class ResponseStore:
         Raises:
             StorageFull: there is no room for it.
         """
-        if await self._redis.exists(self._hash(response_id)):
+        if await self._redis.exists(self._shelves.object(response_id)):
             return
         async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.delete(self._list(response_id))
+            pipe.delete(self._shelves.parts(response_id))
             for start in range(0, len(output), APPENDED_AT_ONCE):
-                pipe.rpush(self._list(response_id), *output[start : start + APPENDED_AT_ONCE])
-            pipe.expire(self._list(response_id), self._ttl_s)
+                pipe.rpush(self._shelves.parts(response_id), *output[start : start + APPENDED_AT_ONCE])
+            pipe.expire(self._shelves.parts(response_id), self._shelves.ttl_s)
             await pipe.execute()
         fields = {
             "tenant": tenant,
+            "open": "0",
             "state": state,
             "asked": json.dumps(asked),
             "final": json.dumps(final),
@@ -197,7 +126,7 @@ class ResponseStore:
         try:
             await self._put(response_id, tenant, fields, more_bytes=sum(map(len, output)))
         except StorageFull:
-            await self._redis.delete(self._list(response_id))
+            await self._redis.delete(self._shelves.parts(response_id))
             raise
 
     async def load(self, response_id: str, tenant: str | None) -> StoredResponse:
@@ -206,7 +135,9 @@ class ResponseStore:
         Raises:
             ObjectNotFound: there is none of that id, or it is another tenant's.
         """
-        row = await self._redis.hmget(self._hash(response_id), ["tenant", "state", "asked", "final"])
+        row = await self._redis.hmget(
+            self._shelves.object(response_id), ["tenant", "state", "asked", "final"]
+        )
         return _stored(response_id, tenant, cast(list[bytes | None], row))
 
     async def follow(self, response_id: str, tenant: str, first: int) -> tuple[StoredResponse, list[str]]:
@@ -216,8 +147,8 @@ class ResponseStore:
             ObjectNotFound: as `load` does.
         """
         async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.hmget(self._hash(response_id), ["tenant", "state", "asked", "final"])
-            pipe.lrange(self._list(response_id), first, -1)
+            pipe.hmget(self._shelves.object(response_id), ["tenant", "state", "asked", "final"])
+            pipe.lrange(self._shelves.parts(response_id), first, -1)
             row, entries = await pipe.execute()
         return _stored(response_id, tenant, row), [entry.decode() for entry in entries]
 
@@ -230,11 +161,11 @@ class ResponseStore:
             part = entries[start : start + APPENDED_AT_ONCE]
             code, said = await self._append(
                 keys=[
-                    self._hash(response_id),
-                    self._list(response_id),
-                    self._keys.shelf_sizes(KIND, tenant),
+                    self._shelves.object(response_id),
+                    self._shelves.parts(response_id),
+                    self._shelves.sizes(tenant),
                 ],
-                args=[first + start, self._ttl_s, response_id, *part],
+                args=[first + start, self._shelves.ttl_s, response_id, *part],
             )
             if code < 0:
                 raise AssertionError(f"output from {first + start} on, but {said.decode()} entries are there")
@@ -246,14 +177,14 @@ class ResponseStore:
         """End an open response; False where it had ended: the first end counts."""
         return bool(
             await self._end(
-                keys=[self._hash(response_id), self._list(response_id)],
-                args=[state, json.dumps(final), self._ttl_s],
+                keys=[self._shelves.object(response_id), self._shelves.parts(response_id)],
+                args=[state, json.dumps(final), self._shelves.ttl_s],
             )
         )
 
     async def delete(self, response_id: str, tenant: str) -> None:
         """Forget it."""
-        await self._drop(keys=self._shelf(tenant), args=[self._keys.kept(KIND), response_id])
+        await self._shelves.drop(response_id, tenant)
 
     async def _put(
         self,
@@ -261,42 +192,22 @@ class ResponseStore:
         tenant: str,
         fields: dict[str, str],
         *,
-        max_open: int = -1,
+        runs: bool = False,
         more_bytes: int = 0,
     ) -> bool:
-        limits = self._limits
-        outcome = await self._keep(
-            keys=self._shelf(tenant),
-            args=[
-                self._keys.kept(KIND),
-                response_id,
-                time.time(),
-                self._ttl_s,
-                limits.max_count,
-                limits.max_bytes,
-                sum(map(len, fields.values())) + more_bytes,
-                max_open,
-                *itertools.chain.from_iterable(fields.items()),
-            ],
+        size = sum(map(len, fields.values())) + more_bytes
+        outcome = await self._shelves.put(
+            response_id, tenant, fields, size=size, evict=Evict.ENDED, runs=runs
         )
-        if outcome == -1:
-            raise Overloaded(f"{max_open} background responses run for this tenant, its limit")
-        if outcome == -2:
+        limits = self._shelves.limits
+        if outcome is Put.TOO_MANY_OPEN:
+            raise Overloaded(f"{limits.max_open} background responses run for this tenant, its limit")
+        if outcome is Put.FULL:
             raise StorageFull(
                 f"a tenant's stored responses may have {limits.max_bytes} bytes: ask with store=false, "
                 "or delete some"
             )
-        return bool(outcome)
-
-    def _hash(self, response_id: str) -> str:
-        return self._keys.kept(KIND, response_id)
-
-    def _list(self, response_id: str) -> str:
-        return self._keys.kept(KIND, response_id) + ":output"
-
-    def _shelf(self, tenant: str) -> list[str]:
-        shelf = self._keys.shelf(KIND, tenant)
-        return [shelf, self._keys.shelf_sizes(KIND, tenant), shelf + ":open"]
+        return outcome is Put.DONE
 
 
 def _stored(response_id: str, tenant: str | None, row: list[bytes | None]) -> StoredResponse:

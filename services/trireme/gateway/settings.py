@@ -75,6 +75,24 @@ class Settings:
     max_driven: int = 256
     """Background responses that this gateway drives at once; more wait for another, or for room."""
 
+    file_ttl_s: float = 604800.0
+    """How long a file, and a batch after its end, is kept."""
+    max_files: int = 1000
+    """Files of one tenant; more are refused."""
+    max_files_bytes: int = 128 * 2**20
+    """Of one tenant's files together; more are refused."""
+    max_file_bytes: int = 16 * 2**20
+    """Of one uploaded file. It is kept in Redis, and held in memory by the gateway that drives its batch."""
+    max_batches: int = 16
+    """Batches of one tenant that run at once; more are refused."""
+    max_batch_lines: int = 50_000
+    max_batch_output_bytes: int = 64 * 2**20
+    """Of a batch's results together; lines that come later fail."""
+    batch_window: int = 32
+    """Lines of one batch that wait or run in the fleet at once."""
+    max_driven_batches: int = 4
+    """Batches that this gateway drives at once; more wait for another, or for room."""
+
     max_body_bytes: int = 8 * 2**20
     max_header_bytes: int = 16 * 2**10
     max_prompt_tokens: int = 131072

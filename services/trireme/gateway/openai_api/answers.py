@@ -236,6 +236,56 @@ class ResponseEvent(_Open):
     """Counts from 0; a stream can be asked for again from any of them."""
 
 
+class FileObject(_Answer):
+    """A file's card."""
+
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    expires_at: int
+    filename: str
+    purpose: str
+    """`batch` for what was uploaded, `batch_output` for what a batch wrote."""
+    status: Literal["processed"]
+    status_details: None
+
+
+class BatchCounts(_Answer):
+    total: int
+    completed: int
+    failed: int
+
+
+class BatchObject(_Open):
+    """A batch as it stands."""
+
+    id: str
+    object: Literal["batch"]
+    endpoint: str
+    input_file_id: str
+    status: Literal[
+        "validating",
+        "failed",
+        "in_progress",
+        "finalizing",
+        "completed",
+        "expired",
+        "cancelling",
+        "cancelled",
+    ]
+    output_file_id: str | None
+    """Lines that were answered, in the input's order."""
+    error_file_id: str | None
+    """Lines that were not."""
+    errors: dict[str, Any] | None
+    """Why the batch failed before anything ran, by line."""
+    created_at: int
+    expires_at: int
+    request_counts: BatchCounts
+    usage: dict[str, Any]
+
+
 class DeletedObject(_Answer):
     """It is gone."""
 

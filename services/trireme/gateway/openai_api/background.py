@@ -10,11 +10,17 @@ from redis.asyncio import Redis
 
 from trireme.bus.connection import Keys
 from trireme.gateway.background_work import BackgroundWork
+from trireme.gateway.batch_store import BatchStore
+from trireme.gateway.file_store import FileStore
 from trireme.gateway.generation import Generation
+from trireme.gateway.openai_api.batches import BatchesApi
+from trireme.gateway.openai_api.batches_driving import BatchDriver
+from trireme.gateway.openai_api.files import FilesApi
 from trireme.gateway.openai_api.responses import ResponsesApi
 from trireme.gateway.openai_api.responses_background import ResponseDriver
-from trireme.gateway.response_store import ResponseStore, ShelfLimits
+from trireme.gateway.response_store import ResponseStore
 from trireme.gateway.settings import Settings
+from trireme.gateway.shelves import ShelfLimits
 from trireme.gateway.work_leases import WorkLeases
 
 
@@ -38,8 +44,38 @@ class Background:
             what="response",
             most=settings.max_driven,
         )
-        self._work = [responses]
-        self._routes = [*ResponsesApi(settings, core, store, responses).routes()]
+        files = FileStore(
+            redis,
+            keys,
+            ShelfLimits(
+                max_count=settings.max_files,
+                max_bytes=settings.max_files_bytes,
+                max_open=0,
+                ttl_s=settings.file_ttl_s,
+            ),
+        )
+        stored_batches = BatchStore(
+            redis,
+            keys,
+            ShelfLimits(
+                max_count=settings.max_files,
+                max_bytes=settings.max_files_bytes,
+                max_open=settings.max_batches,
+                ttl_s=settings.file_ttl_s,
+            ),
+        )
+        batches = BackgroundWork(
+            WorkLeases(redis, keys, kind="batches", holder=gateway_id),
+            BatchDriver(core, stored_batches, files, settings).drive,
+            what="batch",
+            most=settings.max_driven_batches,
+        )
+        self._work = [responses, batches]
+        self._routes = [
+            *ResponsesApi(settings, core, store, responses).routes(),
+            *FilesApi(settings, files).routes(),
+            *BatchesApi(settings, stored_batches, files, batches).routes(),
+        ]
 
     def routes(self) -> list[web.RouteDef]:
         """What the HTTP server answers to for it."""

@@ -6,6 +6,7 @@ import base64
 import struct
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from aiohttp import web
 
@@ -18,6 +19,16 @@ from trireme.gateway.submission import Caller, new_request_id
 
 
 async def embeddings_answer(core: Generation, body: EmbeddingsBody, caller: Caller) -> web.Response:
+    """The same as a response.
+
+    Raises:
+        InvalidRequest, ContextLengthExceeded: names the field to change.
+        ModelNotFound: no such model.
+    """
+    return web.json_response(await embeddings_document(core, body, caller))
+
+
+async def embeddings_document(core: Generation, body: EmbeddingsBody, caller: Caller) -> dict[str, Any]:
     """One vector per text, in order.
 
     Raises:
@@ -41,13 +52,12 @@ async def embeddings_answer(core: Generation, body: EmbeddingsBody, caller: Call
         }
         for index, vector in enumerate(vectors)
     ]
-    document = {
+    return {
         "object": "list",
         "data": rows,
         "model": body.model,
         "usage": {name: usage[name] for name in ("prompt_tokens", "total_tokens", "trireme")},
     }
-    return web.json_response(document)
 
 
 def _texts(body: EmbeddingsBody) -> Sequence[str | Sequence[int]]:

@@ -16,11 +16,9 @@ from pydantic import Field
 
 from trireme.errors import InvalidRequest, TriremeError
 from trireme.gateway.openai_api.bodies import MAX_MAP_ENTRIES, ChatBody, Strict, bounded, parse
+from trireme.gateway.openai_api.metadata import check_metadata
 from trireme.gateway.submission import Caller
 
-MAX_METADATA = 16
-MAX_METADATA_KEY, MAX_METADATA_VALUE = 64, 512
-"""Characters."""
 LOGPROBS = "message.output_text.logprobs"
 
 Json = dict[str, Any]
@@ -181,7 +179,7 @@ def ask(
     """
     if body.background and not body.is_stored:
         raise InvalidRequest("background needs store to be true", param="background")
-    _check_metadata(body.metadata)
+    check_metadata(body.metadata)
     for name in body.include or ():
         if name != LOGPROBS:
             raise InvalidRequest(f"include: {name[:80]!r} is not known; {LOGPROBS!r} is", param="include")
@@ -334,21 +332,6 @@ def _tool_choice(choice: str | Json) -> Any:
             param="tool_choice",
         )
     return {"type": "function", "function": {"name": choice.get("name")}}
-
-
-def _check_metadata(metadata: Mapping[str, str] | None) -> None:
-    if metadata is None:
-        return
-    if len(metadata) > MAX_METADATA:
-        raise InvalidRequest(
-            f"metadata has {len(metadata)} entries; at most {MAX_METADATA} are allowed", param="metadata"
-        )
-    for key, value in metadata.items():
-        if len(key) > MAX_METADATA_KEY or len(value) > MAX_METADATA_VALUE:
-            raise InvalidRequest(
-                f"metadata: keys have at most {MAX_METADATA_KEY} characters, values {MAX_METADATA_VALUE}",
-                param="metadata",
-            )
 
 
 def _shown(body: ResponseBody, response_id: str, created_at: int) -> Json:

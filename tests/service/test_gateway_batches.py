@@ -1,0 +1,226 @@
+"""/v1/files and /v1/batches, asked by OpenAI's own client."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import openai
+import pytest
+from openai import AsyncOpenAI
+
+from tests.service.openai_world import IDS, TEXT, TOKENIZER, USER, World
+from trireme.bus.request_records import work_tokens
+from trireme.runtime.shutdown import end_tasks
+from trireme.wire.inference.v1 import inference_pb2 as wire
+
+CHAT = "/v1/chat/completions"
+
+
+def line(custom_id: str, url: str = CHAT, method: str = "POST", **body: Any) -> dict[str, Any]:
+    asked = {"model": "py", "messages": USER, **body}
+    return {"custom_id": custom_id, "method": method, "url": url, "body": asked}
+
+
+async def upload(world: World, lines: list[Any]) -> str:
+    data = "\n".join(text if isinstance(text, str) else json.dumps(text) for text in lines).encode()
+    file = await world.client.files.create(file=("in.jsonl", io.BytesIO(data)), purpose="batch")
+    assert (file.object, file.bytes, file.filename, file.purpose) == ("file", len(data), "in.jsonl", "batch")
+    return file.id
+
+
+async def start(world: World, lines: list[Any], endpoint: Any = CHAT) -> Any:
+    file_id = await upload(world, lines)
+    return await world.client.batches.create(
+        input_file_id=file_id, endpoint=endpoint, completion_window="24h", metadata={"who": "me"}
+    )
+
+
+async def ended(client: AsyncOpenAI, batch_id: str) -> Any:
+    async with asyncio.timeout(60):
+        while True:
+            batch = await client.batches.retrieve(batch_id)
+            if batch.status in ("completed", "failed", "cancelled", "expired"):
+                return batch
+            await asyncio.sleep(0.05)
+
+
+async def rows(client: AsyncOpenAI, file_id: str | None) -> list[Any]:
+    if file_id is None:
+        return []
+    content = await client.files.content(file_id)
+    return [json.loads(text) for text in content.text.splitlines()]
+
+
+@asynccontextmanager
+async def serving(world: World, *, silent_on: str = "") -> AsyncIterator[list[Any]]:
+    """Answer all requests, but for those whose prompt has `silent_on`; yields the assignments."""
+    seen: list[Any] = []
+
+    async def serve() -> None:
+        while True:
+            assignment = await world.worker.assigned.get()
+            seen.append(assignment)
+            if not silent_on or silent_on not in TOKENIZER.decode(list(assignment.request.prompt_token_ids)):
+                world.worker.answer(assignment, IDS)
+
+    task = asyncio.create_task(serve())
+    try:
+        yield seen
+    finally:
+        await end_tasks([task])
+
+
+async def test_files_are_kept_listed_read_and_deleted(world: World) -> None:
+    ids = [await upload(world, [line(str(number))]) for number in range(3)]
+    listed = [file.id async for file in await world.client.files.list(limit=2)]
+    assert listed == ids[::-1], "newest first, over pages"
+    assert (await world.client.files.retrieve(ids[0])).status == "processed"
+    assert await rows(world.client, ids[1]) == [line("1")]
+    assert (await world.client.files.delete(ids[1])).deleted
+    with pytest.raises(openai.NotFoundError):
+        await world.client.files.content(ids[1])
+    assert len(await world.fleet.redis.keys("test:file:*:parts")) == 2
+
+
+@pytest.mark.parametrize("world", [{"max_files_bytes": 1000, "max_file_bytes": 600}], indirect=True)
+async def test_files_have_bounds(world: World) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        await world.client.files.create(file=b"x" * 601, purpose="batch")
+    assert caught.value.param == "file"
+    kept = await world.client.files.create(file=b"x" * 600, purpose="batch")
+    with pytest.raises(openai.RateLimitError) as refused:
+        await world.client.files.create(file=b"x" * 600, purpose="batch")
+    assert refused.value.code == "storage_quota_exceeded"
+    await world.client.files.delete(kept.id)
+    await world.client.files.create(file=b"x" * 600, purpose="batch")
+    with pytest.raises(openai.BadRequestError) as purpose:
+        await world.client.files.create(file=b"x", purpose="vision")
+    assert purpose.value.param == "purpose"
+
+
+@pytest.mark.parametrize("world", [{"batch_window": 3}], indirect=True)
+async def test_a_batch_runs_its_lines_a_window_at_a_time(world: World) -> None:
+    lines = [line(f"line-{number}") for number in range(8)]
+    lines[2] = line("line-2", temperature=9)
+    async with serving(world, silent_on="hold") as seen:
+        batch = await start(world, [*lines[:7], line("held", messages=[{"role": "user", "content": "hold"}])])
+        async with asyncio.timeout(60):
+            while len(seen) < 7:
+                await asyncio.sleep(0.02)
+        assert max(request.slo_class for request in (a.request for a in seen)) == wire.SLO_CLASS_BATCH
+        held = next(a for a in seen if "hold" in TOKENIZER.decode(list(a.request.prompt_token_ids)))
+        assert (await world.client.batches.retrieve(batch.id)).status == "in_progress"
+        world.worker.answer(held, IDS)
+        done = await ended(world.client, batch.id)
+    assert (done.status, done.metadata, done.model) == ("completed", {"who": "me"}, "py")
+    counts = done.request_counts
+    assert (counts.total, counts.completed, counts.failed) == (8, 7, 1)
+    assert done.usage.output_tokens == 7 * len(IDS)
+    output, errors = (
+        await rows(world.client, done.output_file_id),
+        await rows(world.client, done.error_file_id),
+    )
+    assert [row["custom_id"] for row in output] == [f"line-{n}" for n in (0, 1, 3, 4, 5, 6)] + ["held"]
+    assert {row["response"]["status_code"] for row in output} == {200}
+    assert {row["response"]["body"]["choices"][0]["message"]["content"] for row in output} == {TEXT}
+    assert [(row["custom_id"], row["response"]["status_code"]) for row in errors] == [("line-2", 400)]
+    assert errors[0]["response"]["body"]["error"]["param"] == "temperature"
+    assert len({row["id"] for row in output + errors}) == 8
+    assert [found.id async for found in await world.client.batches.list()] == [batch.id]
+    async with asyncio.timeout(20):
+        while await world.fleet.redis.hlen("test:load:w1") and int(
+            await world.fleet.redis.hget("test:load:w1", "requests")
+        ):
+            await asyncio.sleep(0.02)
+
+
+async def test_what_is_wrong_with_lines_fails_the_batch_by_line(world: World) -> None:
+    batch = await start(
+        world,
+        [
+            line("a"),
+            "{",
+            line("a"),
+            line("b", url="/v1/completions"),
+            line("c", method="GET"),
+            {**line("d"), "extra": 1},
+            {**line("e"), "body": []},
+            "",
+        ],
+    )
+    failed = await ended(world.client, batch.id)
+    assert failed.status == "failed" and failed.errors is not None
+    assert [(error.line, error.code) for error in failed.errors.data] == [
+        (2, "invalid_json_line"),
+        (3, "duplicate_custom_id"),
+        (4, "mismatched_url"),
+        (5, "invalid_method"),
+        (6, "unknown_parameter"),
+        (7, "invalid_body"),
+    ]
+    assert world.worker.assigned.empty()
+
+
+async def test_a_cancelled_batch_gives_what_it_has(world: World) -> None:
+    hold = [{"role": "user", "content": "hold"}]
+    async with serving(world, silent_on="hold"):
+        batch = await start(world, [line("done"), line("held", messages=hold)])
+        async with asyncio.timeout(60):
+            while (await world.client.batches.retrieve(batch.id)).request_counts.completed < 1:
+                await asyncio.sleep(0.02)
+        assert (await world.client.batches.cancel(batch.id)).status == "cancelling"
+        done = await ended(world.client, batch.id)
+    assert done.status == "cancelled" and done.cancelled_at is not None
+    assert [row["custom_id"] for row in await rows(world.client, done.output_file_id)] == ["done"]
+    errors = await rows(world.client, done.error_file_id)
+    assert [(row["custom_id"], row["error"]["code"]) for row in errors] == [("held", "batch_cancelled")]
+    await world.worker.heard("stop", f"{batch.id}.1")
+
+
+async def test_a_batch_of_completions(world: World) -> None:
+    lines = [
+        {
+            "custom_id": "both",
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"model": "py", "prompt": ["a", "b"], "max_tokens": 20},
+        }
+    ]
+    async with serving(world):
+        done = await ended(world.client, (await start(world, lines, "/v1/completions")).id)
+    output = await rows(world.client, done.output_file_id)
+    assert [choice["text"] for choice in output[0]["response"]["body"]["choices"]] == [TEXT, TEXT]
+
+
+@pytest.mark.parametrize("world", [{"batch_window": 4}], indirect=True)
+async def test_another_gateway_goes_on_with_a_batch(world: World) -> None:
+    lines = [
+        line(f"{number}", messages=[{"role": "user", "content": f"hold {number}"}]) for number in range(6)
+    ]
+    async with world.fleet.gateway(batch_window=4) as other:
+        batch = await start(world, lines)
+        held = [await world.worker.next_assignment() for _ in range(4)]
+        world.worker.answer(held[0], IDS)
+        held.append(await world.worker.next_assignment())
+        await world.gateway.background.leave()
+        for assignment in held[1:]:
+            async with asyncio.timeout(60):
+                while world.worker.owners[assignment.request.request_id] != other.gateway_id:
+                    await asyncio.sleep(0.02)
+            world.worker.answer(assignment, IDS)
+        last = await world.worker.next_assignment()
+        assert work_tokens(last.request)
+        world.worker.answer(last, IDS)
+        url = f"http://{other.http_address}/v1"
+        async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as elsewhere:
+            done = await ended(elsewhere, batch.id)
+            output = await rows(elsewhere, done.output_file_id)
+        assert [row["custom_id"] for row in output] == [f"{number}" for number in range(6)]
+        assert done.error_file_id is None
+        assert world.worker.assigned.empty(), "no line ran twice"
+        assert not [m for m in world.worker.messages if m.HasField("stop")]
