@@ -80,6 +80,7 @@ def test_the_fleet_file_is_read_as_a_fleet_file(name: str, tmp_path: Path) -> No
     fleet = load_fleet(path)
     groups = {settings.group for _, c, settings in served(objects) if service_of(c) == "worker"}
     assert groups == {group.name for group in fleet.workers}
+    assert fleet.slo.interactive.ttft_s == (2 if name == "external" else 10)
     for pod, container, settings in served(objects):
         if service_of(container) in ("gateway", "worker", "kvstore", "power"):
             assert str(settings.fleet) == "/etc/trireme/fleet.yaml"

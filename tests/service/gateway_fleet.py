@@ -7,15 +7,16 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
 from redis.asyncio import Redis
 
 from trireme.bus.connection import Keys
 from trireme.bus.registry import Registry
-from trireme.bus.request_records import SCHEDULERS, WORKERS, Handover, RequestRecords, work_tokens
+from trireme.bus.request_records import SCHEDULERS, WORKERS, Handover, RequestRecords
 from trireme.bus.streams import Stream
+from trireme.bus.waiting_work import work_tokens
 from trireme.gateway.process import Gateway, running_gateway
 from trireme.gateway.settings import Settings
 from trireme.runtime.shutdown import end_tasks
@@ -57,8 +58,12 @@ workers: [{{name: w, variants: [py-1m]}}]
 class FakeWorker(rpc.WorkerServicer):
     """Speaks the worker's side of Connect; tests say what it sends."""
 
+    figures: ClassVar[dict[str, Any]] = {}
+    """More of what workers that are started from now on say of their variant."""
+
     def __init__(self, redis: Redis, worker_id: str) -> None:
         self.worker_id = worker_id
+        self.figures = dict(type(self).figures)  # type: ignore[misc]
         self.records = RequestRecords(redis, KEYS)
         self.registry = Registry(redis, KEYS)
         self.assigned: asyncio.Queue[Assignment] = asyncio.Queue()
@@ -83,7 +88,7 @@ class FakeWorker(rpc.WorkerServicer):
         return self
 
     def record(self) -> ProcessRecord:
-        status = VariantStatus(variant="py-1m", model="py", ready=True)
+        status = VariantStatus(variant="py-1m", model="py", ready=True, **self.figures)
         worker = WorkerStatus(device="cpu", variants=[status], draining=self.draining)
         return ProcessRecord(id=self.worker_id, service="worker", grpc_address=self.address, worker=worker)
 

@@ -415,7 +415,7 @@ async def test_a_refused_client_comes_back_when_it_was_told(world: World) -> Non
     status, answer, headers = await world.post("/v1/completions", {"model": "py", "prompt": "x"})
     assert (status, answer["error"]["code"]) == (429, "rate_limit_exceeded")
     assert answer["error"]["type"] == "rate_limit_error"
-    assert (headers["retry-after"], headers["retry-after-ms"]) == ("1", "700")
+    assert 700 <= int(headers["retry-after-ms"]) <= 2000 and headers["retry-after"] in ("1", "2")
     assert headers["x-should-retry"] == "true"
     patient = world.client.with_options(max_retries=2)
     started_s = time.monotonic()

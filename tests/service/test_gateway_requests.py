@@ -527,7 +527,7 @@ async def test_full_queues_say_no_with_a_time_to_come_back(world: Fleet) -> None
             await call.until(lambda call=call: call.events)
         with pytest.raises(Overloaded, match="2 requests wait") as caught:
             await Call(client).end()
-        assert caught.value.retry_after_s == 1.0
+        assert 1.0 <= (caught.value.retry_after_s or 0.0) <= 60.0
     async with (
         world.gateway(max_inflight=1) as gateway,
         TriremeClient([gateway.grpc_address], retry_s=0.0) as client,

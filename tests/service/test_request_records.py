@@ -13,9 +13,9 @@ from trireme.bus.request_records import (
     RequestRecords,
     Requeue,
     State,
-    work_tokens,
 )
 from trireme.bus.streams import Entry, Stream
+from trireme.bus.waiting_work import work_tokens
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, Assignment, Decision
 from trireme.wire.inference.v1.inference_pb2 import SamplingParameters
 

@@ -16,7 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trireme.bus.request_records import Admission, AdmissionResult
+from trireme.bus.connection import Keys
+from trireme.bus.request_records import Admission, AdmissionResult, TenantBounds
+from trireme.gateway.admission import AdmissionControl
 from trireme.gateway.generation import Generation
 from trireme.gateway.metrics import Metrics
 from trireme.gateway.models import ModelCatalog, load_catalog
@@ -25,10 +27,10 @@ from trireme.gateway.openai_api.bodies import ChatBody, CompletionBody
 from trireme.gateway.request_table import RequestTable
 from trireme.gateway.request_traces import RequestTraces
 from trireme.gateway.settings import Settings
-from trireme.runtime.fleet import load_fleet
+from trireme.runtime.fleet import Slo, load_fleet
 from trireme.runtime.health import HealthReporter
 from trireme.runtime.spans import NoSpans
-from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest
+from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, ProcessRecord
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "checkpoints" / "trireme-py-1m"
 FLEET = f"""
@@ -46,13 +48,20 @@ class FullRecords:
     def __init__(self) -> None:
         self.admitted: list[AdmittedRequest] = []
 
-    async def admit(self, request: AdmittedRequest, *, max_waiting: int) -> AdmissionResult:
+    async def admit(
+        self, request: AdmittedRequest, *, max_waiting: int, bounds: TenantBounds
+    ) -> AdmissionResult:
         request.SerializeToString()
         self.admitted.append(request)
         return AdmissionResult(Admission.FULL, None, "", max_waiting)
 
 
 class NoLinks:
+    scanned_s = None
+
+    def living(self, service: str) -> list[ProcessRecord]:
+        return []
+
     def served_variants(self) -> set[str]:
         return {"py-1m"}
 
@@ -104,6 +113,17 @@ async def serving(catalog: ModelCatalog, **changes: Any) -> AsyncIterator[Server
         recovery=None,  # type: ignore[arg-type]
         metrics=metrics,
         traces=RequestTraces(NoSpans(), keep=4),
+        admission=AdmissionControl(
+            None,  # type: ignore[arg-type]  # nobody looks at the queue
+            Keys("test"),
+            records=records,  # type: ignore[arg-type]
+            links=links,  # type: ignore[arg-type]
+            catalog=catalog,
+            slo=Slo(),
+            max_waiting=chosen.max_waiting,
+            retry_after_s=chosen.retry_after_s,
+            metrics=metrics,
+        ),
     )
     async with AsyncExitStack() as stack:
         address = await stack.enter_async_context(

@@ -49,6 +49,16 @@ class Keys:
         return f"{self.prefix}:requests"
 
     @property
+    def waiting(self) -> str:
+        """Hash: what waits in `requests`, by tenant, and by model, urgency and tenant."""
+        return f"{self.prefix}:waiting"
+
+    @property
+    def served(self) -> str:
+        """Hash: what has left `requests` for a worker since ever, by model."""
+        return f"{self.prefix}:served"
+
+    @property
     def events(self) -> str:
         return f"{self.prefix}:events"
 

@@ -15,6 +15,7 @@ from typing import cast
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError
 
+from trireme.bus import waiting_work
 from trireme.bus.connection import Keys
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, Assignment, Decision
 
@@ -25,6 +26,8 @@ WORKERS = "worker"
 
 MAX_CRASHES = 2
 """A request that was in an engine at so many crashes is quarantined."""
+UNBOUNDED = 2**31
+"""As a bound: none."""
 NO_ATTEMPT = 0
 """No record has this attempt."""
 RECORD_S = 6 * 3600
@@ -32,18 +35,31 @@ RECORD_S = 6 * 3600
 RETENTION_S = 120
 """A record outlives its request's end by so long: a client may still come back."""
 
-_ADMIT = """
+_ADMIT = (
+    waiting_work.JOIN
+    + """
 local known = redis.call('HMGET', KEYS[1], 'state', 'worker', 'attempt')
 if known[1] then return {0, known[1], known[2] or '', known[3]} end
 local waiting = redis.call('XLEN', KEYS[2])
+if waiting == 0 then redis.call('DEL', KEYS[3]) end
+local held = tonumber(redis.call('HGET', KEYS[3], ARGV[4]) or '0')
+local tokens = tonumber(redis.call('HGET', KEYS[3], ARGV[6]) or '0')
 if waiting >= tonumber(ARGV[2]) then return {-1, tostring(waiting), '', '0'} end
+if waiting >= tonumber(ARGV[8]) and held >= tonumber(ARGV[9]) then
+  return {-2, tostring(waiting), '', tostring(held)}
+end
+if tokens > 0 and tokens > tonumber(ARGV[10]) then return {-3, tostring(waiting), '', tostring(tokens)} end
 redis.call('HSET', KEYS[1], 'state', 'queued', 'attempt', 1, 'crashes', 0, 'body', ARGV[1])
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 redis.call('XADD', KEYS[2], '*', 'f', ARGV[1])
+join(KEYS[3], ARGV[4], ARGV[5], ARGV[6], ARGV[7])
 return {1, 'queued', '', '1'}
 """
+)
 
-_ASSIGN = """
+_ASSIGN = (
+    waiting_work.LEAVE
+    + """
 local known = redis.call('HMGET', KEYS[1], 'state', 'attempt')
 local assigned = 0
 if known[1] == 'queued' and known[2] == ARGV[3] then
@@ -58,11 +74,27 @@ if known[1] == 'queued' and known[2] == ARGV[3] then
   assigned = 1
 end
 redis.call('XACK', KEYS[2], ARGV[2], ARGV[1])
-redis.call('XDEL', KEYS[2], ARGV[1])
+if redis.call('XDEL', KEYS[2], ARGV[1]) == 1 then
+  leave(KEYS[7], ARGV[9], ARGV[10], ARGV[11], ARGV[12])
+  if assigned == 1 then note_served(KEYS[8], ARGV[13], ARGV[12]) end
+end
 return assigned
 """
+)
 
-_REQUEUE = """
+_WITHDRAW = (
+    waiting_work.LEAVE
+    + """
+redis.call('XACK', KEYS[1], ARGV[2], ARGV[1])
+if redis.call('XDEL', KEYS[1], ARGV[1]) == 1 then
+  leave(KEYS[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6])
+end
+"""
+)
+
+_REQUEUE = (
+    waiting_work.JOIN
+    + """
 local known = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'crashes')
 if known[1] ~= 'assigned' or known[2] ~= ARGV[1] then return 0 end
 if tonumber(ARGV[3]) >= tonumber(ARGV[4]) then
@@ -75,8 +107,10 @@ redis.call('HSET', KEYS[1], 'state', 'queued', 'attempt', tonumber(ARGV[1]) + 1,
            'crashes', ARGV[3], 'body', ARGV[2], 'worker', '')
 redis.call('EXPIRE', KEYS[1], ARGV[5])
 redis.call('XADD', KEYS[2], '*', 'f', ARGV[2])
+join(KEYS[3], ARGV[7], ARGV[8], ARGV[9], ARGV[10])
 return 1
 """
+)
 
 _END = """
 redis.call('XACK', KEYS[2], ARGV[2], ARGV[1])
@@ -126,6 +160,25 @@ class Admission(enum.Enum):
     ADMITTED = 1
     KNOWN = 0
     FULL = -1
+    OVER_SHARE = -2
+    """The queue is nearly full and the tenant holds its share of it."""
+    TOO_LATE = -3
+    """The tenant's backlog at this urgency grew beyond what may wait."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantBounds:
+    """What a request's tenant may have waiting when it joins the queue."""
+
+    shared_from: int = UNBOUNDED
+    """From so many waiting requests of everybody on, `requests` holds."""
+    requests: int = UNBOUNDED
+    """Of the tenant, for any model."""
+    backlog_tokens: float = UNBOUNDED
+    """For this model at this urgency."""
+
+
+NO_BOUNDS = TenantBounds()
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +189,7 @@ class AdmissionResult:
     state: State | None
     worker_id: str
     waiting: int
+    """Requests that waited, where the request was refused."""
 
 
 class Requeue(enum.Enum):
@@ -179,15 +233,26 @@ class RequestRecords:
         self._requeue = redis.register_script(_REQUEUE)
         self._end = redis.register_script(_END)
         self._settle = redis.register_script(_SETTLE)
+        self._withdraw = redis.register_script(_WITHDRAW)
 
-    async def admit(self, request: AdmittedRequest, *, max_waiting: int) -> AdmissionResult:
+    async def admit(
+        self, request: AdmittedRequest, *, max_waiting: int, bounds: TenantBounds = NO_BOUNDS
+    ) -> AdmissionResult:
         """Make a request durable and queue it, unless it is known or the queue is full."""
         code, state, worker, _ = await self._admit(
-            keys=[self._keys.request(request.request_id), self._keys.requests],
-            args=[request.SerializeToString(), max_waiting, RECORD_S],
+            keys=[self._keys.request(request.request_id), self._keys.requests, self._keys.waiting],
+            args=[
+                request.SerializeToString(),
+                max_waiting,
+                RECORD_S,
+                *waiting_work.words(request),
+                bounds.shared_from,
+                bounds.requests,
+                bounds.backlog_tokens,
+            ],
         )
         admission = Admission(code)
-        if admission is Admission.FULL:
+        if code < 0:
             return AdmissionResult(admission, None, "", int(state))
         return AdmissionResult(admission, State(state.decode()), worker.decode(), 0)
 
@@ -221,6 +286,8 @@ class RequestRecords:
             self._keys.load(assignment.worker_id),
             self._keys.decisions(request.request_id),
             self._keys.assigned_workers,
+            self._keys.waiting,
+            self._keys.served,
         ]
         return keys, [
             handover.entry_id,
@@ -231,7 +298,16 @@ class RequestRecords:
             handover.decision.SerializeToString(),
             handover.tokens,
             RECORD_S,
+            *waiting_work.words(request),
+            request.model,
         ]
+
+    async def withdraw(self, entry_id: bytes, request: AdmittedRequest) -> None:
+        """Take a request off the queue that no worker is to have; its record stays as it is."""
+        await self._withdraw(
+            keys=[self._keys.requests, self._keys.waiting],
+            args=[entry_id, SCHEDULERS, *waiting_work.words(request)],
+        )
 
     async def requeue(self, request: AdmittedRequest, *, crashed: bool) -> Requeue:
         """Queue an assigned request again, as its next attempt.
@@ -246,7 +322,7 @@ class RequestRecords:
         again.crashes = crashes
         return Requeue(
             await self._requeue(
-                keys=[self._keys.request(request.request_id), self._keys.requests],
+                keys=[self._keys.request(request.request_id), self._keys.requests, self._keys.waiting],
                 args=[
                     request.attempt,
                     again.SerializeToString(),
@@ -254,6 +330,7 @@ class RequestRecords:
                     MAX_CRASHES,
                     RECORD_S,
                     RETENTION_S,
+                    *waiting_work.words(again),
                 ],
             )
         )
@@ -311,9 +388,3 @@ class RequestRecords:
         """All decisions about a request, oldest first."""
         rows = cast(list[bytes], await self._redis.lrange(self._keys.decisions(request_id), 0, -1))
         return [Decision.FromString(row) for row in rows]
-
-
-def work_tokens(request: AdmittedRequest) -> int:
-    """Prompt and answer tokens that a request may cost, an upper estimate."""
-    choices = max(1, request.sampling.n)
-    return len(request.prompt_token_ids) + choices * request.sampling.max_tokens

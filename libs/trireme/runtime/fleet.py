@@ -153,6 +153,23 @@ class WorkerGroup(_Section):
     that levels pay, which favours ends where answers are of similar length."""
 
 
+class SloGoal(_Section):
+    """What requests of one class are promised, or refused."""
+
+    ttft_s: float = Field(gt=0, le=86400)
+    """To the first token. A request whose first token would come later is refused at once."""
+    tpot_s: float | None = Field(default=None, gt=0)
+    """Per answer token after it. Workers that are slower count as overload; absent: no goal."""
+
+
+class Slo(_Section):
+    """The goals of the SLO classes."""
+
+    interactive: SloGoal = SloGoal(ttft_s=10.0)
+    standard: SloGoal = SloGoal(ttft_s=60.0)
+    batch: SloGoal = SloGoal(ttft_s=1800.0)
+
+
 class Gateway(_Section):
     """Gateways listen on consecutive ports, one process per replica."""
 
@@ -224,6 +241,7 @@ class Fleet(_Section):
     models: dict[Name, Model] = Field(min_length=1)
     workers: list[WorkerGroup] = Field(default_factory=lambda: [WorkerGroup()], min_length=1)
     gateway: Gateway = Gateway()
+    slo: Slo = Slo()
     scheduler: Scheduler = Scheduler()
     redis: Redis = Redis()
     kvstore: KvStore = KvStore()

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,6 @@ from trireme.bus.connection import AWAY, persistently
 from trireme.bus.request_records import Admission, RequestRecords, State
 from trireme.errors import (
     DeadlineExceeded,
-    Overloaded,
     RequestCancelled,
     RequestConflict,
     RequestFailed,
@@ -21,6 +21,7 @@ from trireme.errors import (
     ServiceUnavailable,
     TriremeError,
 )
+from trireme.gateway.admission import AdmissionControl
 from trireme.gateway.answer import Answer
 from trireme.gateway.limits import Limits
 from trireme.gateway.live_request import Choice, LiveRequest
@@ -35,7 +36,7 @@ from trireme.gateway.submission import Submission, fleet_request_id
 from trireme.gateway.timelines import Event
 from trireme.gateway.truncation import dropped_tokens
 from trireme.gateway.worker_links import WorkerLinks
-from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest
+from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, RequestKind
 from trireme.wire.inference.v1.inference_pb2 import TokenIds
 
 log = logging.getLogger(__name__)
@@ -62,11 +63,12 @@ class Generation:
         recovery: Recovery,
         metrics: Metrics,
         traces: RequestTraces,
+        admission: AdmissionControl,
     ) -> None:
         self.traces = traces
         """Its `timelines` tell of the last requests."""
         self.catalog = catalog
-        self.limits: Limits = settings.limits()
+        self._limits = settings.limits()
         self.metrics = metrics
         self._settings = settings
         self._gateway_id = gateway_id
@@ -75,17 +77,26 @@ class Generation:
         self._links = links
         self._table = table
         self._recovery = recovery
+        self.admission = admission
         self._answers: set[Answer] = set()
         self._endings: set[asyncio.Task[None]] = set()
         self._leaving = False
         self._abandoning = False
 
+    @property
+    def limits(self) -> Limits:
+        """What one request may ask for now."""
+        if self._limits.trimmed != self.admission.trimmed:
+            self._limits = replace(self._limits, trimmed=self.admission.trimmed)
+        return self._limits
+
     async def submit(self, submission: Submission) -> Answer:
         """Make a request durable, or attach to the one of that id, and return its answer.
 
         Raises:
-            Overloaded: too many requests are held here or wait in the fleet.
-            ServiceUnavailable: Redis is away, or this gateway leaves.
+            Overloaded: too many requests are held here or wait in the fleet, or it would wait too long.
+            ServiceUnavailable: Redis is away, this gateway leaves, or nobody serves the model.
+            ContextLengthExceeded: no worker's KV memory can hold it.
             RequestConflict: the id belongs to a request with other contents.
             RequestNotFound: the id's request ended and its output is no longer kept.
             RequestCancelled, RequestQuarantined, RequestFailed: it ended so before.
@@ -106,10 +117,7 @@ class Generation:
             self.metrics.resumes.inc()
             return self._answer(known, submission.resume_from, call, attached=True)
         if len(self._table) >= self._settings.max_inflight:
-            raise Overloaded(
-                f"this gateway holds {len(self._table)} requests, its limit",
-                retry_after_s=self._settings.retry_after_s,
-            )
+            raise self.admission.refused_by_gateway(submission, len(self._table))
         return await self._admit(submission, call)
 
     async def cancel(self, request_id: str, *, tenant: str) -> bool:
@@ -144,19 +152,29 @@ class Generation:
 
     async def _admit(self, submission: Submission, call: CallTrace) -> Answer:
         started_s = time.monotonic()
+        try:
+            async with asyncio.timeout(self._settings.admission_s):
+                bounds = await self.admission.enter(submission)
+        except (*AWAY, TimeoutError) as error:
+            raise ServiceUnavailable("the bus does not answer: try again", retry_after_s=1.0) from error
+        known = self._table.get(submission.caller.fleet_id)
+        if known is not None:  # The same request came twice at once, and its record was looked for.
+            _check_same(known.admitted, submission)
+            return self._answer(known, submission.resume_from, call, attached=True)
         admitted = self._admitted(submission, call.traceparent)
         live = self._live(admitted, submission.model)
         self._table.add(live)
         try:
             async with asyncio.timeout(self._settings.admission_s):
-                result = await self._records.admit(admitted, max_waiting=self._settings.max_waiting)
-            if result.admission is Admission.FULL:
-                raise Overloaded(
-                    f"{result.waiting} requests wait in the fleet, its limit",
-                    retry_after_s=self._settings.retry_after_s,
+                result = await self._records.admit(
+                    admitted, max_waiting=self._settings.max_waiting, bounds=bounds
                 )
             if result.admission is Admission.KNOWN:
                 live = await self._attach(live, submission)
+            elif result.admission is Admission.ADMITTED:
+                self.admission.note_joined(submission, admitted.expected_tokens)
+            else:
+                raise self.admission.refused_by_queue(submission, result)
         except (*AWAY, TimeoutError) as error:
             failure = ServiceUnavailable("the bus does not answer: try again", retry_after_s=1.0)
             self._give_up(live, failure)
@@ -236,6 +254,7 @@ class Generation:
         if self._abandoning or answer.let_go:
             return
         if answer.delivered:
+            self._learn_length(live)
             if live.accounted and live.worker_id:
                 self._links.confirm(live.worker_id, live.request_id, live.received())
             return  # Without an account the worker's last update, when it comes, is confirmed.
@@ -248,6 +267,10 @@ class Generation:
             self._in_background(self._settle(live, "client" if live.error is None else "deadline"))
         elif live.worker_id:
             self._links.confirm(live.worker_id, live.request_id, live.received())
+
+    def _learn_length(self, live: LiveRequest) -> None:
+        if live.admitted.kind == RequestKind.REQUEST_KIND_GENERATE:
+            self.admission.note_answer(live.admitted.model, sum(live.received()) / len(live.choices))
 
     async def _settle(self, live: LiveRequest, reason: str) -> None:
         # The worker is told at once, before Redis is asked; a second stop does no harm.
@@ -284,6 +307,7 @@ class Generation:
             admitted_unix_s=now_unix_s,
             deadline_unix_s=min(caller.deadline_unix_s or latest_s, latest_s),
             traceparent=traceparent,
+            expected_tokens=self.admission.expected_tokens(submission),
         )
         name_blocks(admitted, submission.model, submission.cut, fleet=self._fleet_name, tenant=caller.tenant)
         return admitted

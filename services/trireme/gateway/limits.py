@@ -11,6 +11,7 @@
 | max_waiting | 4096 | requests waiting in the fleet |
 | max_prompt_tokens | 131072 | prompt; and the model's context, unless the client lets it be cut |
 | max_answer_tokens | 32768 | max_tokens; also its value where absent, if the context allows |
+| brown_out_answer_tokens | 512 | max_tokens where absent, while the fleet is behind |
 | max_choices | 16 | n |
 | max_stop_strings, max_stop_characters | 16, 256 | stop: how many, how long each |
 | max_stop_token_ids | 64 | stop_token_ids |
@@ -48,6 +49,10 @@ class Limits:
     max_prompts: int = 64
     max_embeddings: int = 2048
     max_labels: int = 64
+    trimmed: frozenset[str] = frozenset()
+    """Models and variants that are behind, by name."""
+    trimmed_answer_tokens: int = 512
+    """Of those: max_tokens where absent."""
 
 
 def in_range(param: str, value: float, low: float, high: float) -> None:
@@ -153,7 +158,13 @@ def answer_tokens(
     """
     room = model.context_tokens - prompt_tokens
     if asked is None:
-        return max(1, min(room, limits.max_answer_tokens))
+        behind = model.name in limits.trimmed
+        most = (
+            min(limits.trimmed_answer_tokens, limits.max_answer_tokens)
+            if behind
+            else limits.max_answer_tokens
+        )
+        return max(1, min(room, most))
     if asked > room:
         raise ContextLengthExceeded(
             f"{prompt_tokens} prompt tokens and {asked} answer tokens exceed {model.name}'s context of "

@@ -23,6 +23,25 @@ class Metrics:
         self.inter_token = self._seconds("itl", "Between deliveries, per token.")
         self.end_to_end = self._seconds("e2e", "From acceptance to the last token.")
         self.admission = self._seconds("admission", "To make a request durable.")
+        self.refused = Counter(
+            "trireme_gateway_refused",
+            "Requests refused before they were queued, by reason.",
+            ["reason"],
+            registry=self.registry,
+        )
+        self.brown_out = Gauge(
+            "trireme_gateway_brownout_level",
+            "What is given up for this model: 0 nothing, 1 long answers that nobody asked for, "
+            "2 the batch class, 3 several choices and log-probabilities.",
+            ["model"],
+            registry=self.registry,
+        )
+        self.predicted_wait = Gauge(
+            "trireme_gateway_predicted_wait_seconds",
+            "Expected wait for the first token, of a tenant that has nothing waiting.",
+            ["model", "slo_class"],
+            registry=self.registry,
+        )
         self.tokens = self._count("tokens", "Answer tokens delivered.")
         self.prompt_tokens = self._count("prompt_tokens", "Prompt tokens admitted.")
         self.truncated_tokens = self._count("truncated_tokens", "Prompt tokens dropped to fit the context.")

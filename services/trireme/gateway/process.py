@@ -13,6 +13,7 @@ from functools import partial
 from trireme.bus.connection import Keys, open_redis
 from trireme.bus.registry import Registry, new_process_id
 from trireme.bus.request_records import RequestRecords
+from trireme.gateway.admission import AdmissionControl
 from trireme.gateway.generation import Generation
 from trireme.gateway.grpc_api import InferenceServicer
 from trireme.gateway.identity import GrpcGate, gate_of
@@ -90,6 +91,17 @@ async def running_gateway(settings: Settings, spans: Spans | None = None) -> Asy
         table = RequestTable(links, metrics, on_lost=recovery.worker_lost, on_unknown=recovery.unknown)
         links.listen(table)
         recovery.watch(table)
+        admission = AdmissionControl(
+            redis,
+            keys,
+            records=records,
+            links=links,
+            catalog=catalog,
+            slo=fleet.slo,
+            max_waiting=settings.max_waiting,
+            retry_after_s=settings.retry_after_s,
+            metrics=metrics,
+        )
         core = Generation(
             settings=settings,
             gateway_id=gateway_id,
@@ -101,11 +113,16 @@ async def running_gateway(settings: Settings, spans: Spans | None = None) -> Asy
             recovery=recovery,
             metrics=metrics,
             traces=RequestTraces(spans or NoSpans(), keep=settings.kept_timelines),
+            admission=admission,
         )
         answers = partial(fleet_answers, links)
         health = HealthReporter({SERVICE_NAME: answers, OIP_SERVICE_NAME: answers})
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        running = [tasks.create_task(links.run()), tasks.create_task(recovery.run())]
+        running = [
+            tasks.create_task(links.run()),
+            tasks.create_task(recovery.run()),
+            tasks.create_task(admission.run()),
+        ]
         if gate.book is not None:
             running.append(tasks.create_task(gate.book.watch()))
         stack.push_async_callback(end_tasks, running)

@@ -29,7 +29,9 @@ class Settings:
     max_connections: int = 4096
     """HTTP connections that this gateway holds at once; more are refused."""
     retry_after_s: float = 1.0
-    """When a refused client should come back."""
+    """The soonest that a refused client is told to come back."""
+    brown_out_answer_tokens: int = 512
+    """While the fleet is behind: max_tokens of requests that leave it open."""
     admission_s: float = 5.0
     """How long Redis may take to make a request durable."""
     max_request_s: float = 3600.0
@@ -123,4 +125,5 @@ class Settings:
             max_prompts=self.max_prompts,
             max_embeddings=self.max_embeddings,
             max_labels=self.max_labels,
+            trimmed_answer_tokens=self.brown_out_answer_tokens,
         )

@@ -66,6 +66,8 @@ class Submission:
     resume_from: tuple[int, ...] = ()
     cut: Cut | None = None
     """Where prompt and answer may outgrow the context, and the client wants them cut."""
+    answer_was_sized: bool = True
+    """The client said how long the answer may be."""
 
 
 def new_request_id() -> str:
@@ -177,6 +179,7 @@ def generation(
         sampling=resolved,
         resume_from=tuple(resume_from),
         cut=cut,
+        answer_was_sized=asked is not None,
     )
 
 

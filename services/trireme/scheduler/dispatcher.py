@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Mapping
 
 from trireme.bus.connection import AWAY
-from trireme.bus.request_records import SCHEDULERS, Handover, RequestRecords, State, work_tokens
+from trireme.bus.request_records import SCHEDULERS, Handover, RequestRecords, State
 from trireme.bus.streams import Entry, Stream
+from trireme.bus.waiting_work import URGENCY, work_tokens
 from trireme.policies.fair_sharing import Waiting, cost
 from trireme.policies.fair_window import FairWindow
 from trireme.policies.prefix_index import split_hashes
@@ -20,7 +21,6 @@ from trireme.scheduler.fleet_view import FleetView
 from trireme.scheduler.metrics import Metrics
 from trireme.scheduler.tenant_shares import TenantShares
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, Assignment, Candidate, Decision
-from trireme.wire.inference.v1.inference_pb2 import SloClass
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +30,6 @@ LOOK_BACK_S = 5.0
 """Between two looks for requests whose reply was lost."""
 RETRY_S = 0.02
 """Pause before asking again for room while all workers are full."""
-
-_URGENCY = {
-    SloClass.SLO_CLASS_INTERACTIVE: 0,
-    SloClass.SLO_CLASS_UNSPECIFIED: 1,
-    SloClass.SLO_CLASS_STANDARD: 1,
-    SloClass.SLO_CLASS_BATCH: 2,
-}
 
 
 class Dispatcher:
@@ -129,7 +122,7 @@ class Dispatcher:
             waiting = Waiting(
                 request_id=request.request_id,
                 tenant=request.tenant,
-                urgency=_URGENCY.get(request.slo_class, 1),
+                urgency=URGENCY.get(request.slo_class, 1),
                 priority=request.priority,
                 admitted_s=request.admitted_unix_s,
             )
@@ -204,7 +197,7 @@ class Dispatcher:
             prompt_tokens=len(request.prompt_token_ids),
             expected_answer_tokens=self._expected_answer(request),
             choices=max(1, request.sampling.n),
-            urgency=_URGENCY.get(request.slo_class, 1),
+            urgency=URGENCY.get(request.slo_class, 1),
             avoid_worker_ids=frozenset(request.avoid_worker_ids),
         )
         return choose_worker(routed, self._view.views(request.model, hashes))
@@ -331,6 +324,6 @@ class Dispatcher:
     async def _expire(self, entries: list[Entry[AdmittedRequest]]) -> None:
         for entry in entries:
             await self._records.settle(entry.fact.request_id, State.FAILED)
-            await self._requests.acknowledge(SCHEDULERS, [entry.entry_id], delete=True)
+            await self._records.withdraw(entry.entry_id, entry.fact)
             self._release(entry)
             log.info("expired_in_queue", extra={"request_id": entry.fact.request_id})

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Coroutine
 
 from trireme.bus.connection import AWAY, persistently
-from trireme.bus.request_records import WORKERS, RequestRecords, work_tokens
+from trireme.bus.request_records import WORKERS, RequestRecords
 from trireme.bus.streams import Entry, Stream
+from trireme.bus.waiting_work import work_tokens
 from trireme.errors import TriremeError
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, Assignment
 from trireme.worker.block_loads import BlockLoads

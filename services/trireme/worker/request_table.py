@@ -10,8 +10,9 @@ import uuid
 from collections.abc import Callable, Container, Coroutine, Iterable
 
 from trireme.bus.connection import persistently
-from trireme.bus.request_records import RequestRecords, State, work_tokens
+from trireme.bus.request_records import RequestRecords, State
 from trireme.bus.streams import Stream
+from trireme.bus.waiting_work import work_tokens
 from trireme.runtime.spans import Spans
 from trireme.wire.bus.v1.facts_pb2 import Assignment, Event, RequestFinished
 from trireme.wire.inference.v1 import inference_pb2 as inference

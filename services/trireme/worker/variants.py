@@ -107,6 +107,7 @@ class LoadedVariant:
             cached_tokens_total=stats.prefix_hit_tokens,
             queue_limit=self.plan.queue_limit,
             preemptive=self.plan.policy in PREEMPTIVE_POLICIES,
+            host_kv_blocks=stats.host_blocks_total,
         )
 
 

@@ -172,6 +172,7 @@ class AdmittedRequest(_message.Message):
     AVOID_WORKER_IDS_FIELD_NUMBER: _builtins.int
     TRUNCATION_FIELD_NUMBER: _builtins.int
     KV_JOINTS_FIELD_NUMBER: _builtins.int
+    EXPECTED_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Unique; also the id of this fact within its attempt."""
     tenant: _builtins.str
@@ -202,6 +203,8 @@ class AdmittedRequest(_message.Message):
     """When it is no longer wanted; 0: never."""
     traceparent: _builtins.str
     """W3C trace context."""
+    expected_tokens: _builtins.int
+    """Prompt and answer tokens that it will probably cost, by what answers of this model have been; 0: unknown."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt."""
@@ -255,10 +258,11 @@ class AdmittedRequest(_message.Message):
         avoid_worker_ids: _abc.Iterable[_builtins.str] | None = ...,
         truncation: Global___Truncation | None = ...,
         kv_joints: _abc.Iterable[Global___KvJoint] | None = ...,
+        expected_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "truncation", b"truncation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted_unix_s", b"admitted_unix_s", "attempt", b"attempt", "avoid_worker_ids", b"avoid_worker_ids", "continuations", b"continuations", "crashes", b"crashes", "deadline_unix_s", b"deadline_unix_s", "delivered", b"delivered", "gateway_id", b"gateway_id", "kind", b"kind", "kv_joints", b"kv_joints", "kv_salt", b"kv_salt", "model", b"model", "prefix_hashes", b"prefix_hashes", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "slo_class", b"slo_class", "tenant", b"tenant", "traceparent", b"traceparent", "truncation", b"truncation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted_unix_s", b"admitted_unix_s", "attempt", b"attempt", "avoid_worker_ids", b"avoid_worker_ids", "continuations", b"continuations", "crashes", b"crashes", "deadline_unix_s", b"deadline_unix_s", "delivered", b"delivered", "expected_tokens", b"expected_tokens", "gateway_id", b"gateway_id", "kind", b"kind", "kv_joints", b"kv_joints", "kv_salt", b"kv_salt", "model", b"model", "prefix_hashes", b"prefix_hashes", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "slo_class", b"slo_class", "tenant", b"tenant", "traceparent", b"traceparent", "truncation", b"truncation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1286,6 +1290,7 @@ class VariantStatus(_message.Message):
     CACHED_TOKENS_TOTAL_FIELD_NUMBER: _builtins.int
     QUEUE_LIMIT_FIELD_NUMBER: _builtins.int
     PREEMPTIVE_FIELD_NUMBER: _builtins.int
+    HOST_KV_BLOCKS_FIELD_NUMBER: _builtins.int
     variant: _builtins.str
     """The variant."""
     model: _builtins.str
@@ -1326,6 +1331,8 @@ class VariantStatus(_message.Message):
     """Requests it wants to hold beyond its batch; 0: the scheduler's own limit."""
     preemptive: _builtins.bool
     """True where long requests make way for short ones."""
+    host_kv_blocks: _builtins.int
+    """KV blocks in host memory that sequences can be swapped to."""
     def __init__(
         self,
         *,
@@ -1349,10 +1356,11 @@ class VariantStatus(_message.Message):
         cached_tokens_total: _builtins.int = ...,
         queue_limit: _builtins.int = ...,
         preemptive: _builtins.bool = ...,
+        host_kv_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "cached_tokens_total", b"cached_tokens_total", "context_tokens", b"context_tokens", "decode_tokens_per_s", b"decode_tokens_per_s", "decode_tokens_total", b"decode_tokens_total", "kv_blocks", b"kv_blocks", "kv_blocks_used", b"kv_blocks_used", "kv_namespace", b"kv_namespace", "max_sequences", b"max_sequences", "model", b"model", "pending_tokens", b"pending_tokens", "preemptive", b"preemptive", "prefill_tokens_per_s", b"prefill_tokens_per_s", "prefill_tokens_total", b"prefill_tokens_total", "queue_limit", b"queue_limit", "ready", b"ready", "running", b"running", "variant", b"variant", "vocabulary_size", b"vocabulary_size", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "cached_tokens_total", b"cached_tokens_total", "context_tokens", b"context_tokens", "decode_tokens_per_s", b"decode_tokens_per_s", "decode_tokens_total", b"decode_tokens_total", "host_kv_blocks", b"host_kv_blocks", "kv_blocks", b"kv_blocks", "kv_blocks_used", b"kv_blocks_used", "kv_namespace", b"kv_namespace", "max_sequences", b"max_sequences", "model", b"model", "pending_tokens", b"pending_tokens", "preemptive", b"preemptive", "prefill_tokens_per_s", b"prefill_tokens_per_s", "prefill_tokens_total", b"prefill_tokens_total", "queue_limit", b"queue_limit", "ready", b"ready", "running", b"running", "variant", b"variant", "vocabulary_size", b"vocabulary_size", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
