@@ -29,6 +29,7 @@ wheel=$(echo "$scratch"/trireme-*.whl)
 
 extras=local
 [ "$target" = cuda ] && extras=$extras,nvidia
+[[ " ${services[*]} " == *" placement "* ]] && extras=$extras,kubernetes
 if [[ " ${services[*]} " == *" worker "* ]]; then
   if [ -n "${TORCH_INDEX_URL:-}" ]; then
     "${pip[@]}" install --quiet -c constraints.txt --index-url "$TORCH_INDEX_URL" torch
@@ -71,6 +72,9 @@ sed -i "1s|.*|#!$python|" "$prefix/bin/ready"
 for name in "${services[@]}"; do
   "$python" -I -c "import importlib, sys; importlib.import_module(sys.argv[1])" "trireme.$name.__main__"
 done
+if [[ " ${services[*]} " == *" placement "* ]]; then
+  "$python" -I -c 'import trireme.placement.kubernetes_backend'
+fi
 if [[ " ${services[*]} " == *" worker "* ]]; then
   "$python" -I -c 'from trireme.kernels import cpu_build; assert cpu_build.library_path().exists()'
 fi

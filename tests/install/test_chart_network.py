@@ -102,6 +102,9 @@ def expected(name: str) -> set[Edge]:
     if values.get("power", {}).get("enabled", True):
         services.append("power")
     found = {("gateway", "worker", 7030)}
+    if values.get("placement", {}).get("enabled"):
+        services.append("placement")
+        found.add(("placement", "worker", 7030))
     # The test sends its request over gRPC.
     found |= {("test", "gateway", 9000)}
     bundled = values.get("redis", {}).get("mode", "bundled") == "bundled"
@@ -114,6 +117,7 @@ def expected(name: str) -> set[Edge]:
         found |= {(who, "gateway", port) for who in NAMESPACES for port in (8000, 9000)}
     if values.get("networkPolicy", {}).get("prometheus", True):
         metrics = {"gateway": [8000], "scheduler": [7011], "worker": [7031], "power": [7051]}
+        metrics["placement"] = [7061]
         if store:
             metrics["worker"].append(7041)
         found |= {("prometheus", service, port) for service in services for port in metrics[service]}
@@ -170,6 +174,27 @@ def test_the_power_service_alone_reaches_the_carbon_signal_and_all_reach_the_col
         "power": traced | {80, 443},
         "test": set(),
     }
+
+
+def test_placement_alone_reaches_the_api_server_and_nobody_reaches_placement() -> None:
+    server = {"apiServer": {"cidrs": ["10.0.0.1/32"], "ports": [6443]}}
+    objects = render_values({"placement": {"enabled": True}, "networkPolicy": server})
+    ways = {
+        policy["metadata"]["name"]: [(peer["ipBlock"]["cidr"], rule["ports"][0]["port"])]
+        for policy in of_kind(objects, "NetworkPolicy")
+        for rule in policy["spec"].get("egress", [])
+        for peer in rule.get("to", [])
+        if "ipBlock" in peer
+    }
+    assert ways == {"blue-trireme-placement": [("10.0.0.1/32", 6443)]}
+    assert not [edge for edge in edges(objects) if edge[1] == "placement" and edge[2] == 7060]
+    (policy,) = [
+        p
+        for p in of_kind(render("mig-device-plugin"), "NetworkPolicy")
+        if "placement" in p["metadata"]["name"]
+    ]
+    open_ports = [[p["port"] for p in r["ports"]] for r in policy["spec"]["egress"] if "to" not in r]
+    assert open_ports == [[443, 6443]]
 
 
 def test_another_releases_pods_are_strangers() -> None:

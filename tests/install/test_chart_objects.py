@@ -147,7 +147,8 @@ def test_services_lead_to_ports_that_their_pods_have(name: str) -> None:
 @pytest.mark.parametrize("name", values_files())
 def test_no_container_has_rights_that_it_does_not_need(name: str) -> None:
     for pod in pods(render(name)):
-        assert pod.spec["automountServiceAccountToken"] is False
+        # Placement alone calls the cluster's API.
+        assert pod.spec["automountServiceAccountToken"] is (pod.service == "placement")
         assert pod.spec["securityContext"]["runAsNonRoot"] is True
         assert pod.spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         for place in (pod.spec["securityContext"], *(c["securityContext"] for c in pod.containers)):
@@ -182,9 +183,10 @@ def test_every_container_says_what_it_needs_and_has_a_place_to_write(name: str) 
 
 
 @pytest.mark.parametrize("name", values_files())
-def test_the_chart_makes_neither_roles_nor_secrets(name: str) -> None:
+def test_the_chart_makes_no_role_but_placements_and_no_secret(name: str) -> None:
     kinds = {found["kind"] for found in render(name)}
-    assert not {kind for kind in kinds if "Role" in kind or kind in ("Secret", "Namespace")}
+    expected = {"Role", "RoleBinding"} if name == "mig-device-plugin" else set()
+    assert {kind for kind in kinds if "Role" in kind or kind in ("Secret", "Namespace")} == expected
 
 
 def test_gpus_are_asked_for_in_the_clusters_own_way() -> None:
@@ -212,8 +214,15 @@ def test_who_is_scaled_automatically_has_no_fixed_number(name: str) -> None:
     assert len(set(targets)) == len(targets), "two scalers of one Deployment fight"
     deployments = {found["metadata"]["name"]: found["spec"] for found in of_kind(objects, "Deployment")}
     assert set(targets) <= deployments.keys()
+    placed = {
+        found["metadata"]["name"]
+        for found in of_kind(objects, "Deployment")
+        if found["metadata"]["labels"].get("trireme/scaled-by") == "placement"
+    }
+    assert not placed & set(targets), "two scalers of one Deployment fight"
+    assert bool(placed) == (name == "mig-device-plugin")
     for deployment, spec in deployments.items():
-        assert ("replicas" in spec) != (deployment in targets), deployment
+        assert ("replicas" in spec) != (deployment in placed | set(targets)), deployment
 
 
 def test_keda_reads_the_stream_and_the_group_that_schedulers_read() -> None:
@@ -275,6 +284,8 @@ REFUSED = [
     ({"workers": [{"name": "cpu", "autoscaling": {"mode": "keda"}}]}, "prometheusAddress"),
     ({"checkpoints": {"source": "claim"}}, "claimName"),
     ({"workers": [{"name": "a", "gpu": {"mode": "mig"}}]}, "mode"),
+    ({"placement": {"settings": {"run_dir": "/x"}}}, "run_dir"),
+    ({"placement": {"enabled": True, "serviceAccount": {"create": False}}}, "serviceAccount.name"),
 ]
 
 

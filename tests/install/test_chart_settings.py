@@ -29,7 +29,15 @@ from trireme.kvcache.residency_index import index_words_for
 from trireme.runtime.fleet import WorkerGroup, load_fleet
 from trireme.runtime.settings import load
 
-SERVICES = ("gateway", "scheduler", "worker", "kvstore", "power")
+SERVICES = ("gateway", "scheduler", "worker", "kvstore", "power", "placement")
+ELSEWHERE = {
+    "placement": {
+        *("run_dir", "run_id", "supervise", "worker_command", "surge", "lease_grace_s"),
+        *("start_timeout_s", "load_retry_s", "kubeconfig"),
+    }
+}
+"""Settings for where workers are processes of one machine, or where no pod is."""
+PLACED: Object = {"placement": {"enabled": True}}
 FIELDS = {"status.podIP": "10.1.2.3", "metadata.name": "pod-7", "spec.nodeName": "node-3"}
 SECRETS = {"bus/url": "rediss://fleet:secret@redis.example.com:6380/0"}
 MIB = 2**20
@@ -63,7 +71,7 @@ def test_every_service_takes_its_settings(name: str) -> None:
     found = served(render(name))
     expected = {"gateway", "scheduler", "worker", "kvstore", "power"}
     if name == "mig-device-plugin":
-        expected -= {"kvstore", "power"}
+        expected = expected - {"kvstore", "power"} | {"placement"}
     assert {service_of(container) for _, container, _ in found} == expected
     (prefix,) = {settings.bus_prefix for _, _, settings in found}
     assert prefix == "serving.blue-trireme"
@@ -82,7 +90,7 @@ def test_the_fleet_file_is_read_as_a_fleet_file(name: str, tmp_path: Path) -> No
     assert groups == {group.name for group in fleet.workers}
     assert fleet.slo.interactive.ttft_s == (2 if name == "external" else 10)
     for pod, container, settings in served(objects):
-        if service_of(container) in ("gateway", "worker", "kvstore", "power"):
+        if service_of(container) in ("gateway", "worker", "kvstore", "power", "placement"):
             assert str(settings.fleet) == "/etc/trireme/fleet.yaml"
             mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
             volumes = {volume["name"]: volume for volume in pod.spec["volumes"]}
@@ -142,7 +150,7 @@ def test_probes_tell_start_progress_and_life_apart(name: str) -> None:
 @pytest.mark.parametrize("name", values_files())
 def test_those_who_are_called_by_address_register_their_pods_own(name: str) -> None:
     for _, container, settings in served(render(name)):
-        if service_of(container) in ("worker", "kvstore", "power", "scheduler"):
+        if service_of(container) in ("worker", "kvstore", "power", "scheduler", "placement"):
             assert settings.listen.startswith("10.1.2.3:")
             assert settings.metrics_listen.startswith("10.1.2.3:")
 
@@ -229,11 +237,11 @@ def schema() -> dict[str, Any]:
 def test_the_schema_knows_the_settings_that_the_chart_does_not_set_itself(service: str) -> None:
     section = schema()["workerDefaults" if service == "worker" else service]["properties"]
     known = {field.name for field in dataclasses.fields(settings_class(service))}
-    container = next(c for _, c, _ in served(render("default")) if service_of(c) == service)
+    container = next(c for _, c, _ in served(render_values(PLACED)) if service_of(c) == service)
     prefix = f"TRIREME_{service.upper()}_"
     names = {entry["name"] for entry in container["env"]}
     ours = {name.removeprefix(prefix).lower() for name in names if name.startswith(prefix)}
-    assert set(section["settings"]["properties"]) == known - ours
+    assert set(section["settings"]["properties"]) == known - ours - ELSEWHERE.get(service, set())
 
 
 def test_a_gateway_is_open_only_where_the_values_say_so() -> None:
@@ -264,6 +272,10 @@ def test_alerts_and_dashboards_ask_for_metrics_that_are_served() -> None:
     (dashboards,) = [c for c in of_kind(objects, "ConfigMap") if "fleet.json" in c["data"]]
     panels = json.loads(dashboards["data"]["fleet.json"])["panels"]
     texts += [target["expr"] for panel in panels for target in panel["targets"]]
+    (rule,) = of_kind(
+        render_values({**PLACED, "monitoring": {"prometheusRule": {"enabled": True}}}), "PrometheusRule"
+    )
+    texts += [r["expr"] for group in rule["spec"]["groups"] for r in group["rules"]]
     (scaled,) = of_kind(objects, "ScaledObject")
     texts.append(scaled["spec"]["triggers"][1]["metadata"]["query"])
     asked = {name for text in texts for name in re.findall(r"\btrireme_[a-z0-9_]+", text)}
@@ -291,8 +303,9 @@ def metric_names() -> set[str]:
         names |= {family.name + suffix for suffix in suffixes}
     names |= {f"trireme_kv_{name}" for name in (*kvstore._TIER_GAUGES, *kvstore._GAUGES)}
     names |= {f"trireme_kv_{name}_total" for name in (*kvstore._TIER_COUNTERS, *kvstore._COUNTERS)}
-    # The power service needs its meters to tell; its names stand in its source.
-    power = Path(kvstore.__file__).parent.parent / "power" / "metrics.py"
-    for kind, name in re.findall(r'(Counter|Gauge)MetricFamily\(\s*"([a-z_]+)"', power.read_text()):
-        names.add(name + ("_total" if kind == "Counter" else ""))
+    # These need meters or a cluster to tell; their names stand in their sources.
+    services = Path(kvstore.__file__).parent.parent
+    for source in (services / "power" / "metrics.py", services / "placement" / "kubernetes_metrics.py"):
+        for kind, name in re.findall(r'(Counter|Gauge)MetricFamily\(\s*"([a-z_]+)"', source.read_text()):
+            names.add(name + ("_total" if kind == "Counter" else ""))
     return names

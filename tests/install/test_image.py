@@ -80,8 +80,11 @@ def test_the_script_refuses_what_it_does_not_know(target: str, service: str, tmp
     assert not (tmp_path / "prefix").exists()
 
 
-def test_nothing_but_the_workers_engine_imports_torch() -> None:
-    program = "import importlib, sys\nsys.modules['torch'] = None\nimportlib.import_module(sys.argv[1])\n"
+def test_nothing_but_the_workers_engine_imports_torch_and_no_start_the_clusters_client() -> None:
+    program = (
+        "import importlib, sys\nsys.modules |= {'torch': None, 'kubernetes': None}\n"
+        "importlib.import_module(sys.argv[1])\n"
+    )
     environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}/libs:{REPOSITORY}/services"}
     modules = {f"trireme.{service}.__main__" for service in SERVICES} | {"trireme.worker.engine_loop"}
     for module in modules:

@@ -93,3 +93,23 @@ trireme/service: {{ .service }}
 {{- $_ := set $merged "name" .group.name }}
 {{- $merged | toJson }}
 {{- end }}
+
+{{/* Who sets a group's number of workers: helm, placement, hpa or keda. Takes root, group. */}}
+{{- define "trireme.scaledBy" -}}
+{{- if ne .group.autoscaling.mode "none" }}
+{{- .group.autoscaling.mode }}
+{{- else }}
+{{- .root.Values.placement.enabled | ternary "placement" "helm" }}
+{{- end }}
+{{- end }}
+
+{{- define "trireme.placementServiceAccountName" -}}
+{{- $own := printf "%s-placement" (include "trireme.fullname" .) }}
+{{- with .Values.placement.serviceAccount }}
+{{- if .create }}
+{{- default $own .name }}
+{{- else }}
+{{- required "placement.serviceAccount.name names the account, where none is created" .name }}
+{{- end }}
+{{- end }}
+{{- end }}

@@ -1,7 +1,10 @@
 {{/* Labels and annotations of a pod. Takes root, component, service, options. */}}
 {{- define "trireme.podMetadata" -}}
+{{- /* How many workers a group has concerns placement alone. */}}
+{{- $fleet := include "trireme.fleet" .root }}
+{{- if ne .service "placement" }}{{ $fleet = regexReplaceAll "(?m)^ +replicas: [0-9]+$" $fleet "" }}{{ end }}
 annotations:
-  checksum/fleet: {{ include "trireme.fleet" .root | sha256sum }}
+  checksum/fleet: {{ $fleet | sha256sum }}
   {{- with mustMergeOverwrite (deepCopy .root.Values.podAnnotations) (default dict .options.podAnnotations) }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
@@ -13,10 +16,11 @@ labels:
   trireme/service: {{ .service }}
 {{- end }}
 
-{{/* What all pods have beside containers and volumes. Takes root, options. */}}
+{{/* What all pods have beside containers and volumes. Takes root, options, and the serviceAccount of a pod that
+     calls the cluster's API. */}}
 {{- define "trireme.podOptions" -}}
-serviceAccountName: {{ include "trireme.serviceAccountName" .root }}
-automountServiceAccountToken: false
+serviceAccountName: {{ .serviceAccount | default (include "trireme.serviceAccountName" .root) }}
+automountServiceAccountToken: {{ hasKey . "serviceAccount" }}
 enableServiceLinks: false
 {{- with .root.Values.imagePullSecrets }}
 imagePullSecrets: {{- toYaml . | nindent 2 }}
