@@ -6,6 +6,7 @@ Run as `make metrics-reference`.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from prometheus_client.core import Metric
 
 from trireme.gateway.metrics import Metrics as GatewayMetrics
 from trireme.kvstore.metrics import families_of
+from trireme.placement.kubernetes_metrics import KubernetesCollector
 from trireme.placement.metrics import PlacementCollector
 from trireme.power.metrics import registry_of as power_registry
 from trireme.scheduler.metrics import Metrics as SchedulerMetrics
@@ -45,10 +47,23 @@ def services() -> Iterator[tuple[str, str, list[Metric]]]:
     )
     yield "KV store", "Each node's store; `tier` is `dram` or `ssd`.", list(families_of(GetStatsResponse()))
     yield "power", "Each node's power service ([energy.md](energy.md)).", of_registry(power_registry(nothing))
+    placement = list(PlacementCollector(SimpleNamespace(targets=tuple), nobody).collect())
+    yield "placement", "Where workers are processes of its node.", placement
+    mirror = SimpleNamespace(age_s=lambda: 0.0, counts=Counter())
+    cluster = SimpleNamespace(
+        targets=tuple,
+        pods=tuple,
+        left={},
+        actions={},
+        deployments=mirror,
+        pod_mirror=mirror,
+        lease=SimpleNamespace(held=bool),
+    )
+    told = {family.name for family in placement}
     yield (
-        "placement",
-        "The leader.",
-        list(PlacementCollector(SimpleNamespace(targets=tuple), nobody).collect()),
+        "placement on Kubernetes",
+        "Each replica tells desired and ready workers and its actions, as above, and these.",
+        [family for family in KubernetesCollector(cluster).collect() if family.name not in told],
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from trireme.placement.kubernetes_scaler import KubernetesScaler
+if TYPE_CHECKING:
+    from trireme.placement.kubernetes_scaler import KubernetesScaler
 
 
 class KubernetesCollector(Collector):
@@ -50,9 +52,8 @@ class KubernetesCollector(Collector):
         calls = CounterMetricFamily(
             "trireme_placement_api_calls",
             "Lists and watches of the cluster's objects, and how they failed.",
-            labels=["objects", "kind"],
+            labels=["kind"],
         )
-        for what, mirror in (("deployments", scaler.deployments), ("pods", scaler.pod_mirror)):
-            for kind, count in mirror.counts.items():
-                calls.add_metric([what, kind], count)
+        for kind, count in (scaler.deployments.counts + scaler.pod_mirror.counts).items():
+            calls.add_metric([kind], count)
         yield from (desired, ready, left, actions, age, leads, calls)
