@@ -23,7 +23,7 @@ FAMILIES = [(title, family) for title, _, families in reference.services() for f
 NATIVE = [family for _, family in FAMILIES if not family.name.startswith("vllm:")]
 PREFIXES = ["gateway", "scheduler", "engine", "kv", "power", "energy", "carbon", "placement"]
 LABELS = {"api", "code", "outcome", "variant", "tier", "device", "account", "part", "meter", "source"}
-LABELS |= {"fallback", "reason", "group", "kind"}
+LABELS |= {"fallback", "reason", "group", "kind", "model", "slo_class"}
 """A request's id, or what a client wrote, would make a series of each."""
 MODEL_SERVER_PROTOCOL = {
     "vllm:num_requests_waiting",
