@@ -53,7 +53,15 @@ CRD_SCHEMAS: dict[str, Schema] = {
         _object(
             {
                 "selector": _object({"matchLabels": TEXTS}),
-                "endpoints": _list(_object({"port": TEXT, "path": TEXT, "interval": TEXT})),
+                "endpoints": _list(
+                    _object(
+                        {"port": TEXT, "path": TEXT, "interval": TEXT},
+                        {
+                            "scheme": {"enum": ["http", "https"]},
+                            "tlsConfig": _object({}, {"insecureSkipVerify": {"type": "boolean"}}),
+                        },
+                    )
+                ),
             },
             {"podTargetLabels": _list(TEXT)},
         )

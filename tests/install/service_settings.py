@@ -20,4 +20,4 @@ def listening(settings: Any) -> set[int]:
         "grpc_listen",
         "http_listen",
     }
-    return {int(getattr(settings, name).rpartition(":")[2]) for name in fields}
+    return {int(getattr(settings, name).rpartition(":")[2]) for name in fields if getattr(settings, name)}

@@ -259,6 +259,27 @@ def test_a_gateway_is_open_only_where_the_values_say_so() -> None:
     assert any(values_of(name).get("gateway", {}).get("keysSecret") for name in values_files())
 
 
+def test_certificates_are_mounted_where_the_services_look_for_them() -> None:
+    for pod, container, settings in served(render("external")):
+        variables = environment(container, secrets=SECRETS, fields=FIELDS)
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        volumes = {volume["name"]: volume for volume in pod.spec["volumes"]}
+        files = {variables[f"TRIREME_TLS_{name}"] for name in ("CERT", "KEY", "CA")}
+        assert {Path(file).name for file in files} == {"tls.crt", "tls.key", "ca.crt"}
+        for file in files:
+            assert volumes[mounts[str(Path(file).parent)]]["secret"]["secretName"] == "inner"
+        if service_of(container) == "gateway":
+            assert volumes[mounts[str(settings.tls_cert.parent)]]["secret"]["secretName"] == "front"
+            assert settings.tls_key.parent == settings.tls_cert.parent
+            assert {container[probe]["httpGet"]["scheme"] for probe in container if "Probe" in probe} == {
+                "HTTPS"
+            }
+    for _, container, settings in served(render("default")):
+        assert not [entry for entry in container["env"] if entry["name"].startswith("TRIREME_TLS_")]
+        if service_of(container) == "gateway":
+            assert settings.certificates() is None
+
+
 def test_the_schema_knows_a_worker_groups_keys() -> None:
     for section in (schema()["workerDefaults"], schema()["workers"]["items"]):
         known = set(section["properties"]["engine"]["properties"])

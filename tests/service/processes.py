@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,12 +15,15 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @contextmanager
-def service(name: str, log: Path, /, **settings: object) -> Iterator[subprocess.Popen[bytes]]:
+def service(
+    name: str, log: Path, more_environ: Mapping[str, str] | None = None, /, **settings: object
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run `python -m trireme.<name>` with TRIREME_<NAME>_* from `settings`; killed at the end."""
     prefix = f"TRIREME_{name.upper()}_"
     environ = {key: value for key, value in os.environ.items() if not key.startswith("TRIREME_")}
     environ |= {prefix + key.upper(): str(value) for key, value in settings.items()}
     environ["PYTHONPATH"] = f"{REPOSITORY}/libs:{REPOSITORY}/services"
+    environ.update(more_environ or {})
     environ["OMP_NUM_THREADS"] = "1"
     with log.open("ab") as output:
         process = subprocess.Popen(

@@ -57,6 +57,12 @@ securityContext: {{- toYaml .root.Values.securityContext | nindent 2 }}
 - name: OTEL_EXPORTER_OTLP_ENDPOINT
   value: {{ . | quote }}
 {{- end }}
+{{- if .root.Values.tls.secret }}
+- {name: TRIREME_TLS_CERT, value: /etc/trireme-tls/tls.crt}
+- {name: TRIREME_TLS_KEY, value: /etc/trireme-tls/tls.key}
+- {name: TRIREME_TLS_CA, value: /etc/trireme-tls/ca.crt}
+- {name: TRIREME_TLS_NAME, value: {{ .root.Values.tls.name | quote }}}
+{{- end }}
 - name: {{ $prefix }}REDIS_URL
   {{- if eq .root.Values.redis.mode "bundled" }}
   value: redis://{{ include "trireme.redisAddress" .root }}/0
@@ -80,20 +86,20 @@ securityContext: {{- toYaml .root.Values.securityContext | nindent 2 }}
 {{- end }}
 
 {{/* HTTP probes: startup is long, readiness is progress, liveness is the process.
-     Takes port, startPath, startSeconds. */}}
+     Takes port, startPath, startSeconds; scheme. */}}
 {{- define "trireme.probes" -}}
 startupProbe:
-  httpGet: {path: {{ .startPath }}, port: {{ .port }}}
+  httpGet: {path: {{ .startPath }}, port: {{ .port }}{{ with .scheme }}, scheme: {{ . }}{{ end }}}
   periodSeconds: 2
   timeoutSeconds: 2
   failureThreshold: {{ div .startSeconds 2 }}
 readinessProbe:
-  httpGet: {path: /readyz, port: {{ .port }}}
+  httpGet: {path: /readyz, port: {{ .port }}{{ with .scheme }}, scheme: {{ . }}{{ end }}}
   periodSeconds: 2
   timeoutSeconds: 2
   failureThreshold: 2
 livenessProbe:
-  httpGet: {path: /livez, port: {{ .port }}}
+  httpGet: {path: /livez, port: {{ .port }}{{ with .scheme }}, scheme: {{ . }}{{ end }}}
   periodSeconds: 10
   timeoutSeconds: 5
   failureThreshold: 6
@@ -103,6 +109,11 @@ livenessProbe:
 - name: fleet
   mountPath: /etc/trireme
   readOnly: true
+{{- if .Values.tls.secret }}
+- name: tls
+  mountPath: /etc/trireme-tls
+  readOnly: true
+{{- end }}
 - name: tmp
   mountPath: /tmp
 {{- end }}
@@ -111,6 +122,11 @@ livenessProbe:
 - name: fleet
   configMap:
     name: {{ include "trireme.fullname" . }}-fleet
+{{- with .Values.tls.secret }}
+- name: tls
+  secret:
+    secretName: {{ . }}
+{{- end }}
 - name: tmp
   emptyDir: {}
 {{- end }}

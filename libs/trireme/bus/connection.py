@@ -7,8 +7,11 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit, urlunsplit
 
+from redis import CredentialProvider
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
@@ -183,6 +186,42 @@ class _BusRedis(Redis):
                 raise asyncio.CancelledError
 
 
+class _PasswordFile(CredentialProvider):
+    """User and password of each new connection, the password read from a file that may change."""
+
+    def __init__(self, user: str | None, path: Path) -> None:
+        self._user = user
+        self._path = path
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        try:
+            password = self._path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConnectionError(f"cannot read the password in {self._path}: {error}") from error
+        return (self._user, password) if self._user else (password,)
+
+    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
+        return self.get_credentials()
+
+
+def redis_options(url: str) -> tuple[str, dict[str, Any]]:
+    """A URL as the client library takes it, and what it has beside.
+
+    A `password_file` in the URL's query names a file with the password, which is read at each new
+    connection. All else stands in the URL as the library has it: `rediss://` for TLS, the user, and in
+    the query `ssl_ca_certs`, `ssl_certfile` and `ssl_keyfile`.
+    """
+    parts = urlsplit(url)
+    query = parse_qs(parts.query)
+    files = query.pop("password_file", None)
+    if not files:
+        return url, {}
+    user = unquote(parts.username) if parts.username else None
+    place = parts.netloc.rpartition("@")[2]
+    bare = urlunsplit(parts._replace(netloc=place, query=urlencode(query, doseq=True)))
+    return bare, {"credential_provider": _PasswordFile(user, Path(files[-1]))}
+
+
 @asynccontextmanager
 async def open_redis(url: str, *, max_connections: int = 64) -> AsyncIterator[Redis]:
     """A client that retries a command for about two seconds while Redis is away.
@@ -190,8 +229,10 @@ async def open_redis(url: str, *, max_connections: int = 64) -> AsyncIterator[Re
     More commands at once than `max_connections` wait for their turn. A repeated command may run
     twice; the fleet's scripts are idempotent by attempt number.
     """
+    bare, credentials = redis_options(url)
     pool = BlockingConnectionPool.from_url(
-        url,
+        bare,
+        **credentials,
         max_connections=max_connections,
         timeout=ANSWER_S,
         socket_connect_timeout=2.0,

@@ -6,7 +6,6 @@ import asyncio
 import time
 from pathlib import Path
 
-import grpc
 from google.protobuf import json_format
 from rich.console import Console
 
@@ -14,6 +13,7 @@ from trireme.cli.fleet_report import living_processes
 from trireme.cli.run_directory import RunDirectory
 from trireme.cli.showing import table, wide_console
 from trireme.errors import ServiceUnavailable
+from trireme.runtime.tls import open_channel
 from trireme.wire.bus.v1.facts_pb2 import Decision
 from trireme.wire.scheduler.v1 import scheduler_pb2 as pb
 from trireme.wire.scheduler.v1.scheduler_pb2_grpc import SchedulerStub
@@ -42,7 +42,7 @@ async def _ask(request_id: str, run_directory: RunDirectory) -> pb.ExplainRespon
     address = next((record.grpc_address for record in records if record.service == "scheduler"), "")
     if not address:
         raise ServiceUnavailable("no scheduler lives: see `trireme status`, then try again")
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with open_channel(address) as channel:
         request = pb.ExplainRequest(request_id=request_id)
         response: pb.ExplainResponse = await SchedulerStub(channel).Explain(request, timeout=CALL_TIMEOUT_S)
         return response

@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from trireme.bus.connection import AWAY, Keys
+from trireme.bus.connection import AWAY, Keys, redis_options
 from trireme.cli.placement_client import placement_state
 from trireme.cli.readiness import healths_of, look
 from trireme.cli.run_directory import FleetState, RunDirectory
@@ -104,8 +104,9 @@ class FleetReport:
 @asynccontextmanager
 async def bus_of(state: FleetState) -> AsyncIterator[Redis]:
     """A client of the fleet's bus that gives up at once where it is away."""
+    url, credentials = redis_options(state.redis_url)
     redis = Redis.from_url(
-        state.redis_url, socket_connect_timeout=1.0, socket_timeout=1.0, retry=Retry(NoBackoff(), 0)
+        url, **credentials, socket_connect_timeout=1.0, socket_timeout=1.0, retry=Retry(NoBackoff(), 0)
     )
     try:
         yield redis
@@ -168,7 +169,7 @@ async def _load(redis: Redis, key: str) -> tuple[int, int]:
 async def _services(state: FleetState, records: list[ProcessRecord]) -> list[ServiceReport]:
     by_pid = {record.pid: record for record in records}
     found = [by_pid.get(process.pid) for process in state.processes]
-    healths = await healths_of([record.grpc_address if record is not None else "" for record in found])
+    healths = await healths_of(found)
     services = []
     for process, record, health in zip(state.processes, found, healths, strict=True):
         if process.pid == 0:

@@ -16,7 +16,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import BusyLoadingError
 
-from trireme.bus.connection import AWAY, Keys
+from trireme.bus.connection import AWAY, Keys, redis_options
 from trireme.cli.fleet_processes import FleetPlan, plan_processes
 from trireme.cli.placement_client import crash_looping_workers
 from trireme.cli.readiness import LOOK_TIMEOUT_S, Sighting, health_of, look
@@ -84,8 +84,10 @@ class _Runner:
             supervisor_pid=os.getpid(),
             supervisor_started_unix_s=own.started_unix_s if own is not None else 0.0,
         )
+        url, credentials = redis_options(plan.redis_url)
         self._redis = Redis.from_url(
-            plan.redis_url,
+            url,
+            **credentials,
             socket_connect_timeout=LOOK_TIMEOUT_S,
             socket_timeout=LOOK_TIMEOUT_S,
             retry=Retry(NoBackoff(), 0),
@@ -187,7 +189,7 @@ class _Runner:
             elif record is None or not record.healthy:
                 missing[spec.name] = spec.name
             elif spec.grpc_address and spec.name not in {p.name for p in self._state.timeline}:
-                health = await health_of(spec.grpc_address)
+                health = await health_of(spec.grpc_address, is_gateway=True)
                 if health != "SERVING":
                     missing[spec.name] = f"{spec.name} ({health})"
         wanted = sum(group.replicas for group in self._plan.fleet.workers)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from trireme.errors import ServiceUnavailable
+from trireme.runtime.tls import open_channel
 from trireme.wire.bus.v1.facts_pb2 import ProcessRecord
 from trireme.wire.placement.v1 import placement_pb2 as pb
 from trireme.wire.placement.v1.placement_pb2_grpc import PlacementStub
@@ -34,7 +35,7 @@ async def placement(records: Sequence[ProcessRecord]) -> AsyncIterator[Placement
     address = placement_address(records)
     if not address:
         raise ServiceUnavailable("the placement service is away: see `trireme status`, then try again")
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with open_channel(address) as channel:
         yield PlacementStub(channel)
 
 

@@ -12,6 +12,8 @@ from redis.asyncio import Redis
 
 from trireme.bus.connection import AWAY, Keys
 from trireme.bus.registry import Registry
+from trireme.client.credentials import open_gateway
+from trireme.runtime.tls import open_channel
 from trireme.wire.bus.v1.facts_pb2 import ProcessRecord
 
 LOOK_TIMEOUT_S = 1.0
@@ -50,9 +52,10 @@ async def look(redis: Redis, keys: Keys) -> Sighting:
     return Sighting(redis_answers=True, records=records)
 
 
-async def health_of(address: str, *, timeout_s: float = LOOK_TIMEOUT_S) -> str:
+async def health_of(address: str, *, is_gateway: bool, timeout_s: float = LOOK_TIMEOUT_S) -> str:
     """SERVING, NOT_SERVING, or why it did not answer."""
-    async with grpc.aio.insecure_channel(address) as channel:
+    opened = open_gateway(address, (), None) if is_gateway else open_channel(address)
+    async with opened as channel:
         try:
             stub = health_pb2_grpc.HealthStub(channel)
             answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
@@ -61,10 +64,12 @@ async def health_of(address: str, *, timeout_s: float = LOOK_TIMEOUT_S) -> str:
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
 
-async def healths_of(addresses: Sequence[str]) -> list[str]:
-    """`health_of` for many, at once; empty addresses give an empty answer."""
+async def healths_of(records: Sequence[ProcessRecord | None]) -> list[str]:
+    """`health_of` for many, at once; empty for those that are not there."""
 
-    async def ask(address: str) -> str:
-        return await health_of(address) if address else ""
+    async def ask(record: ProcessRecord | None) -> str:
+        if record is None or not record.grpc_address:
+            return ""
+        return await health_of(record.grpc_address, is_gateway=record.service == "gateway")
 
-    return list(await asyncio.gather(*(ask(address) for address in addresses)))
+    return list(await asyncio.gather(*(ask(record) for record in records)))

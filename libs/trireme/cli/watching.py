@@ -14,6 +14,7 @@ from rich.text import Text
 from trireme.cli.fleet_report import FleetReport, living_processes, report
 from trireme.cli.run_directory import RunDirectory
 from trireme.cli.showing import heading, services_table, table, wide_console, workers_table
+from trireme.runtime.tls import open_channel
 from trireme.wire.bus.v1.facts_pb2 import ProcessRecord
 from trireme.wire.kvstore.v1 import kvstore_pb2
 from trireme.wire.kvstore.v1.kvstore_pb2_grpc import KvStoreStub
@@ -67,7 +68,7 @@ async def _kv_tiers(records: list[ProcessRecord]) -> RenderableType:
         if record.service != "kvstore":
             continue
         try:
-            async with grpc.aio.insecure_channel(record.grpc_address) as channel:
+            async with open_channel(record.grpc_address) as channel:
                 stats: kvstore_pb2.GetStatsResponse = await KvStoreStub(channel).GetStats(
                     kvstore_pb2.GetStatsRequest(), timeout=CALL_TIMEOUT_S
                 )
@@ -88,7 +89,7 @@ async def _meters(records: list[ProcessRecord]) -> RenderableType:
         if record.service != "power":
             continue
         try:
-            async with grpc.aio.insecure_channel(record.grpc_address) as channel:
+            async with open_channel(record.grpc_address) as channel:
                 status: power_pb2.GetStatusResponse = await PowerStub(channel).GetStatus(
                     power_pb2.GetStatusRequest(), timeout=CALL_TIMEOUT_S
                 )

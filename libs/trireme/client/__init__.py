@@ -6,6 +6,7 @@ it outlasts the deadline.
 """
 
 from trireme.client.async_client import TriremeClient
+from trireme.client.credentials import ClientTls
 from trireme.client.events import (
     Accepted,
     ChoiceFinished,
@@ -25,6 +26,7 @@ __all__ = [
     "Accepted",
     "ChoiceFinished",
     "Classification",
+    "ClientTls",
     "Delta",
     "Embeddings",
     "Event",

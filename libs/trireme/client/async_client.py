@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 import grpc
 
 from trireme.client.channels import CHANNEL_OPTIONS, Addresses
-from trireme.client.credentials import call_metadata
+from trireme.client.credentials import ClientTls, call_metadata, open_gateway
 from trireme.client.events import Event, Paused
 from trireme.client.requests import Prompt, Sampling, generate_request, slo_class
 from trireme.client.results import (
@@ -39,6 +39,7 @@ class TriremeClient:
         retry_s: how long an answer may be without a gateway before its call fails.
         timeout_s: deadline of the calls that are not streams.
         api_key: who calls; None: what TRIREME_API_KEY says.
+        tls: how to speak TLS; None: as TRIREME_CLIENT_TLS_* say, or plaintext.
     """
 
     def __init__(
@@ -48,8 +49,10 @@ class TriremeClient:
         retry_s: float = 30.0,
         timeout_s: float = 600.0,
         api_key: str | None = None,
+        tls: ClientTls | None = None,
     ) -> None:
         self._metadata = call_metadata(api_key)
+        self._tls = tls
         self._addresses = Addresses(addresses)
         self._retry_s = retry_s
         self._unary_options = {"timeout": timeout_s, "metadata": self._metadata}
@@ -197,6 +200,6 @@ class TriremeClient:
     def _stub(self, address: str) -> Any:
         channel = self._channels.get(address)
         if channel is None:
-            channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            channel = open_gateway(address, CHANNEL_OPTIONS, self._tls)
             self._channels[address] = channel
         return InferenceStub(channel)

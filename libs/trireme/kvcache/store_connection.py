@@ -20,6 +20,7 @@ import grpc
 
 from trireme.kvcache.arena import Arena, ArenaRef, attach_arena
 from trireme.kvcache.residency_index import ResidencyReader
+from trireme.runtime.tls import fleet_stamp, open_channel
 from trireme.wire.kvstore.v1 import kvstore_pb2 as pb
 from trireme.wire.kvstore.v1 import kvstore_pb2_grpc as rpc
 
@@ -72,7 +73,7 @@ class StoreConnection:
     def __init__(self, address: AddressSource, counters: StoreClientCounters) -> None:
         self._counters = counters
         self._address = address
-        self._connected_to: str | None = None
+        self._connected_to: tuple[str, object] | None = None
         self._in_doubt = True
         self._channel: grpc.aio.Channel | None = None
         self._stub: rpc.KvStoreAsyncStub | None = None
@@ -184,9 +185,10 @@ class StoreConnection:
                 self._counters.failures["away"] += 1
                 self._pause()
                 raise CallFailed
-            if address != self._connected_to:
-                older, self._connected_to = self._channel, address
-                self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+            wanted = (address, fleet_stamp())
+            if wanted != self._connected_to:
+                older, self._connected_to = self._channel, wanted
+                self._channel = open_channel(address, _CHANNEL_OPTIONS)
                 self._stub = rpc.KvStoreStub(self._channel)
                 if older is not None:
                     # Calls still on it end by their own deadlines; cutting them off would cancel callers.

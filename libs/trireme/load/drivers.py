@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import aiohttp
 import grpc
 
-from trireme.client.credentials import call_metadata
+from trireme.client.credentials import call_metadata, open_gateway
 from trireme.load.outcome import Outcome
 from trireme.load.plan import PlannedRequest
 from trireme.wire.inference.v1 import inference_pb2 as pb
@@ -35,7 +35,7 @@ async def grpc_driver(
 ) -> AsyncIterator[Driver]:
     """Spread requests over the gateways' gRPC ports, round robin."""
     credentials = call_metadata(api_key)
-    channels = [grpc.aio.insecure_channel(address) for address in addresses]
+    channels = [open_gateway(address, (), None) for address in addresses]
     stubs = [rpc.InferenceStub(channel) for channel in channels]
 
     async def drive(planned: PlannedRequest) -> Outcome:

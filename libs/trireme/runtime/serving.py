@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 from trireme.errors import InvalidRequest, TriremeError
 from trireme.runtime.health import HealthReporter
 from trireme.runtime.status import GRPC_CODE
+from trireme.runtime.tls import Certificates, fleet_certificates
 
 log = logging.getLogger(__name__)
 
@@ -122,8 +123,13 @@ async def grpc_server(
     drain_s: float = 5.0,
     max_concurrent_rpcs: int | None = None,
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),  # type: ignore[type-arg]
+    for_clients: bool = False,
+    certificates: Certificates | None = None,
 ) -> AsyncIterator[str]:
     """Serve until the block ends; yields the bound host:port (port 0 picks a free one).
+
+    A server for services asks for the fleet's certificates where there are some; one `for_clients`
+    shows `certificates`, or speaks plaintext.
 
     On leaving, health says NOT_SERVING first, then calls have `drain_s` to end.
     """
@@ -146,7 +152,11 @@ async def grpc_server(
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     names = [*service_names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
     reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
-    port = server.add_insecure_port(listen)
+    shown = certificates if for_clients else fleet_certificates()
+    if shown is None:
+        port = server.add_insecure_port(listen)
+    else:
+        port = server.add_secure_port(listen, shown.server_credentials())
     host = listen.rpartition(":")[0]
     await server.start()
     await health.refresh()

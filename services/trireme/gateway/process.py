@@ -31,6 +31,7 @@ from trireme.gateway.settings import Settings
 from trireme.gateway.worker_links import WorkerLinks
 from trireme.runtime.fleet import load_fleet
 from trireme.runtime.health import HealthReporter
+from trireme.runtime.metrics_server import metrics_server
 from trireme.runtime.serving import grpc_server
 from trireme.runtime.shutdown import end_tasks
 from trireme.runtime.spans import NoSpans, Spans
@@ -72,7 +73,7 @@ async def running_gateway(settings: Settings, spans: Spans | None = None) -> Asy
     gateway_id = new_process_id("gateway")
     started_s = time.time()
     keys = Keys(settings.bus_prefix)
-    gate = gate_of(settings)
+    gate, certificates = gate_of(settings), settings.certificates()
     metrics = Metrics()
     async with AsyncExitStack() as stack:
         redis = await stack.enter_async_context(open_redis(settings.redis_url))
@@ -139,12 +140,18 @@ async def running_gateway(settings: Settings, spans: Spans | None = None) -> Asy
                 health=health,
                 drain_s=1.0,
                 interceptors=[GrpcGate(gate)],
+                for_clients=True,
+                certificates=certificates,
             )
         )
         background = Background(redis, keys, settings, core, gateway_id=gateway_id)
         running += [tasks.create_task(work) for work in background.running()]
-        http = openai_server(settings, core, links, health, background.routes(), gate=gate)
+        routes = background.routes()
+        http = openai_server(settings, core, links, health, routes, gate=gate, certificates=certificates)
         http_address = await stack.enter_async_context(http)
+        if settings.metrics_listen:
+            shown = metrics_server(settings.metrics_listen, metrics.registry, health)
+            await stack.enter_async_context(shown)
 
         # Whatever ends this process, its clients' requests go on and are theirs to resume.
         stack.push_async_callback(core.leave, drain_s=0.0)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from trireme.errors import InvalidConfiguration
 from trireme.gateway.limits import Limits
+from trireme.runtime.tls import Certificates, TlsFiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,13 @@ class Settings:
     """The keys file: who may call, as which tenant. It is read again when it changes."""
     allow_anonymous: bool = False
     """Without keys: answer anyone, also from other machines. On loopback this needs no saying."""
+    tls_cert: Path | None = None
+    """PEM certificate that HTTP and gRPC clients are shown, with its chain; None: plaintext. Followed."""
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    """Authorities that clients' own certificates must come from; None: clients need none."""
+    metrics_listen: str = ""
+    """Where /livez, /readyz and /metrics are shown in plaintext and without a key; empty: nowhere."""
     open_metrics: bool = False
     """Show /metrics without a key: where Prometheus has none, and clients do not reach the port."""
     trust_tenant_header: bool = False
@@ -109,6 +118,20 @@ class Settings:
     max_prompts: int = 64
     max_embeddings: int = 2048
     max_labels: int = 64
+
+    def certificates(self) -> Certificates | None:
+        """What clients are shown; None: plaintext.
+
+        Raises:
+            InvalidConfiguration: the files are not right.
+        """
+        if self.tls_cert is None and self.tls_key is None and self.tls_client_ca is None:
+            return None
+        if self.tls_cert is None or self.tls_key is None:
+            raise InvalidConfiguration(
+                "TLS needs both TRIREME_GATEWAY_TLS_CERT and TRIREME_GATEWAY_TLS_KEY", param="tls_cert"
+            )
+        return Certificates(TlsFiles(cert=self.tls_cert, key=self.tls_key, ca=self.tls_client_ca))
 
     def limits(self) -> Limits:
         """What one request may ask for."""

@@ -19,6 +19,7 @@ from trireme.bus.registry import Registry
 from trireme.gateway.metrics import Metrics
 from trireme.runtime.serving import MAX_MESSAGE_BYTES
 from trireme.runtime.shutdown import end_tasks
+from trireme.runtime.tls import open_channel
 from trireme.wire.bus.v1.facts_pb2 import ProcessRecord
 from trireme.wire.worker.v1.worker_pb2 import Attach, Confirm, GatewayMessage, Hello, Stop, TokenBatch
 from trireme.wire.worker.v1.worker_pb2_grpc import WorkerStub
@@ -111,7 +112,7 @@ class WorkerLink:
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.enable_http_proxy", 0),
         ]
-        async with grpc.aio.insecure_channel(self._address, options=options) as channel:
+        async with open_channel(self._address, options) as channel:
             await _connect(channel)
             self._outgoing = asyncio.Queue()
             self._outgoing.put_nowait(GatewayMessage(hello=Hello(gateway_id=self._gateway_id)))

@@ -22,6 +22,7 @@ from trireme.kvcache.block_codec import HASH_BYTES, BlockKey, block_keys
 from trireme.kvcache.stored_blocks import Run
 from trireme.kvcache.tiered_store import TieredStore
 from trireme.kvstore.block_streams import Receiver, TransferCounters, send_block
+from trireme.runtime.tls import fleet_stamp, open_channel
 from trireme.wire.bus.v1.facts_pb2 import ProcessRecord
 from trireme.wire.kvstore.v1 import kvstore_pb2 as pb
 from trireme.wire.kvstore.v1 import kvstore_pb2_grpc as rpc
@@ -46,7 +47,8 @@ class Peer:
         self.process_id = process_id
         self.node = node
         self.address = address
-        self.channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self.stamp = fleet_stamp()
+        self.channel = open_channel(address, _OPTIONS)
         self.stub: rpc.KvStoreAsyncStub = rpc.KvStoreStub(self.channel)
         self.paused_until_s = 0.0
         self.helped_s = 0.0
@@ -93,7 +95,9 @@ class Peers:
             for record in records
             if record.id != self._process_id and record.fleet == self._fleet and record.grpc_address
         }
-        for process_id in self._peers.keys() - others.keys():
+        stamp = fleet_stamp()
+        outdated = {process_id for process_id, peer in self._peers.items() if peer.stamp != stamp}
+        for process_id in (self._peers.keys() - others.keys()) | outdated:
             gone = self._peers.pop(process_id)
             self._answers = {key: each for key, each in self._answers.items() if each.peer is not gone}
             self._close(gone)

@@ -6,6 +6,7 @@ import grpc
 
 from trireme.errors import ModelNotFound, ServiceUnavailable, TriremeError
 from trireme.runtime.fleet import Fleet
+from trireme.runtime.tls import open_channel
 from trireme.wire.worker.v1 import worker_pb2, worker_pb2_grpc
 
 LOAD_TIMEOUT_S = 600.0
@@ -42,19 +43,19 @@ class VariantLoader:
             kv_bytes=wanted.kv_mib * 2**20,
             max_sequences=wanted.max_sequences,
         )
-        async with grpc.aio.insecure_channel(_reachable(address)) as channel:
+        async with open_channel(_reachable(address)) as channel:
             await worker_pb2_grpc.WorkerStub(channel).LoadVariant(request, timeout=LOAD_TIMEOUT_S)
 
     async def unload(self, address: str, variant: str) -> None:
         """Returns when the variant's requests ended and it is freed."""
         request = worker_pb2.UnloadVariantRequest(variant=variant)
-        async with grpc.aio.insecure_channel(_reachable(address)) as channel:
+        async with open_channel(_reachable(address)) as channel:
             await worker_pb2_grpc.WorkerStub(channel).UnloadVariant(request, timeout=LOAD_TIMEOUT_S)
 
     async def drain(self, address: str, *, timeout_s: float) -> None:
         """Returns when the worker's requests ended or `timeout_s` passed."""
         request = worker_pb2.DrainRequest(timeout_s=timeout_s)
-        async with grpc.aio.insecure_channel(_reachable(address)) as channel:
+        async with open_channel(_reachable(address)) as channel:
             await worker_pb2_grpc.WorkerStub(channel).Drain(request, timeout=timeout_s + 5.0)
 
     @staticmethod

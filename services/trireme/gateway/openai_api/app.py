@@ -40,6 +40,9 @@ from trireme.gateway.submission import Submission, is_name, new_request_id
 from trireme.gateway.worker_links import WorkerLinks
 from trireme.runtime.health import HealthReporter
 from trireme.runtime.metrics_server import metrics_routes
+from trireme.runtime.tls import Certificates
+
+HANDSHAKE_S = 10.0
 
 
 class _IdWasUsed(RequestConflict):
@@ -209,6 +212,7 @@ async def openai_server(
     more_routes: Sequence[web.AbstractRouteDef] = (),
     *,
     gate: Gate | None = None,
+    certificates: Certificates | None = None,
 ) -> AsyncIterator[str]:
     """Serve until the block ends; yields the bound host:port."""
     app = openai_app(settings, core, links, health, more_routes, gate or gate_of(settings))
@@ -227,7 +231,12 @@ async def openai_server(
     host, _, port = settings.http_listen.rpartition(":")
     try:
         listener = await asyncio.get_running_loop().create_server(
-            door, host.strip("[]"), int(port), backlog=1024
+            door,
+            host.strip("[]"),
+            int(port),
+            backlog=1024,
+            ssl=certificates.server_context() if certificates is not None else None,
+            ssl_handshake_timeout=HANDSHAKE_S if certificates is not None else None,
         )
         try:
             bound = listener.sockets[0].getsockname()
