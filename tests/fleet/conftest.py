@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,15 +104,24 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 
 @contextmanager
-def running(directory: Path, **worker: object) -> Iterator[Fleet]:
-    """A fleet with two workers of these options until the block ends; it must leave nothing behind."""
+def running(
+    directory: Path, *, encoders: Mapping[str, Path] | None = None, **worker: object
+) -> Iterator[Fleet]:
+    """A fleet with two workers of these options until the block ends; it must leave nothing behind.
+
+    `encoders`: checkpoints of further models, by name.
+    """
     run_dir = directory / "run"
     config = directory / "fleet.yaml"
     config.write_text(
         yaml.safe_dump(
             {
                 "models": {
-                    "py": {"variants": {VARIANT: {"checkpoint": str(REPOSITORY / "checkpoints" / VARIANT)}}}
+                    "py": {"variants": {VARIANT: {"checkpoint": str(REPOSITORY / "checkpoints" / VARIANT)}}},
+                    **{
+                        name: {"variants": {f"{name}-v": {"checkpoint": str(checkpoint)}}}
+                        for name, checkpoint in (encoders or {}).items()
+                    },
                 },
                 "workers": [{"name": "worker", "replicas": 2, **worker}],
                 "gateway": {

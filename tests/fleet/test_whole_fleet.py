@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -17,11 +18,20 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from tests.fleet.conftest import REPOSITORY, VARIANT, Fleet
+from tests.fleet.conftest import REPOSITORY, VARIANT, Fleet, running
+from tests.unit.encoder_support import (
+    LABELS,
+    expected_logits,
+    expected_vector,
+    reference_encoder,
+    write_pooling,
+    write_tokenizer,
+)
+from tests.unit.engine_support import save
 from trireme.bus.connection import Keys, open_redis
 from trireme.bus.streams import Stream
 from trireme.client import Accepted, Delta, Paused, Sampling, Summary, SyncTriremeClient, TriremeClient
-from trireme.errors import ModelNotFound, RequestQuarantined
+from trireme.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, RequestQuarantined
 from trireme.wire.bus.v1.facts_pb2 import Event
 from trireme.wire.inference.v1.inference_pb2 import FINISH_REASON_CANCELLED
 from trireme.wire.power.v1 import power_pb2, power_pb2_grpc
@@ -31,6 +41,23 @@ pytestmark = [pytest.mark.fleet, pytest.mark.timeout(300)]
 
 CHECKPOINT = REPOSITORY / "checkpoints" / VARIANT
 SERVICES = ("gateway", "scheduler", "worker", "kvstore", "power", "placement")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT that classifies, whose vectors are its first hidden states."""
+    directory = save(reference_encoder("bert"), tmp_path_factory.mktemp("encoder"))
+    write_tokenizer(directory)
+    write_pooling(directory, "cls", normalises=True)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Iterator[Fleet]:
+    with running(
+        tmp_path_factory.mktemp("fleet"), encoders={"mood": encoder}, max_sequences=32, kv_mib=64
+    ) as found:
+        yield found
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -159,6 +186,43 @@ async def test_scores_and_vectors_equal_the_reference(fleet: Fleet) -> None:
     assert embedded.vectors[0] == pytest.approx(vector, abs=1e-4)
     assert embedded.vectors[1] == pytest.approx(vector, abs=1e-4)
     assert embedded.vectors[2] != pytest.approx(vector, abs=1e-2)
+
+
+async def test_an_encoder_embeds_and_classifies_and_says_that_it_does_not_generate(
+    fleet: Fleet, encoder: Path
+) -> None:
+    from tokenizers import Tokenizer
+
+    reference = reference_encoder("bert")
+    tokenizer = Tokenizer.from_file(str(encoder / "tokenizer.json"))
+    texts = ["A ship with three banks of oars!", "is a ship fast?", "oars"]
+    async with TriremeClient(fleet.grpc) as client:
+        embedded = await client.embed("mood", texts)
+        found = await client.classify("mood", texts[0], list(LABELS))
+        with pytest.raises(InvalidRequest, match="no class 'sad'; it has 'calm', 'glad', 'cross'"):
+            await client.classify("mood", texts[0], ["calm", "sad"])
+        with pytest.raises(InvalidRequest, match="does not generate"):
+            async for _ in client.generate("mood", texts[0], Sampling(max_tokens=4)):
+                pass
+        whole = " ".join(["ship"] * 62)  # with [CLS] and [SEP] as many tokens as there are positions
+        assert len((await client.embed("mood", [whole])).vectors[0]) == 32
+        with pytest.raises(ContextLengthExceeded, match="at most 64"):
+            await client.embed("mood", [whole + " fast"])
+    for text, vector in zip(texts, embedded.vectors, strict=True):
+        expected = expected_vector(reference, tokenizer.encode(text).ids, "cls", normalises=True)
+        assert list(vector) == pytest.approx(expected.tolist(), abs=1e-4)
+    shares = expected_logits(reference, tokenizer.encode(texts[0]).ids).softmax(-1).tolist()
+    assert {score.label: score.probability for score in found.scores} == pytest.approx(
+        dict(zip(LABELS, shares, strict=True)), abs=1e-4
+    )
+    assert embedded.usage.joules > 0
+    async with openai.AsyncOpenAI(
+        base_url=f"http://{fleet.http[0]}/v1", api_key="none", max_retries=0
+    ) as openai_client:
+        answer = await openai_client.embeddings.create(model="mood", input=texts)
+        assert list(answer.data[1].embedding) == pytest.approx(list(embedded.vectors[1]), abs=1e-5)
+        with pytest.raises(openai.BadRequestError, match="does not generate"):
+            await openai_client.completions.create(model="mood", prompt="a ship", max_tokens=4)
 
 
 async def test_a_second_turn_finds_the_first_ones_blocks(fleet: Fleet) -> None:

@@ -5,6 +5,7 @@ prefix reuse, preemption and a neighbour's failure change when a token comes, ne
 """
 
 from trireme.engine.builder import build
+from trireme.engine.encoder_engine import EncoderEngine
 from trireme.engine.engine import Engine
 from trireme.engine.kv_copies import Link
 from trireme.engine.outputs import (
@@ -24,6 +25,7 @@ from trireme.engine.tier import KvTier
 
 __all__ = [
     "EmbeddingOutput",
+    "EncoderEngine",
     "Engine",
     "EngineSettings",
     "EngineStats",

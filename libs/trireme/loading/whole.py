@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from trireme.errors import InvalidConfiguration
+from trireme.errors import InvalidCheckpoint, InvalidConfiguration
 from trireme.loading.few_bits import open_few_bits, weights_key
 from trireme.models.checkpoint import Checkpoint
-from trireme.models.config import Family, RopeKind
+from trireme.models.config import Family, ModelConfig, RopeKind
 from trireme.models.decoder import Decoder
 from trireme.models.gpt2 import Gpt2
 from trireme.models.model import Model
@@ -72,6 +72,7 @@ def load_whole(
     """
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     try:
+        check_decodes(opened.config, opened.directory)
         limit = opened.config.context_limit
         if max_positions is not None and not 1 <= max_positions <= limit:
             raise InvalidConfiguration(
@@ -113,6 +114,14 @@ def _rotation_key(model: Model) -> str:
     if rope is None or rope.kind is not RopeKind.LONGROPE:
         return ""
     return ":long" if model.max_positions > rope.original_max_positions else ":short"
+
+
+def check_decodes(config: ModelConfig, directory: Path) -> None:
+    """Raise InvalidCheckpoint for an encoder, where a model that generates is wanted."""
+    if config.encoder is not None:
+        raise InvalidCheckpoint(
+            f"{directory}: a {config.model_type} embeds and classifies; it does not generate text"
+        )
 
 
 def _read(weights: ModelWeights, max_positions: int) -> Model:

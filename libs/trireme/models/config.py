@@ -1,4 +1,4 @@
-"""What a decoder is.
+"""What a model is.
 
 One frozen record for all supported architectures: differences between them are fields, so a
 model's code asks for a feature and never for a name.
@@ -17,6 +17,8 @@ class Family(enum.Enum):
     """RMS norms, rotary positions, gated feed-forwards: Llama, Mistral, Mixtral, Qwen, Phi-3, Gemma."""
     GPT2 = "gpt2"
     """Pre-norm with bias, learned positions, GELU."""
+    ENCODER = "encoder"
+    """Post-norm with bias, learned positions, attention in both directions: BERT and its kin."""
 
 
 class RopeKind(enum.Enum):
@@ -62,6 +64,20 @@ class MixtureConfig:
     """The chosen experts' shares sum to 1."""
     layers: tuple[bool, ...]
     """Which layers have experts; the others have one dense feed-forward."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderConfig:
+    """What encoders have that decoders have not."""
+
+    padding_id: int | None
+    """Positions begin behind it, and a token of this id has none but its own; None: they begin at 0."""
+    token_types: int
+    """Rows of the embedding of token types, of which the first is added; 0: there is none."""
+    labels: tuple[str, ...]
+    """Names of the classes that the checkpoint's head tells apart; empty: it has none."""
+    is_multi_label: bool = False
+    """Each class is likely or not by itself; else they share 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +132,8 @@ class ModelConfig:
     """Divide the scores by sqrt(head_dim)."""
     eos_token_ids: tuple[int, ...] = ()
     mixture: MixtureConfig | None = None
+    encoder: EncoderConfig | None = None
+    """Of the encoder family."""
 
     @property
     def context_limit(self) -> int:

@@ -44,6 +44,15 @@ class Fields:
             raise self.bad(name, "a positive integer")
         return value
 
+    def index(self, name: str, default: int) -> int:
+        """An integer that is not negative."""
+        value = self.raw.get(name)
+        if value is None:
+            value = default
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise self.bad(name, "an integer from 0 on")
+        return value
+
     def number(self, name: str, default: float | None = None) -> float:
         """A positive number."""
         value = self.raw.get(name)

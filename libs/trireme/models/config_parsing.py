@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from trireme.errors import InvalidCheckpoint
 from trireme.models.config import Family, MixtureConfig, ModelConfig, RopeConfig, RopeKind
+from trireme.models.config_encoder import ENCODER_TYPES, parse_encoder
 from trireme.models.config_fields import Fields, token_ids
 from trireme.models.config_gemma import GEMMA_TYPES, parse_gemma
 from trireme.models.config_rope import parse_rope, rotary_share
@@ -31,10 +32,12 @@ def parse_config(raw: Mapping[str, Any], *, source: str = "config.json") -> Mode
         config = _parse_llama(fields, model_type)
     elif model_type in GEMMA_TYPES:
         config = parse_gemma(fields, model_type)
+    elif model_type in ENCODER_TYPES:
+        config = parse_encoder(fields, model_type)
     elif model_type == "gpt2":
         config = _parse_gpt2(fields)
     else:
-        supported = ", ".join((*_LLAMA_FAMILY, *GEMMA_TYPES, "gpt2"))
+        supported = ", ".join((*_LLAMA_FAMILY, *GEMMA_TYPES, "gpt2", *ENCODER_TYPES))
         raise InvalidCheckpoint(
             f"{source}: model_type {model_type!r} is not supported; use one of {supported}"
         )

@@ -14,6 +14,7 @@ from trireme.bus.connection import AWAY, persistently
 from trireme.bus.request_records import Admission, RequestRecords, State
 from trireme.errors import (
     DeadlineExceeded,
+    InvalidRequest,
     RequestCancelled,
     RequestConflict,
     RequestFailed,
@@ -94,6 +95,7 @@ class Generation:
         """Make a request durable, or attach to the one of that id, and return its answer.
 
         Raises:
+            InvalidRequest: the model does not generate, which is asked for.
             Overloaded: too many requests are held here or wait in the fleet, or it would wait too long.
             ServiceUnavailable: Redis is away, this gateway leaves, or nobody serves the model.
             ContextLengthExceeded: no worker's KV memory can hold it.
@@ -109,6 +111,10 @@ class Generation:
             raise
 
     async def _submit(self, submission: Submission, call: CallTrace) -> Answer:
+        if submission.kind == RequestKind.REQUEST_KIND_GENERATE and not submission.model.generates:
+            raise InvalidRequest(
+                f"{submission.model.name} embeds and classifies; it does not generate text", param="model"
+            )
         if self._leaving:
             raise ServiceUnavailable("this gateway is leaving: ask another one", retry_after_s=0.1)
         known = self._table.get(submission.caller.fleet_id)

@@ -139,7 +139,8 @@ def check_prompt(
         check_token_id(param, foreign, model)
     allowed = limits.max_prompt_tokens
     if not may_be_cut:
-        allowed = min(allowed, model.context_tokens - 1)
+        # Behind a prompt there must be room for an answer; an encoder gives none.
+        allowed = min(allowed, model.context_tokens - model.generates)
     if len(token_ids) > allowed:
         raise ContextLengthExceeded(
             f"the prompt has {len(token_ids)} tokens; {model.name} takes at most {allowed} here "

@@ -23,12 +23,16 @@ from trireme.errors import (
 )
 from trireme.gateway.chat_template import ChatTemplate, load_chat_template, read_json
 from trireme.gateway.detokenizer import Vocabulary
+from trireme.models.config_parsing import parse_config
 from trireme.runtime.fleet import Fleet, PublicPrefix
 
 ROLES = ("system", "user", "assistant")
 """Who may speak in a conversation; templates put roles next to their control tokens."""
 INLINE_CHARACTERS = 4096
 """Longer texts are tokenised in a thread, so that other requests' tokens go on flowing."""
+
+MOST_NAMED = 32
+"""Classes that an error names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +54,30 @@ class ServedModel:
     """Tokens per KV block."""
     public_prefixes: tuple[tuple[int, ...], ...] = ()
     """Beginnings of prompts that the operator declared public."""
+    generates: bool = True
+    """False: an encoder, which embeds and classifies."""
+    labels: tuple[str, ...] = ()
+    """Of an encoder with a head that classifies: its classes, in order."""
+
+    def classes_of(self, labels: Sequence[str]) -> list[int]:
+        """The classes of an encoder that are called so.
+
+        Raises:
+            InvalidRequest: it has no such class, or none at all.
+        """
+        known = {label: number for number, label in enumerate(self.labels)}
+        if not known:
+            raise InvalidRequest(
+                f"{self.name} has no head that classifies: ask for embeddings", param="labels"
+            )
+        foreign = next((label for label in labels if label not in known), None)
+        if foreign is not None:
+            named = ", ".join(map(repr, self.labels[:MOST_NAMED]))
+            more = "" if len(self.labels) <= MOST_NAMED else f" and {len(self.labels) - MOST_NAMED} more"
+            raise InvalidRequest(
+                f"{self.name} has no class {foreign[:80]!r}; it has {named}{more}", param="labels"
+            )
+        return [known[label] for label in labels]
 
     async def tokenize(
         self,
@@ -187,6 +215,12 @@ def load_catalog(fleet: Fleet) -> ModelCatalog:
                     "one cannot answer for the other",
                     param=f"models.{name}.variants",
                 )
+            if (variant.generates, variant.labels) != (speaker.generates, speaker.labels):
+                raise InvalidConfiguration(
+                    f"variants {speaker.name!r} and {key!r} of model {name!r} differ in whether they "
+                    "generate text, or in their classes, so one cannot answer for the other",
+                    param=f"models.{name}.variants",
+                )
         public = tuple(_public_prefix(speaker, prefix) for prefix in model.public_prefixes)
         named = [variant for key, variant in variants.items() if key != name]
         served += [replace(variant, public_prefixes=public) for variant in named]
@@ -246,25 +280,19 @@ def _load_variant(
         raise InvalidCheckpoint(f"{file} cannot be read: {error.strerror}") from error
     except Exception as error:  # The tokenizers library raises bare Exception.
         raise InvalidCheckpoint(f"{file} is not a tokenizer: {error}") from error
-    config = read_json(checkpoint / "config.json")
+    shape = parse_config(read_json(checkpoint / "config.json"), source=str(checkpoint / "config.json"))
     generation = read_json(checkpoint / "generation_config.json")
-    eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    eos = generation.get("eos_token_id", list(shape.eos_token_ids))
     return ServedModel(
         name=name,
         variant_of=model,
         vocabulary=vocabularies[digest],
         chat_template=load_chat_template(checkpoint),
-        context_tokens=_positive(config, "max_position_embeddings", checkpoint),
+        context_tokens=shape.max_positions,
         eos_token_ids=frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos]),
-        vocabulary_size=_positive(config, "vocab_size", checkpoint),
+        vocabulary_size=shape.vocab_size,
         created_unix_s=created_unix_s,
         block_tokens=block_tokens,
+        generates=shape.encoder is None,
+        labels=() if shape.encoder is None else shape.encoder.labels,
     )
-
-
-def _positive(config: Mapping[str, Any], key: str, checkpoint: Path) -> int:
-    value = config.get(key, config.get("n_positions") if key == "max_position_embeddings" else None)
-    if not isinstance(value, int) or value <= 0:
-        file = checkpoint / "config.json"
-        raise InvalidCheckpoint(f"{file}: {key} must be a positive integer, not {value!r}")
-    return value

@@ -40,10 +40,10 @@ async def classify(
     labels: Sequence[str],
     normalise_length: bool,
 ) -> tuple[list[LabelScore], Summary]:
-    """Score each label as a continuation of the text; best first.
+    """Score each label as a continuation of the text, or as a class of an encoder; best first.
 
     Raises:
-        InvalidRequest: too few or too many labels, doubled or empty ones.
+        InvalidRequest: too few or too many labels, doubled or empty ones, or none of the encoder's.
         ContextLengthExceeded: text and longest label do not fit.
     """
     limit = core.limits.max_labels
@@ -51,7 +51,11 @@ async def classify(
         raise InvalidRequest(f"labels must have 2 to {limit} entries, not {len(labels)}", param="labels")
     if len(set(labels)) != len(labels):
         raise InvalidRequest("labels must differ from each other", param="labels")
-    prompt = await model.tokenize(text)
+    prompt = await model.tokenize(text, param="text")
+    if not model.generates:
+        check_prompt(prompt, model, core.limits, param="text")
+        classes = tuple([[number] for number in model.classes_of(labels)])
+        return await _scored(core, caller, model, prompt, labels, classes, normalise_length)
     continuations = []
     for label in labels:
         continuation = await _continuation(model, prompt, text, label)
@@ -60,8 +64,20 @@ async def classify(
         check_prompt(prompt + continuation, model, core.limits, param="text")
         continuations.append(continuation)
     check_prompt(prompt, model, core.limits, param="text")
+    return await _scored(core, caller, model, prompt, labels, tuple(continuations), normalise_length)
+
+
+async def _scored(
+    core: Generation,
+    caller: Caller,
+    model: ServedModel,
+    prompt: list[int],
+    labels: Sequence[str],
+    continuations: tuple[list[int], ...],
+    normalise_length: bool,
+) -> tuple[list[LabelScore], Summary]:
     live, summary = await _ask(
-        core, caller, model, RequestKind.REQUEST_KIND_SCORE, prompt, continuations=tuple(continuations)
+        core, caller, model, RequestKind.REQUEST_KIND_SCORE, prompt, continuations=continuations
     )
     if len(live.scores) != len(labels) or not all(map(math.isfinite, live.scores)):
         raise RequestFailed("the worker did not score every label")

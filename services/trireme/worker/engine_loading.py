@@ -6,10 +6,20 @@ from collections.abc import Callable
 
 import torch
 
-from trireme.engine import Engine, EngineSettings, KvTier, SamplingParams, SequenceRequest
+from trireme.engine import (
+    EncoderEngine,
+    Engine,
+    EngineSettings,
+    KvTier,
+    Mode,
+    SamplingParams,
+    SequenceRequest,
+)
 from trireme.engine.kv_memory import block_bytes
 from trireme.engine.speculation.draft_checkpoint import load_draft
+from trireme.errors import InvalidConfiguration
 from trireme.kernels.read_speed import read_bytes_per_s
+from trireme.loading.encoders import load_encoder
 from trireme.loading.whole import load_whole
 from trireme.models.checkpoint import Checkpoint
 from trireme.models.null import NullModel
@@ -24,7 +34,7 @@ NULL_CONTEXT_TOKENS = 131072
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def build(plan: VariantPlan, tier: KvTier) -> tuple[Engine, PreloadRule | None]:
+def build(plan: VariantPlan, tier: KvTier) -> tuple[Engine | EncoderEngine, PreloadRule | None]:
     """Read the checkpoint and put an engine around it; the rule is to be told what its steps take.
 
     Raises:
@@ -43,6 +53,8 @@ def build(plan: VariantPlan, tier: KvTier) -> tuple[Engine, PreloadRule | None]:
     device = plan.device.partition("/")[0]
     dtype = _DTYPES.get(plan.dtype) or (torch.float32 if device == "cpu" else torch.bfloat16)
     with Checkpoint(plan.checkpoint) as checkpoint:
+        if checkpoint.config.encoder is not None:
+            return _encoder_engine(plan, checkpoint, device=device, dtype=dtype), None
         per_block = block_bytes(
             checkpoint.config, block_size=plan.block_tokens, dtype=dtype, kv_dtype=plan.kv_dtype
         )
@@ -72,12 +84,30 @@ def build(plan: VariantPlan, tier: KvTier) -> tuple[Engine, PreloadRule | None]:
         return engine, rule
 
 
-def warm_up(engine: Engine, *, beat: Callable[[], None]) -> None:
+def _encoder_engine(
+    plan: VariantPlan, checkpoint: Checkpoint, *, device: str, dtype: torch.dtype
+) -> EncoderEngine:
+    if plan.draft is not None or plan.speculate != "off":
+        raise InvalidConfiguration(
+            f"variant {plan.variant!r} is an encoder, which cannot speculate", param="speculate"
+        )
+    loaded = load_encoder(checkpoint, device=device, dtype=dtype, precision=plan.precision)
+    return EncoderEngine(
+        loaded.model,
+        loaded.pooling,
+        max_batch_tokens=plan.max_batch_tokens,
+        max_num_seqs=plan.max_sequences,
+        model_key=loaded.key,
+    )
+
+
+def warm_up(engine: Engine | EncoderEngine, *, beat: Callable[[], None]) -> None:
     """Run the engine, so that its first request finds it warm; `beat` is called after each step.
 
     Under mlfq prompts of several lengths run, each twice, so that it knows what lengths cost.
     """
-    lengths = (8, 32, 128, 256, 8, 32, 128, 256) if engine.settings.policy == "mlfq" else (64,)
+    learns = isinstance(engine, Engine) and engine.settings.policy == "mlfq"
+    lengths = (8, 32, 128, 256, 8, 32, 128, 256) if learns else (64,)
     for number, length in enumerate(lengths):
         count = min(length, engine.max_model_len // 2)
         probe = SequenceRequest(
@@ -85,6 +115,7 @@ def warm_up(engine: Engine, *, beat: Callable[[], None]) -> None:
             prompt_token_ids=[token % engine.model.config.vocab_size for token in range(count)],
             sampling=SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True),
             salt=b"warm-up %d" % number,
+            mode=Mode.GENERATE if isinstance(engine, Engine) else Mode.EMBED,
         )
         engine.add(probe)
         while engine.has_work:
@@ -92,8 +123,17 @@ def warm_up(engine: Engine, *, beat: Callable[[], None]) -> None:
             beat()
 
 
-def describe(engine: Engine) -> Loaded:
+def describe(engine: Engine | EncoderEngine) -> Loaded:
     """What the worker must know of it."""
+    if isinstance(engine, EncoderEngine):
+        return Loaded(
+            kv_namespace=f"{engine.model_key}/none",
+            context_tokens=engine.max_model_len,
+            vocabulary_size=engine.model.config.vocab_size,
+            block_bytes=0,
+            num_blocks=engine.stats().kv_blocks_total,
+            step_bytes=engine.model.step_bytes,
+        )
     config, settings = engine.model.config, engine.settings
     return Loaded(
         kv_namespace=f"{engine.model_key}/{engine.kv_layout}",

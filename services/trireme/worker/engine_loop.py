@@ -16,7 +16,7 @@ from queue import SimpleQueue
 
 import torch
 
-from trireme.engine import Engine, SavedBlock
+from trireme.engine import EncoderEngine, Engine, SavedBlock
 from trireme.engine.stored_blocks import let_go_of
 from trireme.errors import RequestConflict, TriremeError
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest
@@ -206,7 +206,7 @@ class EngineLoop:
         os.eventfd_write(self._wake_fd, 1)
 
     def _install(
-        self, variant: str, engine: Engine, residency: ResidencyLog, rule: PreloadRule | None
+        self, variant: str, engine: Engine | EncoderEngine, residency: ResidencyLog, rule: PreloadRule | None
     ) -> object:
         if variant in self._engines:
             raise RequestConflict(f"variant {variant!r} is loaded already", param="variant")
@@ -237,7 +237,7 @@ class EngineLoop:
         self._link.sendall(data)
 
 
-def _saved(engine: Engine, question: SaveBlocks, saved: tuple[SavedBlock, ...]) -> object:
+def _saved(engine: Engine | EncoderEngine, question: SaveBlocks, saved: tuple[SavedBlock, ...]) -> object:
     engine.poll()  # the blocks are free to be overwritten now; an idle engine takes no step to find out
     return checksums(question, saved)
 

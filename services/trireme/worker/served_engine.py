@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 
-from trireme.engine import Engine, SequenceWork, StepResult, StoredBlock, TokenOutput
+from trireme.engine import EncoderEngine, Engine, SequenceWork, StepResult, StoredBlock, TokenOutput
 from trireme.engine.stored_blocks import let_go_of
 from trireme.errors import TriremeError
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest
@@ -68,7 +68,7 @@ class ServedEngine:
     def __init__(
         self,
         variant: str,
-        engine: Engine,
+        engine: Engine | EncoderEngine,
         residency: ResidencyLog,
         rule: PreloadRule | None = None,
         *,

@@ -790,7 +790,7 @@ class ClassifyRequest(_message.Message):
     """How urgent the answer is."""
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """2..64 candidate continuations."""
+        """2..64 candidate continuations; of a model that is an encoder, classes of its head."""
 
     def __init__(
         self,
