@@ -89,9 +89,14 @@ def _demo_fleet(run_dir: Path) -> Path:
 
     shutil.rmtree(run_dir / "data", ignore_errors=True)
     fleet = load_fleet(DEFAULT_FLEET)
-    http, grpc = _free_ports(2)
+    http, grpc, operator = _free_ports(3)
     gateway = fleet.gateway.model_copy(
-        update={"http": f"127.0.0.1:{http}", "grpc": f"127.0.0.1:{grpc}", "replicas": 1}
+        update={
+            "http": f"127.0.0.1:{http}",
+            "grpc": f"127.0.0.1:{grpc}",
+            "operator": f"127.0.0.1:{operator}",
+            "replicas": 1,
+        }
     )
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "fleet.yaml"

@@ -96,6 +96,8 @@ def plan_processes(
         listen["MAX_PROMPT_TOKENS"] = str(fleet.gateway.max_request_tokens)
         if fleet.gateway.keys is not None:
             listen["KEYS"] = str(fleet.gateway.keys)
+        if fleet.gateway.operator is not None and index == 0:
+            listen["OPERATOR_LISTEN"] = fleet.gateway.operator
         if fleet.gateway.allow_anonymous:
             listen["ALLOW_ANONYMOUS"] = "true"
         specs.append(service("gateway", f"gateway-{index}", listen, grpc_address=local_address(grpc)))
@@ -131,6 +133,14 @@ def check_ports(fleet: Fleet, path: Path) -> None:
             raise InvalidConfiguration(f"{path}: {key}: {address!r} is not host:port", param=key)
         for index in range(replicas):
             _check_port(host.strip("[]"), int(port) + index, key, path)
+    if fleet.gateway.operator is not None:
+        host, _, port = fleet.gateway.operator.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) <= 65535:
+            raise InvalidConfiguration(
+                f"{path}: gateway.operator: {fleet.gateway.operator!r} is not host:port",
+                param="gateway.operator",
+            )
+        _check_port(host.strip("[]"), int(port), "gateway.operator", path)
     spans = [int(a.rpartition(":")[2]) for a in (fleet.gateway.http, fleet.gateway.grpc)]
     if abs(spans[0] - spans[1]) < replicas:
         raise InvalidConfiguration(

@@ -81,6 +81,7 @@ class _Runner:
             redis_url=plan.redis_url,
             http=[spec.environ["TRIREME_GATEWAY_HTTP_LISTEN"] for spec in gateways],
             grpc=[spec.grpc_address for spec in gateways],
+            operator=plan.fleet.gateway.operator or "",
             supervisor_pid=os.getpid(),
             supervisor_started_unix_s=own.started_unix_s if own is not None else 0.0,
         )

@@ -70,6 +70,8 @@ class FleetState:
     """host:port of each gateway replica's HTTP server."""
     grpc: list[str] = field(default_factory=list)
     """host:port of each gateway replica's gRPC server."""
+    operator: str = ""
+    """host:port of the page for operators; empty: there is none."""
     supervisor_pid: int = 0
     supervisor_started_unix_s: float = 0.0
     processes: list[SupervisedProcess] = field(default_factory=list)

@@ -121,3 +121,5 @@ def show_ready(state: FleetState, console: Console) -> None:
         console.print(f"HTTP  http://{address}/v1")
     for address in state.grpc:
         console.print(f"gRPC  {address}")
+    if state.operator:
+        console.print(f"page  http://{state.operator}/ for operators")

@@ -176,6 +176,8 @@ class Gateway(_Section):
     replicas: int = Field(default=1, ge=1, le=64)
     http: str = "127.0.0.1:8000"
     grpc: str = "127.0.0.1:9000"
+    operator: str | None = None
+    """host:port of the page for operators, of the first replica; absent: there is none."""
     max_queue_requests: int = Field(default=4096, ge=1)
     """Requests waiting in the fleet before new ones get an honest no."""
     max_request_tokens: int = Field(default=131072, ge=1)

@@ -128,8 +128,8 @@ def gate_of(settings: Settings) -> Gate:
             )
         return Gate(KeyBook(settings.keys), open_metrics=settings.open_metrics)
     if not settings.allow_anonymous:
-        for listen in (settings.http_listen, settings.grpc_listen):
-            if not is_loopback(listen):
+        for listen in (settings.http_listen, settings.grpc_listen, settings.operator_listen):
+            if listen and not is_loopback(listen):
                 raise InvalidConfiguration(
                     f"a gateway that listens on {listen} would answer anyone: name a keys file "
                     "(TRIREME_GATEWAY_KEYS; fleet.yaml: gateway.keys), or say that this is meant "

@@ -10,6 +10,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
+import grpc
+
 from trireme.bus.connection import Keys, open_redis
 from trireme.bus.registry import Registry, new_process_id
 from trireme.bus.request_records import RequestRecords
@@ -23,6 +25,8 @@ from trireme.gateway.oip.servicer import SERVICE_NAME as OIP_SERVICE_NAME
 from trireme.gateway.oip.servicer import OpenInferenceServicer
 from trireme.gateway.openai_api.app import openai_server
 from trireme.gateway.openai_api.background import Background
+from trireme.gateway.operator_page.fleet_picture import Channels, fleet_picture
+from trireme.gateway.operator_page.server import OperatorPage, operator_server
 from trireme.gateway.readiness import fleet_answers
 from trireme.gateway.recovery import Recovery
 from trireme.gateway.request_table import RequestTable
@@ -49,6 +53,8 @@ class Gateway:
     gateway_id: str
     grpc_address: str
     http_address: str
+    operator_address: str
+    """Empty where there is no page for operators."""
     core: Generation
     links: WorkerLinks
     health: HealthReporter
@@ -152,6 +158,14 @@ async def running_gateway(settings: Settings, spans: Spans | None = None) -> Asy
         if settings.metrics_listen:
             shown = metrics_server(settings.metrics_listen, metrics.registry, health)
             await stack.enter_async_context(shown)
+        operator_address = ""
+        if settings.operator_listen:
+            channels = Channels(grpc.aio.insecure_channel)
+            look = partial(fleet_picture, redis, keys, registry, channels)
+            page = OperatorPage(look, core.traces.timelines, gateway_id=gateway_id)
+            operator = operator_server(settings.operator_listen, page, gate)
+            operator_address = await stack.enter_async_context(operator)
+            stack.push_async_callback(channels.keep, set())
 
         # Whatever ends this process, its clients' requests go on and are theirs to resume.
         stack.push_async_callback(core.leave, drain_s=0.0)
@@ -177,6 +191,7 @@ async def running_gateway(settings: Settings, spans: Spans | None = None) -> Asy
             gateway_id=gateway_id,
             grpc_address=grpc_address,
             http_address=http_address,
+            operator_address=operator_address,
             core=core,
             links=links,
             health=health,

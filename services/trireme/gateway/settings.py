@@ -57,6 +57,8 @@ class Settings:
     """After a stop string: how long to wait for the worker's account of what was used."""
     kept_timelines: int = 256
     """Ended requests whose phases this gateway can tell of."""
+    operator_listen: str = ""
+    """Where the page for operators is; empty: nowhere."""
     drain_s: float = 30.0
     """How long streams may go on after SIGTERM; then their clients resume elsewhere."""
     keys: Path | None = None

@@ -1,0 +1,1 @@
+"""The page for operators: the fleet as it is, the last hour, and where a request's time went."""
