@@ -19,7 +19,7 @@ from trireme.cli.redis_server import RedisServer, free_port, prepare
 from trireme.cli.run_directory import AlreadyRunning, FleetState, Phase, RunDirectory, SupervisedProcess
 from trireme.cli.up import DEFAULT_FLEET, chosen_fleet
 from trireme.errors import InvalidConfiguration
-from trireme.placement.__main__ import worker_environ
+from trireme.placement.processes_backend import worker_environ
 from trireme.placement.settings import Settings as PlacementSettings
 from trireme.runtime.fleet import Fleet, load_fleet
 from trireme.runtime.settings import dump, load
@@ -59,7 +59,7 @@ def test_every_service_accepts_the_environment_it_is_started_with(
 def test_a_worker_accepts_the_environment_that_placement_gives_it(tmp_path: Path) -> None:
     worker_settings = importlib.import_module("trireme.worker.settings").Settings
     placement = PlacementSettings(redis_url="redis://bus", fleet=DEFAULT_FLEET, node="n1", run_dir=tmp_path)
-    environ = worker_environ(placement) | {"TRIREME_WORKER_GROUP": "large", "TRIREME_WORKER_INDEX": "3"}
+    environ = worker_environ(placement, {}) | {"TRIREME_WORKER_GROUP": "large", "TRIREME_WORKER_INDEX": "3"}
     settings = load(worker_settings, environ, prefix="TRIREME_WORKER_")
     assert (settings.group, settings.index, settings.node) == ("large", 3, "n1")
     assert settings.fleet == DEFAULT_FLEET

@@ -10,8 +10,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
-import grpc
-
 from trireme.bus.connection import Keys, open_redis
 from trireme.bus.registry import Registry, new_process_id
 from trireme.bus.request_records import RequestRecords
@@ -39,6 +37,7 @@ from trireme.runtime.metrics_server import metrics_server
 from trireme.runtime.serving import grpc_server
 from trireme.runtime.shutdown import end_tasks
 from trireme.runtime.spans import NoSpans, Spans
+from trireme.runtime.tls import open_channel
 from trireme.wire.bus.v1.facts_pb2 import ProcessRecord
 from trireme.wire.inference.v1.inference_pb2_grpc import add_InferenceServicer_to_server
 from trireme.wire.oip.v2.oip_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
@@ -160,10 +159,10 @@ async def running_gateway(settings: Settings, spans: Spans | None = None) -> Asy
             await stack.enter_async_context(shown)
         operator_address = ""
         if settings.operator_listen:
-            channels = Channels(grpc.aio.insecure_channel)
+            channels = Channels(open_channel)
             look = partial(fleet_picture, redis, keys, registry, channels)
             page = OperatorPage(look, core.traces.timelines, gateway_id=gateway_id)
-            operator = operator_server(settings.operator_listen, page, gate)
+            operator = operator_server(settings.operator_listen, page, gate, certificates)
             operator_address = await stack.enter_async_context(operator)
             stack.push_async_callback(channels.keep, set())
 

@@ -23,6 +23,7 @@ from trireme.gateway.operator_page.history import PERIOD_S, History
 from trireme.gateway.timelines import Timeline, Timelines
 from trireme.runtime.shutdown import end_tasks
 from trireme.runtime.tenant_keys import Role
+from trireme.runtime.tls import Certificates
 
 FRESH_S = 1.0
 """A picture so young is shown again: many viewers cost the fleet no more than one."""
@@ -104,7 +105,9 @@ class OperatorPage:
 
 
 @asynccontextmanager
-async def operator_server(listen: str, page: OperatorPage, gate: Gate) -> AsyncIterator[str]:
+async def operator_server(
+    listen: str, page: OperatorPage, gate: Gate, certificates: Certificates | None = None
+) -> AsyncIterator[str]:
     """Serve until the block ends; yields the bound host:port.
 
     Who may see it is `gate_of`'s to check.
@@ -114,7 +117,8 @@ async def operator_server(listen: str, page: OperatorPage, gate: Gate) -> AsyncI
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, keepalive_timeout=30.0)
     await runner.setup()
     host, _, port = listen.rpartition(":")
-    await web.TCPSite(runner, host.strip("[]"), int(port)).start()
+    tls = certificates.server_context() if certificates is not None else None
+    await web.TCPSite(runner, host.strip("[]"), int(port), ssl_context=tls).start()
     watching = asyncio.create_task(page.watch())
     bound = runner.addresses[0]
     try:
