@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from trireme.bus.connection import Keys, open_redis
@@ -13,9 +15,10 @@ from trireme.bus.request_records import (
     RequestRecords,
     Requeue,
     State,
+    TenantBounds,
 )
 from trireme.bus.streams import Entry, Stream
-from trireme.bus.waiting_work import work_tokens
+from trireme.bus.waiting_work import WaitingKey, WaitingWork, read_waiting, work_tokens
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, Assignment, Decision
 from trireme.wire.inference.v1.inference_pb2 import SamplingParameters
 
@@ -214,3 +217,81 @@ async def test_an_ended_record_expires_soon_however_it_ended(bench: Bench) -> No
     for name in ("q", "c"):
         assert 0 < await bench.redis.ttl(KEYS.request(name)) <= 120  # type: ignore[attr-defined]
         assert await bench.records.body(name) is None
+
+
+async def counts(bench: Bench) -> WaitingWork:
+    return await read_waiting(bench.redis, KEYS, ["w1"])  # type: ignore[arg-type]
+
+
+async def test_what_waits_is_counted_from_admission_to_assignment(bench: Bench) -> None:
+    entry = await bench.admit()
+    key = WaitingKey("m", 1, "t")
+    work = await counts(bench)
+    assert (work.entries, work.tenant_requests, work.requests, work.tokens) == (
+        1,
+        {"t": 1},
+        {key: 1},
+        {key: 17},
+    )
+    assert work.served_requests == {} and work.assigned_requests == {"w1": 0}
+    await bench.assign(entry)
+    work = await counts(bench)
+    assert (work.entries, work.tenant_requests, work.requests, work.tokens) == (0, {}, {}, {})
+    assert (work.served_requests, work.served_tokens, work.assigned_requests) == (
+        {"m": 1},
+        {"m": 17},
+        {"w1": 1},
+    )
+    await bench.records.requeue(entry.fact, crashed=False)
+    assert (await counts(bench)).tokens == {key: 17}
+
+
+async def test_what_leaves_the_queue_unserved_is_not_counted_as_served(bench: Bench) -> None:
+    cancelled = await bench.admit("c")
+    await bench.records.settle("c", State.CANCELLED)
+    assert not await bench.assign(cancelled)
+    expired = await bench.admit("e")
+    for _ in range(2):  # once more does no harm
+        await bench.records.withdraw(expired.entry_id, expired.fact)
+    work = await counts(bench)
+    assert (work.entries, work.requests, work.served_requests) == (0, {}, {})
+    assert await bench.redis.exists(KEYS.waiting) == 0  # type: ignore[attr-defined]
+
+
+async def test_counts_that_an_empty_queue_left_behind_are_forgotten(bench: Bench) -> None:
+    await bench.redis.hset(KEYS.waiting, mapping={"n|t": 99, "r|m|1|t": 99, "t|m|1|t": 9999})  # type: ignore[attr-defined]
+    assert (await counts(bench)).tenant_requests == {}
+    bounds = TenantBounds(shared_from=0, requests=50, backlog_tokens=100)
+    result = await bench.records.admit(admitted(), max_waiting=10, bounds=bounds)
+    assert result.admission is Admission.ADMITTED
+    assert (await counts(bench)).tenant_requests == {"t": 1}
+
+
+async def test_a_tenants_bounds_hold_at_the_moment_of_joining(bench: Bench) -> None:
+    for number in range(3):
+        await bench.records.admit(admitted(f"r{number}"), max_waiting=10)
+    share = TenantBounds(shared_from=3, requests=3)
+    refused = await bench.records.admit(admitted("more"), max_waiting=10, bounds=share)
+    assert (refused.admission, refused.waiting) == (Admission.OVER_SHARE, 3)
+    late = TenantBounds(backlog_tokens=3 * 17 - 1)
+    refused = await bench.records.admit(admitted("more"), max_waiting=10, bounds=late)
+    assert refused.admission is Admission.TOO_LATE
+    assert await bench.records.standing("more") is None
+    other = admitted("other")
+    other.tenant = "u|with|bars"
+    for bounds in (share, late):
+        result = await bench.records.admit(other, max_waiting=10, bounds=bounds)
+    assert result.admission is Admission.KNOWN  # it was admitted under the first ones
+    assert (await counts(bench)).tenant_requests == {"t": 3, "u|with|bars": 1}
+    again = await bench.records.admit(admitted("r0"), max_waiting=10, bounds=share)
+    assert again.admission is Admission.KNOWN
+
+
+async def test_gateways_that_admit_at_once_keep_the_bounds_together(bench: Bench) -> None:
+    bounds = TenantBounds(backlog_tokens=5 * 17 - 1)
+    results = await asyncio.gather(
+        *(bench.records.admit(admitted(f"r{n}"), max_waiting=100, bounds=bounds) for n in range(40))
+    )
+    taken = [result for result in results if result.admission is Admission.ADMITTED]
+    assert len(taken) == 5
+    assert {r.admission for r in results} == {Admission.ADMITTED, Admission.TOO_LATE}

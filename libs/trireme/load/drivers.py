@@ -59,7 +59,9 @@ async def grpc_driver(
             async for response in call:
                 note_event(outcome, response)
         except grpc.aio.AioRpcError as error:
-            outcome.error = _code_of(error)
+            outcome.error = _trailer(error, "trireme-error-code") or error.code().name.lower()
+            after_ms = _trailer(error, "retry-after-ms")
+            outcome.retry_after_s = float(after_ms) / 1000 if after_ms else None
         outcome.ended_s = time.monotonic()
         return outcome
 
@@ -70,11 +72,11 @@ async def grpc_driver(
             await channel.close(None)
 
 
-def _code_of(error: grpc.aio.AioRpcError) -> str:
+def _trailer(error: grpc.aio.AioRpcError, name: str) -> str:
     for key, value in error.trailing_metadata():  # type: ignore[misc]  # the stubs miss its iterator
-        if key == "trireme-error-code":  # type: ignore[has-type]
+        if key == name:  # type: ignore[has-type]
             return str(value)  # type: ignore[has-type]
-    return error.code().name.lower()
+    return ""
 
 
 def note_event(outcome: Outcome, response: pb.GenerateResponse) -> None:

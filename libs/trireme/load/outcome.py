@@ -33,6 +33,8 @@ class Outcome:
     ended_s: float = 0.0
     error: str | None = None
     """Stable code of the failure; None where it succeeded."""
+    retry_after_s: float | None = None
+    """When a refused client was told to come back."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     answer_tokens: int = 0

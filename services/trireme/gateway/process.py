@@ -147,6 +147,8 @@ async def running_gateway(settings: Settings, spans: Spans | None = None) -> Asy
                 interceptors=[GrpcGate(gate)],
                 for_clients=True,
                 certificates=certificates,
+                # Beside those that are held, as many as are being read, checked or refused over HTTP.
+                max_concurrent_rpcs=settings.max_inflight + settings.max_connections,
             )
         )
         background = Background(redis, keys, settings, core, gateway_id=gateway_id)

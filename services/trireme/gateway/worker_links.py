@@ -33,6 +33,8 @@ CONNECT_S = 1.0
 SILENCE_S = 1.0
 """A worker whose lease ended and whose stream said nothing for so long is lost."""
 RETRY_S = 0.5
+MAX_OUTGOING = 16384
+"""Messages that wait for a worker's stream; what is beyond is lost, as it is where the stream is broken."""
 
 
 class LinkListener(Protocol):
@@ -65,13 +67,13 @@ class WorkerLink:
         self._address = record.grpc_address
         self._gateway_id = gateway_id
         self._listener = listener
-        self._outgoing: asyncio.Queue[GatewayMessage] = asyncio.Queue()
+        self._outgoing: asyncio.Queue[GatewayMessage] = asyncio.Queue(MAX_OUTGOING)
         self._told_lost = False
         self.task = asyncio.create_task(self._run())
 
     def send(self, message: GatewayMessage) -> None:
-        """Put a message on the stream; lost if the stream is broken."""
-        if self.connected:
+        """Put a message on the stream; lost if the stream is broken, or takes nothing for long."""
+        if self.connected and not self._outgoing.full():
             self._outgoing.put_nowait(message)
 
     async def close(self) -> None:
@@ -114,7 +116,7 @@ class WorkerLink:
         ]
         async with open_channel(self._address, options) as channel:
             await _connect(channel)
-            self._outgoing = asyncio.Queue()
+            self._outgoing = asyncio.Queue(MAX_OUTGOING)
             self._outgoing.put_nowait(GatewayMessage(hello=Hello(gateway_id=self._gateway_id)))
             stub = WorkerStub(channel)  # type: ignore[no-untyped-call,unused-ignore]
             call = stub.Connect(self._messages(self._outgoing))

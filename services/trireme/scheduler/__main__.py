@@ -128,7 +128,7 @@ async def serve(settings: Settings, spans: Spans) -> None:
                     dispatcher.dispatch(),
                     reaper.run(),
                     hints.run(),
-                    _learn_from_answers(events, dispatcher, hints),
+                    _learn_from_answers(events, dispatcher, hints, view),
                 )
             ]
             log.info("serving", extra={"scheduler_id": scheduler_id, "grpc": address})
@@ -137,11 +137,14 @@ async def serve(settings: Settings, spans: Spans) -> None:
                 task.cancel()
 
 
-async def _learn_from_answers(events: Stream[Event], dispatcher: Dispatcher, hints: HintPublisher) -> None:
+async def _learn_from_answers(
+    events: Stream[Event], dispatcher: Dispatcher, hints: HintPublisher, view: FleetView
+) -> None:
     async for entry in events.tail():
         if entry.fact.HasField("finished"):
             finished = entry.fact.finished
             hints.assigned.note_end(finished.worker_id, finished.request_id)
+            view.note_ended(finished.worker_id)
             # An answer that was cut off, or that is no text, says nothing of the next one's length.
             if finished.usage.completion_tokens and finished.reason in (
                 FinishReason.FINISH_REASON_STOP,

@@ -97,6 +97,11 @@ class FleetView:
         self._requests[worker_id] = max(0, self._requests.get(worker_id, 0) - 1)
         self._tokens[worker_id] = max(0, self._tokens.get(worker_id, 0) - tokens)
 
+    def note_ended(self, worker_id: str) -> None:
+        """A request ended there: its place is free before the next refresh shows it."""
+        if worker_id in self._requests:
+            self._requests[worker_id] = max(0, self._requests[worker_id] - 1)
+
     def views(self, model: str, hashes: Sequence[bytes]) -> list[WorkerView]:
         """Every place where the model (or variant) `model` can be answered now."""
         return [

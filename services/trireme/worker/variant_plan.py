@@ -52,12 +52,15 @@ class VariantPlan:
         """Requests that this variant's engine should hold beyond its batch.
 
         Where whoever came first runs first, a few keep it from idling, and all others wait in the
-        scheduler's fair order. mlfq can put short ones first only among those that it knows, and one that
-        has not started costs no KV. The price is fairness between tenants: so many requests are taken out
-        of the fair order when they are handed over, so a tenant that floods an idle fleet gets that much
-        work ahead of the others, once; what follows is handed over by fair shares again.
+        scheduler's fair order: in front of a batch of eight, one is an eighth of a request's time that a
+        tenant under its share waits behind a flood. mlfq can put short ones first only among those that it
+        knows, and one that has not started costs no KV. The price is fairness between tenants: so many
+        requests are taken out of the fair order when they are handed over, so a tenant that floods an idle
+        fleet gets that much work ahead of the others, once; what follows is handed over by fair shares again.
         """
-        return max(64, 8 * self.max_sequences) if self.policy == "mlfq" else 4
+        if self.policy == "mlfq":
+            return max(64, 8 * self.max_sequences)
+        return min(4, max(1, self.max_sequences // 8))
 
 
 def dtype_of(dtype: str, precision: str) -> str:
