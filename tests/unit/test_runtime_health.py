@@ -81,3 +81,8 @@ async def test_overall_names_what_is_wrong_and_a_stop_is_final(probe: Probe) -> 
     await reporter.stop_serving()
     await reporter.refresh()
     assert reporter.overall() == Health(healthy=False, status="stopping")
+
+
+async def test_list_names_all_that_can_be_asked(stub: health_pb2_grpc.HealthStub) -> None:
+    listed = await stub.List(health_pb2.HealthListRequest())
+    assert {name: found.status for name, found in listed.statuses.items()} == {"": SERVING, "a.B": SERVING}

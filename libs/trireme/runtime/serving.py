@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -37,8 +38,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any
     ) -> Any:
         handler = await continuation(handler_call_details)
-        if handler is None or handler_call_details.method.startswith("/grpc."):
-            return handler
+        if handler is None:
+            return None
         if handler.response_streaming:
             inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
             make = _STREAM_OUT[handler.request_streaming]
@@ -90,9 +91,16 @@ def _guard_unary(
     return call
 
 
-def _guard_stream(
-    inner: Callable[..., AsyncIterator[Any]], read: Callable[[Any], Any]
-) -> Callable[..., AsyncIterator[Any]]:
+def _guard_stream(inner: Callable[..., Any], read: Callable[[Any], Any]) -> Callable[..., Any]:
+    async def call_writing(request: Any, context: Context) -> None:
+        try:
+            await inner(read(request), context)
+        except TriremeError as error:
+            await abort(context, error)
+
+    if not inspect.isasyncgenfunction(inner):
+        return call_writing  # It writes its responses by itself.
+
     async def call(request: Any, context: Context) -> AsyncIterator[Any]:
         try:
             async for response in inner(read(request), context):

@@ -34,6 +34,7 @@ from trireme.gateway.openai_api.errors import errors_as_json
 from trireme.gateway.openai_api.incoming import REQUEST_ID, caller_of, parsed, read_body
 from trireme.gateway.openai_api.openapi import described, description_route
 from trireme.gateway.openai_api.prepared import Prepared, prepare_chat, prepare_completion
+from trireme.gateway.openai_api.server_log import server_logger
 from trireme.gateway.openai_api.shapes import Frame, Shape
 from trireme.gateway.settings import Settings
 from trireme.gateway.submission import Submission, is_name, new_request_id
@@ -219,6 +220,7 @@ async def openai_server(
     runner = web.AppRunner(
         app,
         access_log=None,
+        logger=server_logger(),
         handler_cancellation=True,
         max_line_size=settings.max_header_bytes,
         max_field_size=settings.max_header_bytes,
