@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import psutil
 import pytest
 
+from tests.fleet.background import check_that_a_response_outlives_its_gateway
 from tests.fleet.conftest import Fleet
 from trireme.client import Accepted, Delta, Paused, Sampling, Summary, TriremeClient
 
@@ -94,6 +95,11 @@ async def test_kill_9_of_a_service(fleet: Fleet, undisturbed: list[list[int]], n
     await fleet.until_restarted(name, old_pid)
     await fleet.ready_workers(2)
     check(await under_load(fleet, None), undisturbed)
+
+
+async def test_kill_9_of_the_gateway_that_drives_a_background_response(fleet: Fleet) -> None:
+    await fleet.ready_workers(2)
+    await check_that_a_response_outlives_its_gateway(fleet)
 
 
 async def test_kill_9_of_one_of_two_workers(fleet: Fleet, undisturbed: list[list[int]]) -> None:
