@@ -14,7 +14,7 @@ OPENVINO := .tools/openvino
 # File the fleet is read from; empty: fleet.yaml here, or else the built-in fleet.
 CONFIG ?=
 
-.PHONY: help setup demo up down status test test-unit check lint types imports proto metrics-reference metrics-current clean \
+.PHONY: help setup demo up down status test test-unit golden check lint types imports proto metrics-reference metrics-current clean \
         kernels bench bench-engine bench-floor bench-overhead bench-scaling bench-kvstore bench-peers bench-gpu
 
 help: ## list the targets
@@ -42,6 +42,9 @@ kernels: setup ## build the CPU kernels; without a compiler PyTorch serves
 
 test: kernels ## run all tests that this machine can run
 	$(VENV)/bin/python -m pytest
+
+golden: kernels ## write tests/golden anew, from what OpenAI's API answers now
+	TRIREME_REWRITE_GOLDEN=1 $(VENV)/bin/python -m pytest -q tests/service/test_golden_openai.py
 
 test-unit: kernels ## run the tests that need no other process
 	$(VENV)/bin/python -m pytest tests/unit
