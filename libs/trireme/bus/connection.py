@@ -114,6 +114,10 @@ class Keys:
         """String with a time to live: the ProcessRecord of a living process."""
         return f"{self.prefix}:process:{process_id}"
 
+    def quota(self, tenant: str) -> str:
+        """Hash: what a tenant has left of its requests and tokens a minute."""
+        return f"{self.prefix}:quota:{tenant}"
+
     def lock(self, name: str) -> str:
         return f"{self.prefix}:lock:{name}"
 

@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable
 
 from trireme.errors import ServiceUnavailable
+from trireme.gateway.audit import AuditedCall
 from trireme.gateway.events import Accepted, ChoiceFinished, Delta, Event, Summary
 from trireme.gateway.live_request import LiveRequest
 from trireme.gateway.metrics import Metrics
+from trireme.gateway.quotas import Reservation
 from trireme.gateway.truncation import dropped_tokens
 from trireme.wire.inference.v1.inference_pb2 import Usage
 
@@ -41,6 +43,11 @@ class Answer:
         """True after the Summary was handed out."""
         self.let_go = False
         """Set before `close`: the request goes on for another gateway, whatever was delivered here."""
+        self.attached = attached
+        """Another call had made the request."""
+        self.reservation: Reservation | None = None
+        """What the call took of its tenant's quota."""
+        self.audited: AuditedCall | None = None
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._flush_interval_s = flush_interval_s

@@ -24,16 +24,18 @@ from trireme.errors import (
 )
 from trireme.gateway.admission import AdmissionControl
 from trireme.gateway.answer import Answer
+from trireme.gateway.audit import current_call
 from trireme.gateway.limits import Limits
 from trireme.gateway.live_request import Choice, LiveRequest
 from trireme.gateway.metrics import Metrics
 from trireme.gateway.models import ModelCatalog, ServedModel
 from trireme.gateway.prefix_blocks import name_blocks
+from trireme.gateway.quotas import Quotas
 from trireme.gateway.recovery import Recovery, ending_error
 from trireme.gateway.request_table import RequestTable
 from trireme.gateway.request_traces import CallTrace, RequestTraces
 from trireme.gateway.settings import Settings
-from trireme.gateway.submission import Submission, fleet_request_id
+from trireme.gateway.submission import Submission, fleet_request_id, most_tokens
 from trireme.gateway.timelines import Event
 from trireme.gateway.truncation import dropped_tokens
 from trireme.gateway.worker_links import WorkerLinks
@@ -65,6 +67,7 @@ class Generation:
         metrics: Metrics,
         traces: RequestTraces,
         admission: AdmissionControl,
+        quotas: Quotas | None = None,
     ) -> None:
         self.traces = traces
         """Its `timelines` tell of the last requests."""
@@ -79,6 +82,7 @@ class Generation:
         self._table = table
         self._recovery = recovery
         self.admission = admission
+        self.quotas = quotas
         self._answers: set[Answer] = set()
         self._endings: set[asyncio.Task[None]] = set()
         self._leaving = False
@@ -124,7 +128,29 @@ class Generation:
             return self._answer(known, submission.resume_from, call, attached=True)
         if len(self._table) >= self._settings.max_inflight:
             raise self.admission.refused_by_gateway(submission, len(self._table))
-        return await self._admit(submission, call)
+        caller = submission.caller
+        audited = current_call()
+        if audited is not None:
+            audited.note_request(caller.fleet_id, submission.model.name)
+        if self.quotas is None:
+            return await self._admit(submission, call)
+        try:
+            async with asyncio.timeout(self._settings.admission_s):
+                reservation = await self.quotas.reserve(caller.tenant, most_tokens(submission))
+        except (*AWAY, TimeoutError) as error:
+            raise ServiceUnavailable("the bus does not answer: try again", retry_after_s=1.0) from error
+        if reservation is None:
+            return await self._admit(submission, call)
+        try:
+            answer = await self._admit(submission, call)
+        except BaseException:
+            self._in_background(self.quotas.settle(reservation, tokens=None))
+            raise
+        if answer.attached:  # It was charged when it was made.
+            self._in_background(self.quotas.settle(reservation, tokens=None))
+        else:
+            answer.reservation = reservation
+        return answer
 
     async def cancel(self, request_id: str, *, tenant: str) -> bool:
         """Stop a tenant's request, whoever serves it; False where it had ended or was never known."""
@@ -243,8 +269,21 @@ class Generation:
             metrics=self.metrics,
             on_close=partial(self._closed, call),
         )
+        answer.audited = current_call()
         self._answers.add(answer)
         return answer
+
+    def _account(self, answer: Answer) -> None:
+        """What the call used: in the audit log, and off its tenant's quota."""
+        live = answer.live
+        prompt, answered = len(live.admitted.prompt_token_ids), sum(live.received())
+        if answer.audited is not None:
+            answer.audited.prompt_tokens += prompt
+            answer.audited.answer_tokens += answered
+        if self.quotas is not None and answer.reservation is not None:
+            ours = live.error is not None and not isinstance(live.error, DeadlineExceeded)
+            used = answered if ours else prompt + answered
+            self._in_background(self.quotas.settle(answer.reservation, tokens=used))
 
     def _flush_interval_s(self) -> float:
         crowded_s = len(self._answers) / self._settings.max_deliveries_per_s
@@ -254,6 +293,7 @@ class Generation:
         self.traces.ended(call, answer)
         self._answers.discard(answer)
         live = answer.live
+        self._account(answer)
         if live.listeners:
             return  # Another call reads the same request.
         self._table.remove(live)

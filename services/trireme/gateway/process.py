@@ -25,6 +25,7 @@ from trireme.gateway.openai_api.app import openai_server
 from trireme.gateway.openai_api.background import Background
 from trireme.gateway.operator_page.fleet_picture import Channels, fleet_picture
 from trireme.gateway.operator_page.server import OperatorPage, operator_server
+from trireme.gateway.quotas import Quotas
 from trireme.gateway.readiness import fleet_answers
 from trireme.gateway.recovery import Recovery
 from trireme.gateway.request_table import RequestTable
@@ -81,6 +82,7 @@ async def running_gateway(settings: Settings, spans: Spans | None = None) -> Asy
     gate, certificates = gate_of(settings), settings.certificates()
     metrics = Metrics()
     async with AsyncExitStack() as stack:
+        stack.callback(gate.audit.close)
         redis = await stack.enter_async_context(open_redis(settings.redis_url))
         registry = Registry(redis, keys)
         records = RequestRecords(redis, keys)
@@ -120,6 +122,7 @@ async def running_gateway(settings: Settings, spans: Spans | None = None) -> Asy
             metrics=metrics,
             traces=RequestTraces(spans or NoSpans(), keep=settings.kept_timelines),
             admission=admission,
+            quotas=Quotas(redis, keys, partial(getattr, gate.book, "tenants")) if gate.book else None,
         )
         answers = partial(fleet_answers, links)
         health = HealthReporter({SERVICE_NAME: answers, OIP_SERVICE_NAME: answers})

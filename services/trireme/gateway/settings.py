@@ -74,6 +74,12 @@ class Settings:
     """Where /livez, /readyz and /metrics are shown in plaintext and without a key; empty: nowhere."""
     open_metrics: bool = False
     """Show /metrics without a key: where Prometheus has none, and clients do not reach the port."""
+    audit_log: str = ""
+    """Where calls are written down: a file, `-` for standard output, or empty for nowhere."""
+    audit_max_bytes: int = 64 * 2**20
+    """A file of the audit log has at most so many bytes."""
+    audit_files: int = 8
+    """Files of the audit log, with those that came before."""
     trust_tenant_header: bool = False
     """Believe `x-trireme-tenant`; only behind a proxy that sets it, and without keys."""
 

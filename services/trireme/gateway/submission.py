@@ -70,6 +70,13 @@ class Submission:
     """The client said how long the answer may be."""
 
 
+def most_tokens(submission: Submission) -> int:
+    """Prompt and answer tokens that a request may take."""
+    sampling = submission.sampling
+    continuations = sum(len(ids) for ids in submission.continuations)
+    return len(submission.prompt_token_ids) + continuations + max(1, sampling.n) * sampling.max_tokens
+
+
 def new_request_id() -> str:
     """Unique."""
     return f"req-{secrets.token_hex(12)}"

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing
 from dataclasses import replace
+from functools import partial
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -15,7 +16,7 @@ from trireme.errors import RequestCancelled, RequestConflict, RequestNotFound
 from trireme.gateway.answer import Answer
 from trireme.gateway.arrivals import note_arrival
 from trireme.gateway.generation import Generation
-from trireme.gateway.identity import Gate, gate_of, http_gate
+from trireme.gateway.identity import PRINCIPAL, Gate, gate_of, http_gate
 from trireme.gateway.models import ServedModel
 from trireme.gateway.openai_api.answers import (
     ChatCompletion,
@@ -36,6 +37,7 @@ from trireme.gateway.openai_api.openapi import described, description_route
 from trireme.gateway.openai_api.prepared import Prepared, prepare_chat, prepare_completion
 from trireme.gateway.openai_api.server_log import server_logger
 from trireme.gateway.openai_api.shapes import Frame, Shape
+from trireme.gateway.quotas import Quotas
 from trireme.gateway.settings import Settings
 from trireme.gateway.submission import Submission, is_name, new_request_id
 from trireme.gateway.worker_links import WorkerLinks
@@ -201,7 +203,15 @@ def openai_app(
     app.add_routes(more_routes)
     app.add_routes(metrics_routes(core.metrics.registry, health))
     app.add_routes([description_route(app)])
+    if core.quotas is not None:
+        app.on_response_prepare.append(partial(_show_quotas, core.quotas))
     return app
+
+
+async def _show_quotas(quotas: Quotas, request: web.Request, response: web.StreamResponse) -> None:
+    principal = request.get(PRINCIPAL)
+    if principal is not None:
+        response.headers.update(quotas.headers(principal.tenant))
 
 
 @asynccontextmanager
