@@ -14,7 +14,7 @@ OPENVINO := .tools/openvino
 # File the fleet is read from; empty: fleet.yaml here, or else the built-in fleet.
 CONFIG ?=
 
-.PHONY: help setup demo up down status test test-unit golden check lint types imports proto metrics-reference metrics-current clean \
+.PHONY: help setup demo up down status test test-unit golden check lint types imports proto metrics-reference metrics-current api-reference api-current clean \
         kernels bench bench-engine bench-floor bench-overhead bench-scaling bench-kvstore bench-peers bench-gpu
 
 help: ## list the targets
@@ -49,7 +49,7 @@ golden: kernels ## write tests/golden anew, from what OpenAI's API answers now
 test-unit: kernels ## run the tests that need no other process
 	$(VENV)/bin/python -m pytest tests/unit
 
-check: lint types imports proto metrics-current ## lint, types, import directions, generated code
+check: lint types imports proto metrics-current api-current ## lint, types, import directions, generated code
 
 lint: setup ## ruff
 	$(VENV)/bin/ruff check .
@@ -68,6 +68,12 @@ metrics-reference: setup ## write the reference part of docs/metrics.md
 
 metrics-current: setup ## fail if docs/metrics.md is not what the services serve
 	PYTHONPATH=libs:services $(VENV)/bin/python .ci/metrics_reference.py --check
+
+api-reference: setup ## write the reference part of docs/api.md
+	PYTHONPATH=libs:services $(VENV)/bin/python .ci/api_reference.py
+
+api-current: setup ## fail if docs/api.md is not what the gateway serves
+	PYTHONPATH=libs:services $(VENV)/bin/python .ci/api_reference.py --check
 
 bench: setup ## any script of benchmarks/ (NAME=fastserve_sim)
 	$(VENV)/bin/python -m benchmarks.$(or $(NAME),$(error say which: make bench NAME=fastserve_sim))

@@ -93,7 +93,7 @@ def attack(fleet: RunningFleet, arguments: argparse.Namespace, verdicts: Verdict
             methods = grpc_messages.methods(channel)
             words = grpc_messages.Words(models)
             grpc_messages.ask_all(channel, methods, words, verdicts, each=each, seed=seed)
-            grpc_messages.ask_too_much(channel, methods, verdicts)
+            grpc_messages.ask_too_much(channel, methods[third::3], verdicts)
         http_requests.ask_all(url, models, verdicts, each=each, seed=seed)
         count = arguments.connections // 3
         send_all(fleet.grpc[0], grpc_connections(GENERATE, rng, count), verdicts, kind="grpc frames")

@@ -18,7 +18,9 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
 END_STREAM, END_HEADERS = 1, 4
 _GRPC_FAULT = re.compile(rb"grpc-status.(?:2|13|14|15|10)(?![0-9])", re.S)
-_TRANSPORTS_OWN = re.compile(rb"grpc-message.{1,3}?(?:Failed parsing HTTP/2|Compression bit set)", re.S)
+_TRANSPORTS_OWN = re.compile(
+    rb"grpc-message.{1,3}?(?:Failed parsing HTTP/2|Compression bit set|Error parsing 'grpc-)", re.S
+)
 """What the gRPC library's transport says of bytes that are no HTTP/2, with the statuses that its standard
 has for that; no call came of them."""
 

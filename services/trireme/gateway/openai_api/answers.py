@@ -13,7 +13,7 @@ FinishReason = Literal["stop", "length"]
 
 
 class _Answer(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 class PromptTokensDetails(_Answer):
@@ -209,7 +209,7 @@ class ModelList(_Answer):
 class _Open(BaseModel):
     """As OpenAI has it; what is named here is always there."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
 
 
 class ResponseObject(_Open):

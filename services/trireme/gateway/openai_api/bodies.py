@@ -43,7 +43,9 @@ def bounded(limit: int) -> BeforeValidator:
 class Strict(BaseModel):
     """An object whose fields are known and right."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class StreamOptions(Strict):
