@@ -39,7 +39,7 @@ CONTRACTS = ("trireme/wire/inference/v1/inference.proto", "trireme/wire/oip/v2/o
 def http_description() -> dict[str, Any]:
     """What a gateway serves at /openapi.json. No handler is called, so that nothing need run behind them."""
     settings = Settings(fleet=Path("none"))
-    core: Any = SimpleNamespace(metrics=Metrics(), limits=settings.limits())
+    core: Any = SimpleNamespace(metrics=Metrics(), limits=settings.limits(), quotas=None)
     links: Any = None
     background = Background(Redis(), Keys("none"), settings, core, gateway_id="none")
     app = openai_app(settings, core, links, HealthReporter({}), background.routes(), gate_of(settings))
