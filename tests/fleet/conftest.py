@@ -105,19 +105,24 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 @contextmanager
 def running(
-    directory: Path, *, encoders: Mapping[str, Path] | None = None, **worker: object
+    directory: Path,
+    *,
+    encoders: Mapping[str, Path] | None = None,
+    more_variants: Mapping[str, object] | None = None,
+    **worker: object,
 ) -> Iterator[Fleet]:
     """A fleet with two workers of these options until the block ends; it must leave nothing behind.
 
-    `encoders`: checkpoints of further models, by name.
+    `encoders`: checkpoints of further models, by name. `more_variants`: of the model, which no worker loads.
     """
+    own = {"checkpoint": str(REPOSITORY / "checkpoints" / VARIANT)}
     run_dir = directory / "run"
     config = directory / "fleet.yaml"
     config.write_text(
         yaml.safe_dump(
             {
                 "models": {
-                    "py": {"variants": {VARIANT: {"checkpoint": str(REPOSITORY / "checkpoints" / VARIANT)}}},
+                    "py": {"default": VARIANT, "variants": {VARIANT: own, **(more_variants or {})}},
                     **{
                         name: {"variants": {f"{name}-v": {"checkpoint": str(checkpoint)}}}
                         for name, checkpoint in (encoders or {}).items()

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
+import shutil
 import signal
+import tarfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
+import grpc
 import openai
 import pytest
 from openai.types import Completion
 from prometheus_client.parser import text_string_to_metric_families
+from redis import Redis
 
-from tests.fleet.conftest import VARIANT, Fleet, running
+from tests.fleet.conftest import REPOSITORY, VARIANT, Fleet, command, running
 from tests.fleet.otlp_collector import Collector, Received, collecting
+from trireme.wire.placement.v1 import placement_pb2 as placement_pb
+from trireme.wire.placement.v1.placement_pb2_grpc import PlacementStub
 
-pytestmark = [pytest.mark.fleet, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.fleet, pytest.mark.timeout(600)]
 
 SECRET = "mulberry"
+PLANTED = "planted-secret-8f2a"
 PHASES = ["receive", "queue", "engine_queue", "prefill", "decode", "deliver"]
 OF_WORKER = ("trireme.worker.wait", "trireme.worker.prefill", "trireme.worker.decode")
 CLOCK_ERROR_NS = 1_000_000
@@ -39,8 +50,21 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Ite
     with pytest.MonkeyPatch.context() as patch:
         for name, value in wanted.items():
             patch.setenv(name, value)
-        with running(tmp_path_factory.mktemp("telemetry"), max_sequences=32, kv_mib=64) as found:
+        patch.setenv("TRIREME_TEST_API_KEY", PLANTED)
+        patch.setenv("OTEL_EXPORTER_OTLP_HEADERS", f"authorization=Bearer {PLANTED}")
+        directory = tmp_path_factory.mktemp("telemetry")
+        broken = {"broken": {"checkpoint": str(broken_checkpoint(directory))}}
+        with running(directory, more_variants=broken, max_sequences=32, kv_mib=64) as found:
             yield found
+
+
+def broken_checkpoint(directory: Path) -> Path:
+    """A checkpoint whose weights are cut off in the middle."""
+    broken = directory / "broken"
+    shutil.copytree(REPOSITORY / "checkpoints" / VARIANT, broken)
+    weights = broken / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    return broken
 
 
 def traceparent(number: int, *, sampled: bool = True) -> tuple[str, str]:
@@ -194,3 +218,120 @@ async def test_a_worker_counts_under_vllms_names_what_was_asked_of_it(fleet: Fle
     )
     assert after["vllm:num_requests_running"] == after["vllm:num_requests_waiting"] == 0
     assert after["vllm:kv_cache_usage_perc"] == after["vllm:gpu_cache_usage_perc"]
+
+
+# The doctor's patients are made sick for real, one after the other; each test heals the fleet at its end.
+
+
+def visit(fleet: Fleet, *words: str) -> tuple[int, list[dict[str, Any]]]:
+    """The doctor's exit status and findings."""
+    found = command(fleet.run_dir, "doctor", "--json", *words)
+    assert found.returncode in (0, 1), found.stderr
+    return found.returncode, json.loads(found.stdout)
+
+
+def until_well(fleet: Fleet, *, within_s: float = 120.0) -> None:
+    deadline_s = time.monotonic() + within_s
+    while (found := visit(fleet))[0] != 0:
+        assert time.monotonic() < deadline_s, found
+        time.sleep(0.5)
+
+
+@contextmanager
+def stopped(*pids: int) -> Iterator[None]:
+    """The processes hang while the block runs."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_the_bundle_of_a_well_fleet_tells_much_and_no_secret(fleet: Fleet, tmp_path: Path) -> None:
+    until_well(fleet)
+    password = str(fleet.state["redis_url"]).split(":")[2].partition("@")[0]
+    file = tmp_path / "fleet.tar.gz"
+    shown = command(fleet.run_dir, "doctor", "--bundle", str(file))
+    assert shown.returncode == 0 and "Nothing is wrong" in shown.stdout, shown.stdout + shown.stderr
+    assert file.stat().st_mode & 0o077 == 0
+    papers: dict[str, str] = {}
+    with tarfile.open(file) as bundle:
+        for member in bundle.getmembers():
+            content = bundle.extractfile(member)
+            assert content is not None
+            papers[member.name.removeprefix("fleet/")] = content.read().decode()
+    facts = json.loads(papers["facts.json"])
+    services = {process["service"] for process in facts["processes"]}
+    assert services == {"redis", "placement", "kvstore", "power", "scheduler", "gateway", "worker"}
+    gateway = next(p for p in facts["processes"] if p["name"] == "gateway-0")
+    assert gateway["health"] == "SERVING" and gateway["version"]
+    assert gateway["settings"]["TRIREME_TEST_API_KEY"] == "[redacted]"
+    assert gateway["settings"]["TRIREME_GATEWAY_REDIS_URL"].startswith("redis://[redacted]@127.0.0.1:")
+    assert any("trireme_gateway_requests_total" in text for text in papers.values())
+    assert any('"event": "serving"' in papers[name] for name in papers if name.startswith("logs/gateway"))
+    assert VARIANT in papers["fleet.yaml"]
+    for secret in (PLANTED, password, SECRET):
+        assert not [name for name, text in papers.items() if secret in text], secret
+    again = command(fleet.run_dir, "doctor", "--bundle", str(file))
+    assert again.returncode == 2 and "exists" in again.stderr
+
+
+def test_a_hung_redis_is_named_first(fleet: Fleet) -> None:
+    with stopped(int(fleet.state["supervisor_pid"]), fleet.pid_of("redis")):  # type: ignore[call-overload]
+        status, found = visit(fleet)
+    assert status == 1 and found[0]["code"] == "bus_away"
+    until_well(fleet)
+
+
+def test_a_redis_that_refuses_writes_is_named_first(fleet: Fleet) -> None:
+    with Redis.from_url(str(fleet.state["redis_url"])) as redis:
+        redis.config_set("min-replicas-to-write", 1)
+        try:
+            status, found = visit(fleet)
+        finally:
+            redis.config_set("min-replicas-to-write", 0)
+    assert status == 1 and found[0]["code"] == "bus_refuses_writes"
+    assert "min-replicas-to-write" in found[0]["advice"]
+    until_well(fleet)
+
+
+async def test_a_variant_whose_checkpoint_is_broken_is_named(fleet: Fleet) -> None:
+    placement = (await fleet.living("placement"))[0]
+    async with grpc.aio.insecure_channel(placement.grpc_address) as channel:
+        stub = PlacementStub(channel)
+        await stub.LoadVariant(placement_pb.LoadVariantRequest(variant="broken", group="worker"))
+        deadline_s = time.monotonic() + 60
+        while True:
+            status, found = await asyncio.to_thread(visit, fleet)
+            codes = [finding["code"] for finding in found]
+            if "variant_did_not_load" in codes:
+                break
+            assert time.monotonic() < deadline_s, found
+            await asyncio.sleep(0.3)
+        await stub.UnloadVariant(placement_pb.UnloadVariantRequest(variant="broken", group="worker"))
+    assert status == 1 and codes[0] == "variant_did_not_load"
+    assert found[0]["severity"] == "degraded"  # the other variant is still served
+    assert "safetensors" in found[0]["what"]
+    await asyncio.to_thread(until_well, fleet)
+
+
+async def test_dead_workers_that_nobody_starts_are_named_first(fleet: Fleet) -> None:
+    workers = await fleet.ready_workers(2)
+    supervisor = int(fleet.state["supervisor_pid"])  # type: ignore[call-overload]
+    with stopped(supervisor, fleet.pid_of("placement")):
+        for worker in workers:
+            os.kill(worker.pid, signal.SIGKILL)
+        deadline_s = time.monotonic() + 60
+        while await fleet.living("worker"):
+            assert time.monotonic() < deadline_s
+            await asyncio.sleep(0.2)
+        status, found = await asyncio.to_thread(visit, fleet)
+    assert status == 1 and found[0]["code"] == "no_worker"
+    assert "placement" in found[0]["what"]
+
+
+def test_where_no_fleet_runs_the_doctor_says_so(tmp_path: Path) -> None:
+    status, found = visit(Fleet(tmp_path / "nowhere"))
+    assert status == 1 and [finding["code"] for finding in found] == ["no_fleet"]

@@ -199,3 +199,18 @@ async def test_more_commands_at_once_than_connections_wait_their_turn(redis: Red
     replies = await asyncio.gather(*(redis.incr("n") for _ in range(500)))
     assert sorted(replies) == list(range(1, 501))
     assert len(await redis.client_list()) <= 64
+
+
+async def test_who_lives_can_be_read_while_no_write_is_taken(redis: Redis, redis_url: str) -> None:
+    registry = Registry(redis, KEYS)
+    for name in ("lives", "died"):
+        await registry.put(ProcessRecord(id=name, service="worker"))
+    await redis.delete(KEYS.process("died"))
+    await redis.config_set("min-replicas-to-write", 1)
+    async with Redis.from_url(redis_url) as plain:
+        for client in (redis, plain):
+            assert [record.id for record in await Registry(client, KEYS).living()] == ["lives"]
+        assert await plain.zcard(KEYS.processes) == 2
+        await redis.config_set("min-replicas-to-write", 0)
+        await Registry(plain, KEYS).living()
+        assert await plain.zcard(KEYS.processes) == 1

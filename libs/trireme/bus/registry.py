@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
+import importlib.metadata
 import logging
 import secrets
 import time
@@ -11,6 +14,7 @@ from contextlib import asynccontextmanager
 from typing import cast
 
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from trireme.bus.connection import AWAY, Keys
 from trireme.wire.bus.v1.facts_pb2 import ProcessRecord
@@ -27,6 +31,15 @@ def new_process_id(service: str) -> str:
     return f"{service}-{secrets.token_hex(4)}"
 
 
+@functools.cache
+def code_version() -> str:
+    """Of the installed distribution; empty where the code was not installed."""
+    try:
+        return importlib.metadata.version("trireme")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 class LeaseLost(Exception):
     """The lease ended while the process lived: others have taken over its work."""
 
@@ -41,6 +54,7 @@ class Registry:
     async def put(self, record: ProcessRecord, *, only_if_held: bool = False) -> bool:
         """Write the record and renew its lease; False where `only_if_held` and it had ended."""
         now_s = time.time()
+        record.version = record.version or code_version()
         held = await self._redis.set(
             self._keys.process(record.id),
             record.SerializeToString(),
@@ -68,7 +82,9 @@ class Registry:
         values = cast(list[bytes | None], await self._redis.mget(names))
         gone = [name for name, value in zip(ids, values, strict=True) if value is None]
         if gone:
-            await self._redis.zrem(self._keys.processes, *gone)
+            # Who is alive can be read also while Redis takes no writes.
+            with contextlib.suppress(*AWAY, ResponseError):
+                await self._redis.zrem(self._keys.processes, *gone)
         records = [ProcessRecord.FromString(value) for value in values if value is not None]
         return sorted((r for r in records if service in (None, r.service)), key=lambda r: r.id)
 

@@ -7,6 +7,7 @@ import typer
 from trireme.cli.bench import bench
 from trireme.cli.chat import chat
 from trireme.cli.demo import demo
+from trireme.cli.doctor import doctor
 from trireme.cli.down import down
 from trireme.cli.explain import explain
 from trireme.cli.generate import generate
@@ -21,7 +22,7 @@ from trireme.cli.top import top
 from trireme.cli.up import up
 
 COMMANDS = (
-    *(demo, up, status, down, generate, chat, models, scale, explain, top, bench, simulate),
+    *(demo, up, status, down, generate, chat, models, scale, explain, doctor, top, bench, simulate),
     *(quantize, import_gguf),
 )
 

@@ -1420,6 +1420,7 @@ class ProcessRecord(_message.Message):
     WORKER_FIELD_NUMBER: _builtins.int
     FLEET_FIELD_NUMBER: _builtins.int
     METER_NODE_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique per process start: service, name and a random suffix."""
     service: _builtins.str
@@ -1442,6 +1443,8 @@ class ProcessRecord(_message.Message):
     """The checkpoints a gateway or worker needs for a variant come from here (fleet.yaml's name)."""
     meter_node: _builtins.str
     """For workers: the node whose power service meters it; empty: `node`."""
+    version: _builtins.str
+    """Of the code that it runs."""
     @_builtins.property
     def worker(self) -> Global___WorkerStatus:
         """For workers."""
@@ -1461,10 +1464,11 @@ class ProcessRecord(_message.Message):
         worker: Global___WorkerStatus | None = ...,
         fleet: _builtins.str = ...,
         meter_node: _builtins.str = ...,
+        version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fleet", b"fleet", "grpc_address", b"grpc_address", "healthy", b"healthy", "http_address", b"http_address", "id", b"id", "meter_node", b"meter_node", "node", b"node", "pid", b"pid", "service", b"service", "started_unix_s", b"started_unix_s", "status", b"status", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fleet", b"fleet", "grpc_address", b"grpc_address", "healthy", b"healthy", "http_address", b"http_address", "id", b"id", "meter_node", b"meter_node", "node", b"node", "pid", b"pid", "service", b"service", "started_unix_s", b"started_unix_s", "status", b"status", "version", b"version", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
