@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -50,8 +50,10 @@ def fleet_document(
 
 
 @contextmanager
-def running(document: dict[str, object]) -> Iterator[RunningFleet]:
-    """Run the fleet of a fleet file until the block ends."""
+def running(
+    document: dict[str, object], variables: Mapping[str, str] | None = None
+) -> Iterator[RunningFleet]:
+    """Run the fleet of a fleet file until the block ends, with these variables beside its environment's."""
     with tempfile.TemporaryDirectory(prefix="trireme-bench-") as directory:
         run_dir = Path(directory)
         path = run_dir / "fleet.yaml"
@@ -59,6 +61,7 @@ def running(document: dict[str, object]) -> Iterator[RunningFleet]:
         command = [sys.executable, "-m", "trireme.cli"]
         environ = {**os.environ, "PYTHONPATH": f"{REPOSITORY}/libs:{REPOSITORY}/services"}
         environ["TRIREME_GATEWAY_TRUST_TENANT_HEADER"] = "true"  # the load names its tenants
+        environ.update(variables or {})
         up = [*command, "up", "--detach", "--config", str(path), "--run-dir", str(run_dir / "run")]
         subprocess.run(up, check=True, env=environ, stdout=subprocess.DEVNULL)
         try:
