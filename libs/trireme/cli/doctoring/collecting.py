@@ -238,7 +238,7 @@ async def _ask_process(
     health, page, metrics_error = "", "", ""
     if record is not None:
         health, (page, metrics_error) = await asyncio.gather(
-            _health(record.grpc_address), asyncio.to_thread(_page, record.http_address)
+            _health(record), asyncio.to_thread(_page, record.http_address)
         )
     pid = process.pid if process is not None else found.pid
     own = environs.get(pid, {})
@@ -268,8 +268,11 @@ async def _ask_process(
     return facts, page
 
 
-async def _health(address: str) -> str:
-    return await health_of(address, timeout_s=ANSWER_S) if address else ""
+async def _health(record: ProcessRecord) -> str:
+    if not record.grpc_address:
+        return ""
+    is_gateway = record.service == "gateway"
+    return await health_of(record.grpc_address, is_gateway=is_gateway, timeout_s=ANSWER_S)
 
 
 def _page(address: str) -> tuple[str, str]:
