@@ -60,7 +60,9 @@ def running(
         path.write_text(yaml.safe_dump(document), encoding="utf-8")
         command = [sys.executable, "-m", "trireme.cli"]
         environ = {**os.environ, "PYTHONPATH": f"{REPOSITORY}/libs:{REPOSITORY}/services"}
-        environ["TRIREME_GATEWAY_TRUST_TENANT_HEADER"] = "true"  # the load names its tenants
+        gateway = document.get("gateway")
+        if not isinstance(gateway, dict) or "keys" not in gateway:
+            environ["TRIREME_GATEWAY_TRUST_TENANT_HEADER"] = "true"  # the load names its tenants
         environ.update(variables or {})
         up = [*command, "up", "--detach", "--config", str(path), "--run-dir", str(run_dir / "run")]
         subprocess.run(up, check=True, env=environ, stdout=subprocess.DEVNULL)

@@ -1,26 +1,6 @@
 """What one request may ask for. Everything over a limit is refused by name, before any work.
 
-| limit | default | where it holds |
-|---|---|---|
-| max_body_bytes | 8 MiB | HTTP body (gRPC: 16 MiB per message) |
-| max_header_bytes | 16 KiB | HTTP header line; gRPC metadata |
-| body_s, idle_s | 60 s, 75 s | to send a body; an HTTP connection without a complete request |
-| ids, names | 128 characters | request, session, tenant: visible ASCII, since they become keys |
-| max_connections | 4096 | HTTP connections of one gateway |
-| max_inflight | 2048 | requests held by one gateway |
-| max_waiting | 4096 | requests waiting in the fleet |
-| max_prompt_tokens | 131072 | prompt; and the model's context, unless the client lets it be cut |
-| max_answer_tokens | 32768 | max_tokens; also its value where absent, if the context allows |
-| brown_out_answer_tokens | 512 | max_tokens where absent, while the fleet is behind |
-| max_choices | 16 | n |
-| max_stop_strings, max_stop_characters | 16, 256 | stop: how many, how long each |
-| max_stop_token_ids | 64 | stop_token_ids |
-| max_logit_bias | 1024 | entries, each in -100..100 |
-| max_logprobs | 20 | alternatives per token |
-| max_messages | 2048 | messages of a chat |
-| max_prompts | 64 | prompts of one completions call |
-| max_embeddings | 2048 | texts of one Embed or /v1/embeddings |
-| max_labels | 64 | labels of one Classify, at least 2 |
+docs/security.md has the table of all limits.
 """
 
 from __future__ import annotations
@@ -35,7 +15,7 @@ from trireme.wire.inference.v1.inference_pb2 import SamplingParameters
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The table above, as far as it is about one request."""
+    """What one request may ask for."""
 
     max_prompt_tokens: int = 131072
     max_answer_tokens: int = 32768
