@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
+from trireme.constraints.guide import Guides
 from trireme.engine.context_window import open_window
 from trireme.engine.request import Mode, SequenceRequest
 from trireme.engine.sampling import SamplingState
@@ -13,11 +14,17 @@ from trireme.models.config import ModelConfig
 from trireme.models.model import Model
 
 
-def check(request: SequenceRequest, config: ModelConfig, *, max_model_len: int) -> None:
+def check(
+    request: SequenceRequest, config: ModelConfig, *, max_model_len: int, can_guide: bool = False
+) -> None:
     """Refuse what can never be served.
 
+    Args:
+        can_guide: constraints can be compiled for the model.
+
     Raises:
-        InvalidRequest: an empty prompt, an unknown token id, or continuations that are missing or empty.
+        InvalidRequest: an empty prompt, an unknown token id, a constraint that cannot be compiled here, or
+            continuations that are missing or empty.
         ContextLengthExceeded: prompt and what must follow do not fit the context.
     """
     if not request.prompt_token_ids:
@@ -25,6 +32,8 @@ def check(request: SequenceRequest, config: ModelConfig, *, max_model_len: int) 
     _check_ids("prompt_token_ids", request.prompt_token_ids, config.vocab_size)
     _check_ids("delivered_token_ids", request.delivered_token_ids, config.vocab_size)
     request.sampling.check_vocabulary(config.vocab_size)
+    if request.sampling.constraint is not None and not can_guide:
+        raise InvalidRequest("this model has no tokenizer to compile constraints with", param="constraint")
     longest = 1 if request.mode is Mode.GENERATE else 0
     if request.mode is Mode.SCORE:
         if not request.score_continuations:
@@ -51,6 +60,7 @@ def sequences_of(
     eos_token_ids: frozenset[int],
     max_model_len: int,
     block_size: int,
+    guides: Guides | None = None,
 ) -> list[Sequence]:
     """One sequence; for SCORE one per continuation, with a group.
 
@@ -83,6 +93,11 @@ def sequences_of(
                 output_ids=list(request.delivered_token_ids),
                 vocab_size=model.config.vocab_size,
                 device=model.device,
+                guide=(
+                    guides.open(params.constraint, request.delivered_token_ids)
+                    if guides is not None and params.constraint is not None
+                    else None
+                ),
             )
         return [sequence]
 

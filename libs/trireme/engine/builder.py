@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from trireme.constraints.guide import guides_of
 from trireme.engine.engine import Engine
 from trireme.engine.kv_copies import Link
 from trireme.engine.kv_preloads import LayersNeeded
@@ -65,4 +66,9 @@ def build(
             link=link,
             clock=clock,
             draft=draft,
+            guides=guides_of(
+                Path(checkpoint_dir),
+                vocab_size=checkpoint.config.vocab_size,
+                eos_token_ids=checkpoint.eos_token_ids,
+            ),
         )

@@ -13,6 +13,7 @@ from collections.abc import Sequence as Seq
 
 import torch
 
+from trireme.constraints.guide import Guides
 from trireme.engine import admission
 from trireme.engine.batch import Computed, Drafts, compute, continuation_logprob, pooled
 from trireme.engine.kv_cache import KvCache
@@ -61,6 +62,7 @@ class Engine:
         clock: seconds; read at the start and end of a step.
         draft: a smaller model with the same tokens, that drafts where the settings speculate.
         drafters: others that draft.
+        guides: compile the constraints of requests; None: those with a constraint are refused.
 
     Raises:
         InvalidConfiguration: `max_model_len` exceeds what the model or the blocks can hold, or the draft
@@ -80,6 +82,7 @@ class Engine:
         clock: Callable[[], float] = time.perf_counter,
         draft: Model | None = None,
         drafters: Seq[Drafter] = (),
+        guides: Guides | None = None,
     ) -> None:
         possible = min(model.max_positions, settings.num_blocks * settings.block_size)
         if settings.max_model_len is not None and settings.max_model_len > possible:
@@ -93,6 +96,7 @@ class Engine:
         self.model_key = model_key
         self.max_model_len = settings.max_model_len or possible
         self.eos_token_ids = frozenset(model.config.eos_token_ids) if eos_token_ids is None else eos_token_ids
+        self._guides = guides
         self._clock = clock
         self._cache = KvCache(
             model,
@@ -121,6 +125,8 @@ class Engine:
         """The open sequences of each request; several for SCORE."""
         self._ready: list[TokenOutput] = []
         """Ends that need no step."""
+        self._unguided: list[Sequence] = []
+        """Their constraints are being compiled; nobody waits behind them."""
 
     @property
     def kv_layout(self) -> str:
@@ -151,13 +157,19 @@ class Engine:
         try:
             if request.sequence_id in self._requests:
                 raise RequestConflict(f"sequence {request.sequence_id} is here already", param="sequence_id")
-            admission.check(request, self.model.config, max_model_len=self.max_model_len)
+            admission.check(
+                request,
+                self.model.config,
+                max_model_len=self.max_model_len,
+                can_guide=self._guides is not None,
+            )
             sequences = admission.sequences_of(
                 request,
                 self.model,
                 eos_token_ids=self.eos_token_ids,
                 max_model_len=self.max_model_len,
                 block_size=self.settings.block_size,
+                guides=self._guides,
             )
         except Exception:
             let_go_of(stored)
@@ -178,7 +190,10 @@ class Engine:
         self._preloads.offer(first, stored)
         for sequence in sequences:
             sequence.awaited_tokens = min(awaited_tokens, sequence.reusable_tokens)
-            self._roster.add(sequence)
+            if sequence.awaits_guide:
+                self._unguided.append(sequence)
+            else:
+                self._roster.add(sequence)
 
     def preload(self, sequence_id: str, stored: Seq[StoredBlock]) -> bool:
         """Load blocks of a waiting sequence's prefix from a lower tier, beside the steps.
@@ -261,6 +276,8 @@ class Engine:
             self._speculator.close()
         self._cache.copies.close()
         self._cache.copies.poll()
+        if self._guides is not None:
+            self._guides.close()
 
     def stats(self) -> EngineStats:
         """Gauges and counters."""
@@ -274,6 +291,8 @@ class Engine:
         num_ready = len(self._ready)
         self._ready = []
         self._cache.copies.poll()
+        if self._unguided:
+            self._take_guided()
         parts = self._roster.schedule(report, now_s=started_s)
         if parts:
             report.computing(parts)
@@ -294,6 +313,15 @@ class Engine:
             self._speculator.end_step(ended_s - started_s, num_tokens=len(report.outputs) - num_ready)
         self._roster.charge(ended_s - started_s, report, now_s=ended_s)
         return report.result(self._tally, ended_s - started_s)
+
+    def _take_guided(self) -> None:
+        """Those whose constraints are compiled wait for their turn now."""
+        waiting, self._unguided = self._unguided, []
+        for sequence in waiting:
+            if sequence.awaits_guide:
+                self._unguided.append(sequence)
+            else:
+                self._roster.add(sequence)
 
     def _absorb(self, batch: Computed, report: StepReport) -> None:
         """Take over what was computed: more KV, tokens, scores, vectors."""
@@ -412,6 +440,9 @@ class Engine:
         params = sequence.request.sampling
         if sequence.num_outputs >= params.min_tokens and last_token in sequence.stop_ids:
             return FinishReason.STOP
+        guide = None if sequence.state is None else sequence.state.guide
+        if guide is not None and guide.is_over:
+            return FinishReason.STOP
         is_full = sequence.window is None and len(sequence.token_ids) >= self.max_model_len
         return FinishReason.LENGTH if is_full or sequence.num_outputs >= params.max_tokens else None
 
@@ -483,6 +514,8 @@ class Engine:
 
     def _drop(self, sequence: Sequence) -> None:
         """It ends, wherever it stands."""
+        if sequence in self._unguided:
+            self._unguided.remove(sequence)
         self._roster.remove(sequence)
         if self._speculator is not None:
             self._speculator.forget(sequence.sequence_id)

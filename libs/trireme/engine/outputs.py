@@ -13,7 +13,8 @@ class FinishReason(enum.StrEnum):
     """Why a sequence ended."""
 
     STOP = "stop"
-    """It chose an end-of-sequence or stop token, which is the last token."""
+    """It chose an end-of-sequence or stop token, which is the last token, or its constraint is met and allows
+    nothing more."""
     LENGTH = "length"
     """It has `max_tokens`, or fills the model's context."""
     ERROR = "error"

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trireme.constraints.guide import Guide
 from trireme.engine.philox import uniforms
+from trireme.engine.sampling_masks import forbid
 from trireme.engine.sampling_params import SamplingParams
 
 _TILE: Final = 256
@@ -44,13 +46,16 @@ class SamplingState:
         output_ids: the answer so far.
         vocab_size: of the model.
         device: where scores are.
+        guide: of the constraint that the answer must meet.
     """
 
     __slots__ = (
         "_draws",
         "_draws_start",
         "adjusts",
+        "ahead",
         "bias",
+        "guide",
         "is_plain",
         "num_outputs",
         "output_counts",
@@ -68,8 +73,12 @@ class SamplingState:
         output_ids: Sequence[int],
         vocab_size: int,
         device: torch.device,
+        guide: Guide | None = None,
     ) -> None:
         self.params = params
+        self.guide = guide
+        self.ahead: tuple[int, ...] = ()
+        """Drafted tokens behind the answer that the guide knows of."""
         self.num_outputs = len(output_ids)
         self.bias: tuple[Tensor, Tensor] | None = None
         if params.logit_bias:
@@ -87,7 +96,8 @@ class SamplingState:
             self.seen_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
             self.seen_prompt[torch.tensor(prompt_ids, dtype=torch.int64, device=device)] = True
         self.adjusts = self.bias is not None or params.has_penalties
-        self.is_plain = params.is_greedy and params.logprobs is None and not self.adjusts
+        is_free = guide is None and not self.adjusts
+        self.is_plain = params.is_greedy and params.logprobs is None and is_free
         self._draws: list[float] = []
         self._draws_start = 0
 
@@ -101,6 +111,8 @@ class SamplingState:
         self.num_outputs += 1
         if self.output_counts is not None:
             self.output_counts[token_id] += 1.0
+        if self.guide is not None:
+            self.guide.advance(token_id)
 
     def after(self, token_ids: Sequence[int]) -> SamplingState:
         """What this will be when the answer has grown by these tokens; itself if there are none."""
@@ -110,6 +122,7 @@ class SamplingState:
         for name in SamplingState.__slots__:
             setattr(later, name, getattr(self, name))
         later.num_outputs += len(token_ids)
+        later.ahead = tuple(token_ids)
         if self.output_counts is not None:
             grown = torch.tensor(token_ids, dtype=torch.int64, device=self.output_counts.device)
             later.output_counts = self.output_counts.index_add(
@@ -169,12 +182,15 @@ def _report(logits: Tensor, tokens: Tensor, states: Sequence[SamplingState]) -> 
 
 
 def _adjust(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
-    """Bias, impossible stop tokens, penalties; `logits` itself if no row wants any."""
-    suppressing = [row for row, state in enumerate(states) if state.suppresses_stop]
+    """Constraints, bias, impossible stop tokens, penalties; `logits` itself if no row wants any."""
+    guided = [row for row, state in enumerate(states) if state.guide is not None]
+    suppressing = [row for row, state in enumerate(states) if state.guide is None and state.suppresses_stop]
     adjusting = [row for row, state in enumerate(states) if state.adjusts]
-    if not suppressing and not adjusting:
+    if not suppressing and not adjusting and not guided:
         return logits
     adjusted = logits.clone()
+    if guided:
+        forbid(adjusted, states, guided)
     flat = adjusted.view(-1)
     vocab_size = logits.shape[1]
     biased = [(row, bias) for row in adjusting if (bias := states[row].bias) is not None]

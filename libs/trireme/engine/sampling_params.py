@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from trireme.constraints.constraint import Constraint
 from trireme.errors import InvalidRequest
 
 GREEDY_BELOW: Final = 1e-5
@@ -16,7 +17,7 @@ MAX_LOGPROBS: Final = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """Steps are applied in the order: logit bias and `min_tokens`, penalties, temperature,
+    """Steps are applied in the order: constraint, logit bias and `min_tokens`, penalties, temperature,
     min_p, top_k, top_p. Log-probabilities are those of the model before all of them.
 
     Raises:
@@ -51,6 +52,8 @@ class SamplingParams:
     """Go on after the end-of-sequence token."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the answer beside the model's own; they are part of it."""
+    constraint: Constraint | None = None
+    """What the answer must look like."""
 
     def __post_init__(self) -> None:
         self._whole("max_tokens", self.max_tokens, 1, None)
@@ -74,6 +77,10 @@ class SamplingParams:
             self._real("logit_bias", bias, -100.0, 100.0)
         for token_id in self.stop_token_ids:
             self._whole("stop_token_ids", token_id, 0, None)
+        if self.constraint is not None and self.ignore_eos:
+            raise InvalidRequest(
+                "ignore_eos is set, but a constraint says where the answer ends", param="ignore_eos"
+            )
 
     @property
     def is_greedy(self) -> bool:

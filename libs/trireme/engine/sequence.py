@@ -143,6 +143,12 @@ class Sequence:
         return Location.HOST if self.host_blocks else Location.NONE
 
     @property
+    def awaits_guide(self) -> bool:
+        """Its constraint is not compiled yet."""
+        state = self.state
+        return state is not None and state.guide is not None and not state.guide.is_ready
+
+    @property
     def num_target(self) -> int:
         """Tokens to compute before the sequence can go on: the last of a SCORE needs no logits."""
         return len(self.token_ids) - (self.mode is Mode.SCORE)

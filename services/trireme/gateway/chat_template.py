@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from copy import copy
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,19 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self.source = source
         self._special_tokens = dict(special_tokens)
+        self._tools: list[Any] | None = None
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise InvalidCheckpoint(f"the chat template does not compile: {error}") from error
+
+    def with_tools(self, tools: Sequence[Any]) -> ChatTemplate:
+        """The same, for conversations in which these functions may be called."""
+        told = copy(self)
+        told._tools = list(tools) or None
+        return told
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, asks: bool = True) -> str:
         """The prompt for the next answer to a conversation; without `asks` the conversation alone.
@@ -60,7 +69,7 @@ class ChatTemplate:
         """
         try:
             return self._template.render(
-                messages=list(messages), add_generation_prompt=asks, tools=None, **self._special_tokens
+                messages=list(messages), add_generation_prompt=asks, tools=self._tools, **self._special_tokens
             )
         except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
             raise InvalidRequest(

@@ -25,6 +25,7 @@ from trireme.errors import (
 from trireme.gateway.admission import AdmissionControl
 from trireme.gateway.answer import Answer
 from trireme.gateway.audit import current_call
+from trireme.gateway.constraint_checks import ConstraintChecks
 from trireme.gateway.limits import Limits
 from trireme.gateway.live_request import Choice, LiveRequest
 from trireme.gateway.metrics import Metrics
@@ -83,6 +84,7 @@ class Generation:
         self._recovery = recovery
         self.admission = admission
         self.quotas = quotas
+        self._constraints = ConstraintChecks()
         self._answers: set[Answer] = set()
         self._endings: set[asyncio.Task[None]] = set()
         self._leaving = False
@@ -99,7 +101,7 @@ class Generation:
         """Make a request durable, or attach to the one of that id, and return its answer.
 
         Raises:
-            InvalidRequest: the model does not generate, which is asked for.
+            InvalidRequest: its constraint cannot be compiled, or the model does not generate.
             Overloaded: too many requests are held here or wait in the fleet, or it would wait too long.
             ServiceUnavailable: Redis is away, this gateway leaves, or nobody serves the model.
             ContextLengthExceeded: no worker's KV memory can hold it.
@@ -128,6 +130,9 @@ class Generation:
             return self._answer(known, submission.resume_from, call, attached=True)
         if len(self._table) >= self._settings.max_inflight:
             raise self.admission.refused_by_gateway(submission, len(self._table))
+        await self._constraints.check(
+            submission.model, submission.sampling, param=submission.constraint_param
+        )
         caller = submission.caller
         audited = current_call()
         if audited is not None:
@@ -181,6 +186,7 @@ class Generation:
             answer.displace()
         if self._endings:
             await asyncio.wait(self._endings, timeout=SETTLING_S)
+        await self._constraints.close()
 
     async def _admit(self, submission: Submission, call: CallTrace) -> Answer:
         started_s = time.monotonic()

@@ -26,7 +26,7 @@ from trireme.gateway.detokenizer import Vocabulary
 from trireme.models.config_parsing import parse_config
 from trireme.runtime.fleet import Fleet, PublicPrefix
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 """Who may speak in a conversation; templates put roles next to their control tokens."""
 INLINE_CHARACTERS = 4096
 """Longer texts are tokenised in a thread, so that other requests' tokens go on flowing."""
@@ -54,6 +54,8 @@ class ServedModel:
     """Tokens per KV block."""
     public_prefixes: tuple[tuple[int, ...], ...] = ()
     """Beginnings of prompts that the operator declared public."""
+    checkpoint: Path | None = None
+    """Where its tokenizer is."""
     generates: bool = True
     """False: an encoder, which embeds and classifies."""
     labels: tuple[str, ...] = ()
@@ -119,23 +121,27 @@ class ServedModel:
         return list(encoding.ids)
 
     async def tokenize_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, most_tokens: int | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        most_tokens: int | None = None,
     ) -> list[int]:
-        """The ids of a conversation up to where the answer starts.
+        """The ids of a conversation up to where the answer starts; `tools` are functions it may call.
 
         Raises:
             InvalidRequest: the checkpoint has no chat template, it refuses the messages, or a role
                 is none of `ROLES`.
             ContextLengthExceeded: the conversation is far too long.
         """
-        template, said, seam = self.disarmed_chat(messages)
+        template, said, seam = self.disarmed_chat(messages, tools)
         ids: list[int] = []
         for piece in template.render(said).split(seam):
             ids += await self.tokenize(piece, special_tokens=False, param="messages", most_tokens=most_tokens)
         return ids
 
     def disarmed_chat(
-        self, messages: Sequence[Mapping[str, Any]]
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
     ) -> tuple[ChatTemplate, list[dict[str, Any]], str]:
         """The template, the messages without control tokens, and the seam that stands in their place.
 
@@ -158,10 +164,18 @@ class ServedModel:
                 )
         # The seam is drawn, so that no message can have it. Letters would not outlive every template.
         seam = f"\ue000{secrets.randbits(64)}\ue000"
-        said = [
-            {**message, "content": self.vocabulary.disarmed(message["content"], seam)} for message in messages
-        ]
-        return self.chat_template, said, seam
+        said = [self._disarmed(message, seam) for message in messages]
+        return self.chat_template.with_tools([self._disarmed(tool, seam) for tool in tools]), said, seam
+
+    def _disarmed(self, value: Any, seam: str) -> Any:
+        """A part of a conversation without control tokens, however deep they stand."""
+        if isinstance(value, str):
+            return self.vocabulary.disarmed(value, seam)
+        if isinstance(value, Mapping):
+            return {self._disarmed(key, seam): self._disarmed(part, seam) for key, part in value.items()}
+        if isinstance(value, list):
+            return [self._disarmed(part, seam) for part in value]
+        return value
 
     def encode_rendered(self, text: str, seam: str) -> list[int]:
         """The ids of a rendered conversation, or of a part of one that begins where a message does."""
@@ -293,6 +307,7 @@ def _load_variant(
         vocabulary_size=shape.vocab_size,
         created_unix_s=created_unix_s,
         block_tokens=block_tokens,
+        checkpoint=checkpoint,
         generates=shape.encoder is None,
         labels=() if shape.encoder is None else shape.encoder.labels,
     )

@@ -64,6 +64,8 @@ class Submission:
     """Resolved: max_tokens, seed, n, temperature, top_p and repetition_penalty are set."""
     continuations: tuple[list[int], ...] = ()
     resume_from: tuple[int, ...] = ()
+    constraint_param: str = "constraint"
+    """What the API calls the constraint, for errors."""
     cut: Cut | None = None
     """Where prompt and answer may outgrow the context, and the client wants them cut."""
     answer_was_sized: bool = True
@@ -137,6 +139,7 @@ def generation(
     prompt_param: str = "prompt",
     max_tokens_param: str = "max_tokens",
     logprobs_param: str = "logprobs",
+    constraint_param: str = "constraint",
     resume_from: Sequence[int] = (),
     overflow: Overflow = MUST_FIT,
 ) -> Submission:
@@ -185,6 +188,7 @@ def generation(
         prompt_token_ids=prompt_token_ids,
         sampling=resolved,
         resume_from=tuple(resume_from),
+        constraint_param=constraint_param,
         cut=cut,
         answer_was_sized=asked is not None,
     )

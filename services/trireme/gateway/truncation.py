@@ -61,6 +61,7 @@ async def overflow_of(
     prompt_token_ids: Sequence[int],
     messages: Messages | None,
     max_tokens: int | None,
+    tools: Messages = (),
 ) -> Overflow:
     """Check what a client asks for, and find the turns of its chat if they matter.
 
@@ -68,6 +69,7 @@ async def overflow_of(
         pinned_tokens: as given; None: a chat's system prompt.
         messages: of a chat; None for plain prompts.
         max_tokens: of the answer; None: as many as there is room for.
+        tools: functions that the chat may call.
 
     Raises:
         InvalidRequest: the mode is not known, or the pinned tokens do not go with it or the prompt.
@@ -91,7 +93,7 @@ async def overflow_of(
     pinned = pinned_tokens
     turns = Turns(0, (), None)
     if messages is not None:
-        turns = await turns_of(model, messages, prompt_token_ids)
+        turns = await turns_of(model, messages, prompt_token_ids, tools)
         if pinned is None and mode == CONTEXT_OVERFLOW_TRUNCATE_PINNED:
             if turns.system_tokens is None:
                 raise InvalidRequest(

@@ -32,17 +32,21 @@ class Turns:
     """The last of them, if it is told: where the question begins."""
 
 
-async def turns_of(model: ServedModel, messages: Messages, prompt_token_ids: Sequence[int]) -> Turns:
+async def turns_of(
+    model: ServedModel, messages: Messages, prompt_token_ids: Sequence[int], tools: Messages = ()
+) -> Turns:
     """Find the turns of a conversation whose prompt is `prompt_token_ids`, off the event loop.
 
     Raises:
         InvalidRequest: as `ServedModel.tokenize_chat` does.
     """
-    return await asyncio.to_thread(_turns_of, model, messages, prompt_token_ids)
+    return await asyncio.to_thread(_turns_of, model, messages, prompt_token_ids, tools)
 
 
-def _turns_of(model: ServedModel, messages: Messages, prompt_token_ids: Sequence[int]) -> Turns:
-    template, said, seam = model.disarmed_chat(messages)
+def _turns_of(
+    model: ServedModel, messages: Messages, prompt_token_ids: Sequence[int], tools: Messages
+) -> Turns:
+    template, said, seam = model.disarmed_chat(messages, tools)
     whole = template.render(said)
     num_system = next((n for n, message in enumerate(said) if message["role"] != "system"), len(said))
     users = [number for number, message in enumerate(said) if message["role"] == "user"]

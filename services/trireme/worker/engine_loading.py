@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from trireme.constraints.guide import guides_of
 from trireme.engine import (
     EncoderEngine,
     Engine,
@@ -80,6 +81,11 @@ def build(plan: VariantPlan, tier: KvTier) -> tuple[Engine | EncoderEngine, Prel
             model_key=loaded.key,
             preload_layers=rule,
             draft=draft,
+            guides=guides_of(
+                plan.checkpoint,
+                vocab_size=checkpoint.config.vocab_size,
+                eos_token_ids=checkpoint.eos_token_ids,
+            ),
         )
         return engine, rule
 

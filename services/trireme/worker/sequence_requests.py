@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from trireme.constraints.constraint import constraint_of
 from trireme.engine import Mode, SamplingParams, SequenceRequest, Truncation
 from trireme.errors import InvalidRequest
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, RequestKind
@@ -87,7 +88,7 @@ def sampling_of(parameters: SamplingParameters, *, choice: int) -> SamplingParam
     """The engine's form of the wire's sampling parameters; each choice has a seed of its own.
 
     Raises:
-        InvalidRequest: a value is out of range.
+        InvalidRequest: a value is out of range, or the constraint is malformed.
     """
     return SamplingParams(
         max_tokens=max(1, parameters.max_tokens),
@@ -106,4 +107,5 @@ def sampling_of(parameters: SamplingParameters, *, choice: int) -> SamplingParam
         logprobs=parameters.logprobs if parameters.HasField("logprobs") else None,
         ignore_eos=parameters.ignore_eos,
         stop_token_ids=tuple(parameters.stop_token_ids),
+        constraint=constraint_of(parameters),
     )

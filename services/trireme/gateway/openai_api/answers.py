@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class _Answer(BaseModel):
@@ -69,10 +69,38 @@ class ChatLogprobs(_Answer):
     refusal: None
 
 
+class CalledFunction(_Answer):
+    name: str
+    arguments: str
+    """JSON; whole only where the answer was not cut."""
+
+
+class ToolCall(_Answer):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class CalledFunctionDelta(_Answer):
+    name: str = ""
+    arguments: str
+
+
+class ToolCallDelta(_Answer):
+    """A piece of a call: id, type and name come with the first, arguments are to be joined."""
+
+    index: int
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: CalledFunctionDelta
+
+
 class ChatMessage(_Answer):
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    """Null where there is nothing but calls."""
     refusal: None
+    tool_calls: list[ToolCall] = []
 
 
 class ChatChoice(_Answer):
@@ -97,6 +125,7 @@ class ChatCompletion(_Answer):
 class ChatDelta(_Answer):
     role: Literal["assistant"] = "assistant"
     content: str = ""
+    tool_calls: list[ToolCallDelta] = []
 
 
 class ChatChunkChoice(_Answer):

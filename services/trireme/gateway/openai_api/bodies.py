@@ -15,6 +15,14 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from trireme.errors import InvalidRequest
+from trireme.gateway.openai_api.tool_bodies import (
+    MAX_CALLS,
+    ChosenTool,
+    ResponseFormat,
+    StructuredOutputs,
+    Tool,
+    ToolCall,
+)
 
 B = TypeVar("B", bound="Strict")
 
@@ -78,7 +86,11 @@ class Message(_Tolerant):
     """One message; `developer` is what newer clients call `system`."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=MAX_CALLS)] | None = None
+    """For an assistant: the calls that it made."""
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
+    """For a tool: the call that this answers."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
 
     def for_template(self) -> dict[str, Any]:
@@ -86,8 +98,14 @@ class Message(_Tolerant):
         content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
         role = "system" if self.role == "developer" else self.role
-        message = {"role": role, "content": text}
-        return message if self.name is None else {**message, "name": self.name}
+        message: dict[str, Any] = {"role": role, "content": text}
+        if self.name is not None:
+            message["name"] = self.name
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
 
 
 class _Body(_Tolerant):
@@ -116,6 +134,13 @@ class _Body(_Tolerant):
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
     priority: Annotated[int, Field(ge=-100, le=100)] | None = None
+    response_format: ResponseFormat | None = None
+    guided_json: str | dict[str, Any] | None = None
+    """A JSON schema; this and what follows are vLLM's names."""
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(fail_fast=True)] | None = None
+    guided_grammar: str | None = None
+    structured_outputs: StructuredOutputs | None = None
     context_overflow: Literal["error", "truncate_oldest", "truncate_pinned"] | None = None
     """What happens where prompt and answer outgrow the context; absent: an error."""
     pinned_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
@@ -133,7 +158,11 @@ class ChatBody(_Body):
     max_completion_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    response_format: dict[str, Any] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
+    """Absent: auto, if there are tools."""
+    parallel_tool_calls: bool | None = None
+    """False: one call at most."""
     metadata: Annotated[dict[str, str], bounded(MAX_MAP_ENTRIES)] | None = None
     """Accepted: an opaque mark of the client's."""
     store: bool | None = None
@@ -184,13 +213,8 @@ class EmbeddingsBody(_Tolerant):
 
 
 _LATER: dict[str, str] = {
-    "tools": "tool calls",
-    "tool_choice": "tool calls",
-    "parallel_tool_calls": "tool calls",
     "functions": "function calls",
     "function_call": "function calls",
-    "tool_calls": "tool calls",
-    "tool_call_id": "tool calls",
     "refusal": "refusals",
     "annotations": "annotations",
     "modalities": "other modalities than text",
@@ -201,11 +225,6 @@ _LATER: dict[str, str] = {
     "verbosity": "verbosity",
     "suffix": "a suffix",
     "cache_salt": "a salt from the client",
-    "structured_outputs": "structured outputs",
-    "guided_json": "guided decoding",
-    "guided_regex": "guided decoding",
-    "guided_choice": "guided decoding",
-    "guided_grammar": "guided decoding",
 }
 """Fields that others know and this server does not; null, an empty list and "none" ask for nothing."""
 

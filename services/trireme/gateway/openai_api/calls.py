@@ -145,7 +145,9 @@ def _render(
                 if not part.opened:
                     _open(call, lines, index, part)
                 if event.text or event.logprobs:
-                    lines.append(chunk(shape.piece(index, event, part)))
+                    piece = shape.piece(index, event, part)
+                    if piece:
+                        lines.append(chunk(piece))
             case ChoiceFinished():
                 index = number * call.choices_each + event.choice
                 part = parts[index]

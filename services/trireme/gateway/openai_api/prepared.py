@@ -11,6 +11,9 @@ from trireme.gateway.models import ServedModel
 from trireme.gateway.openai_api.bodies import ChatBody, CompletionBody
 from trireme.gateway.openai_api.sampling import chat_sampling, completion_sampling, context_overflow
 from trireme.gateway.openai_api.shapes import ChatShape, Shape, TextShape
+from trireme.gateway.openai_api.structure import constraint_param
+from trireme.gateway.openai_api.tool_reading import form_of
+from trireme.gateway.openai_api.tool_shape import ReaderOf, ToolShape, reader_for
 from trireme.gateway.submission import Caller, Submission, generation
 from trireme.gateway.truncation import CUTTING, overflow_of
 from trireme.wire.inference.v1.inference_pb2 import ContextOverflow
@@ -25,6 +28,8 @@ class Prepared:
     shape: Shape
     model: str
     """As the client named it."""
+    reader: ReaderOf | None = None
+    """Where answers may call tools."""
 
 
 async def prepare_chat(core: Generation, body: ChatBody, caller: Caller) -> Prepared:
@@ -40,9 +45,10 @@ async def prepare_chat(core: Generation, body: ChatBody, caller: Caller) -> Prep
     sampling = chat_sampling(body)
     mode = context_overflow(body)
     messages = [message.for_template() for message in body.messages]
-    prompt = await model.tokenize_chat(messages, most_tokens=_most_tokens(core, mode))
+    tools = [tool.for_template() for tool in body.tools or ()] if body.tool_choice != "none" else []
+    prompt = await model.tokenize_chat(messages, tools=tools, most_tokens=_most_tokens(core, mode))
     asked = sampling.max_tokens if sampling.HasField("max_tokens") else None
-    overflow = await overflow_of(mode, body.pinned_tokens, model, prompt, messages, asked)
+    overflow = await overflow_of(mode, body.pinned_tokens, model, prompt, messages, asked, tools)
     submission = generation(
         caller,
         model,
@@ -52,10 +58,17 @@ async def prepare_chat(core: Generation, body: ChatBody, caller: Caller) -> Prep
         prompt_param="messages",
         max_tokens_param="max_tokens" if body.max_tokens is not None else "max_completion_tokens",
         logprobs_param="top_logprobs",
+        constraint_param=constraint_param(body),
         overflow=overflow,
     )
-    shape = ChatShape(model.vocabulary, with_logprobs=bool(body.logprobs))
-    return Prepared(submissions=[submission], shape=shape, model=body.model)
+    reader = reader_for(body, form_of(model.chat_template.source if model.chat_template else ""))
+    with_logprobs = bool(body.logprobs)
+    shape: Shape = ChatShape(model.vocabulary, with_logprobs=with_logprobs)
+    if reader is not None:
+        shape = ToolShape(
+            model.vocabulary, with_logprobs=with_logprobs, reader=reader, request_id=caller.request_id
+        )
+    return Prepared(submissions=[submission], shape=shape, model=body.model, reader=reader)
 
 
 async def prepare_completion(core: Generation, body: CompletionBody, caller: Caller) -> Prepared:
@@ -76,6 +89,7 @@ async def prepare_completion(core: Generation, body: CompletionBody, caller: Cal
             prompt,
             sampling,
             core.limits,
+            constraint_param=constraint_param(body),
             overflow=await overflow_of(mode, body.pinned_tokens, model, prompt, None, sampling.max_tokens),
         )
         for number, prompt in enumerate(prompts)

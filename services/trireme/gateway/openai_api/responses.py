@@ -224,7 +224,7 @@ class ResponsesApi:
         self, request: web.Request, asked: Asked, prepared: Prepared, answer: Answer
     ) -> web.Response:
         answer.hear_only_the_end()
-        output = Output(answer, prepared.submissions[0].model.vocabulary)
+        output = Output(answer, prepared.submissions[0].model.vocabulary, prepared.reader)
         while not answer.delivered:
             output.hear(await answer.news())
         entries, end = output.take(), output.end()
@@ -238,7 +238,7 @@ class ResponsesApi:
     ) -> web.StreamResponse:
         stream = EventStream(request, request_id=request[REQUEST_ID], stall_s=self._settings.stall_s)
         events = EventLog(asked.shown)
-        output = Output(answer, prepared.submissions[0].model.vocabulary)
+        output = Output(answer, prepared.submissions[0].model.vocabulary, prepared.reader)
         entries: list[Entry] = []
         fresh = events.opening()
         try:

@@ -26,6 +26,7 @@ from trireme.gateway.openai_api.prepared import prepare_chat
 from trireme.gateway.openai_api.responses_asking import Asked
 from trireme.gateway.openai_api.responses_output import Output, failed
 from trireme.gateway.openai_api.responses_shapes import End
+from trireme.gateway.openai_api.tool_shape import ReaderOf
 from trireme.gateway.response_store import ResponseStore, StoredResponse
 from trireme.gateway.submission import Submission
 
@@ -93,7 +94,7 @@ class ResponseDriver:
                 await asyncio.sleep(error.retry_after_s or LOOK_S)
                 continue
             try:
-                if await self._deliver(stored, submission, answer):
+                if await self._deliver(stored, submission, answer, prepared.reader):
                     return
             except (RequestNotFound, RequestCancelled):
                 await self._check_wanted(stored)
@@ -102,9 +103,11 @@ class ResponseDriver:
                 tries += 1
                 submission = _under_another_id(submission)
 
-    async def _deliver(self, stored: StoredResponse, submission: Submission, answer: Answer) -> bool:
+    async def _deliver(
+        self, stored: StoredResponse, submission: Submission, answer: Answer, reader: ReaderOf | None
+    ) -> bool:
         """Write an answer down; False where it must be asked for again."""
-        output = Output(answer, submission.model.vocabulary)
+        output = Output(answer, submission.model.vocabulary, reader)
         place = 0
         try:
             while not answer.delivered:

@@ -12,6 +12,8 @@ from trireme.gateway.detokenizer import Vocabulary
 from trireme.gateway.events import Event, Summary
 from trireme.gateway.openai_api.responses_shapes import End, Entry, usage_of
 from trireme.gateway.openai_api.shapes import logprob_rows, usage_object
+from trireme.gateway.openai_api.tool_reading import CallPart
+from trireme.gateway.openai_api.tool_shape import ReaderOf, whole_calls
 from trireme.wire.inference.v1.inference_pb2 import (
     FINISH_REASON_CANCELLED,
     FINISH_REASON_LENGTH,
@@ -25,8 +27,12 @@ class Output:
     each token, and one for the text that was held back at the end, if there is any.
     """
 
-    def __init__(self, answer: Answer, vocabulary: Vocabulary) -> None:
+    def __init__(self, answer: Answer, vocabulary: Vocabulary, reader: ReaderOf | None = None) -> None:
+        """`reader`: where the answer may call tools; calls are told of at the end."""
         self._choice = answer.live.choices[0]
+        self._request_id = answer.live.request_id
+        self._reader = None if reader is None else reader()
+        self._calls: list[CallPart] = []
         self._vocabulary = vocabulary
         self._taken = 0
         self._tail_taken = False
@@ -42,13 +48,25 @@ class Output:
         """What is new since the last call."""
         choice = self._choice
         texts = choice.texts
-        entries = [Entry(texts[index], self._rows(index)) for index in range(self._taken, len(texts))]
+        places = range(self._taken, len(texts))
+        entries = [Entry(self._content(texts[index]), self._rows(index)) for index in places]
         self._taken = len(texts)
         if choice.ended and not self._tail_taken:
             self._tail_taken = True
-            if choice.tail:
-                entries.append(Entry(choice.tail))
+            tail = self._content(choice.tail, is_last=True)
+            if tail:
+                entries.append(Entry(tail))
         return entries
+
+    def _content(self, text: str, *, is_last: bool = False) -> str:
+        """What of the next piece of text is no call."""
+        if self._reader is None:
+            return text
+        content = ""
+        for news in [self._reader.push(text), *([self._reader.finish()] if is_last else [])]:
+            content += news.content
+            self._calls += news.calls
+        return content
 
     def _rows(self, index: int) -> list[dict[str, Any]]:
         return logprob_rows(self._vocabulary, self._choice.logprobs[index : index + 1])
@@ -63,9 +81,11 @@ class Output:
         if self._choice.reason == FINISH_REASON_CANCELLED:
             raise RequestCancelled("the request was cancelled")
         usage = usage_of(usage_object([self._summary]))
+        calls = whole_calls(self._calls, self._request_id, 0)
         if self._choice.reason == FINISH_REASON_LENGTH:
-            return End(status="incomplete", usage=usage, incomplete_details={"reason": "max_output_tokens"})
-        return End(status="completed", usage=usage, completed_at=int(time.time()))
+            why = {"reason": "max_output_tokens"}
+            return End(status="incomplete", usage=usage, incomplete_details=why, tool_calls=calls)
+        return End(status="completed", usage=usage, completed_at=int(time.time()), tool_calls=calls)
 
 
 def failed(error: TriremeError) -> End:

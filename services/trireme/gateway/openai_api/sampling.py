@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from trireme.errors import InvalidRequest
 from trireme.gateway.openai_api.bodies import ChatBody, CompletionBody
+from trireme.gateway.openai_api.structure import constraint_in
 from trireme.wire.inference.v1.inference_pb2 import (
     CONTEXT_OVERFLOW_ERROR,
     CONTEXT_OVERFLOW_TRUNCATE_OLDEST,
@@ -84,15 +85,21 @@ def chat_sampling(body: ChatBody) -> SamplingParameters:
         )
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
-    if body.response_format is not None and body.response_format != {"type": "text"}:
-        raise InvalidRequest("response_format: only {'type': 'text'} is supported", param="response_format")
     if body.store:
         raise InvalidRequest("store: answers are not stored; leave it out", param="store")
     for number, message in enumerate(body.messages):
-        if message.role == "tool":
+        if message.tool_calls and message.role != "assistant":
             raise InvalidRequest(
-                f"messages[{number}]: tool calls are not supported", param=f"messages[{number}].role"
+                f"messages[{number}]: tool_calls are an assistant's", param=f"messages[{number}].tool_calls"
             )
+        if (message.tool_call_id is None) == (message.role == "tool"):
+            raise InvalidRequest(
+                f"messages[{number}]: a tool's message names the call that it answers in tool_call_id, "
+                "and no other does",
+                param=f"messages[{number}].tool_call_id",
+            )
+        if "content" not in message.model_fields_set and not message.tool_calls:
+            raise InvalidRequest("you must provide content", param=f"messages[{number}].content")
         if message.content is None and message.role != "assistant":
             raise InvalidRequest(
                 f"messages[{number}]: content may be null for an assistant only",
@@ -144,6 +151,9 @@ def _shared(body: ChatBody | CompletionBody) -> SamplingParameters:
             setattr(sampling, name, value)
     if body.seed is not None:
         sampling.seed = body.seed % 2**64
+    constraint = constraint_in(body)
+    if constraint is not None:
+        sampling.constraint.CopyFrom(constraint)
     return sampling
 
 

@@ -50,7 +50,7 @@ class Shape(Protocol):
         ...
 
     def piece(self, index: int, delta: Delta, parts: ChoiceParts) -> str:
-        """The choice of a chunk with new tokens."""
+        """The choice of a chunk with new tokens; empty where there is nothing to show yet."""
         ...
 
     def ending(self, index: int, parts: ChoiceParts) -> str:
