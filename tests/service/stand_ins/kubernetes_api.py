@@ -354,6 +354,8 @@ class ApiServer:
             return web.json_response(answer)
         except Status as status:
             return web.json_response(status.body, status=status.code)
+        except ConnectionResetError:
+            return web.Response()  # who asked went away
 
     def _authorize(self, request: web.Request, call: Call) -> None:
         if request.headers.get("Authorization") != "Bearer of-placement":
