@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import re
@@ -183,10 +184,39 @@ def test_every_container_says_what_it_needs_and_has_a_place_to_write(name: str) 
 
 
 @pytest.mark.parametrize("name", values_files())
-def test_the_chart_makes_no_role_but_placements_and_no_secret(name: str) -> None:
+def test_the_chart_makes_no_role_but_placements_and_no_secret_but_the_bundled_redis(name: str) -> None:
     kinds = {found["kind"] for found in render(name)}
     expected = {"Role", "RoleBinding"} if name == "mig-device-plugin" else set()
+    expected |= set() if name == "external" else {"Secret"}
     assert {kind for kind in kinds if "Role" in kind or kind in ("Secret", "Namespace")} == expected
+
+
+def test_the_bundled_redis_has_a_password_that_all_who_call_it_read() -> None:
+    def secrets_of(objects: list[Object]) -> dict[str, set[str]]:
+        return {
+            pod.service: {
+                volume["secret"]["secretName"] for volume in pod.spec["volumes"] if "secret" in volume
+            }
+            for pod in pods(objects)
+            if pod.service != "test"
+        }
+
+    made = render_values({})
+    (secret,) = of_kind(made, "Secret")
+    password = base64.b64decode(secret["data"]["password"])
+    assert re.fullmatch(rb"[A-Za-z0-9]{32}", password)
+    (other,) = of_kind(render_values({}), "Secret")
+    assert other["data"] != secret["data"], "one of its own for each installation"
+    assert set(map(tuple, secrets_of(made).values())) == {("blue-trireme-redis",)}
+    assert password.decode() not in json.dumps([found for found in made if found is not secret])
+
+    own = render_values({"redis": {"bundled": {"existingSecret": "mine"}}})
+    assert not of_kind(own, "Secret")
+    assert set(map(tuple, secrets_of(own).values())) == {("mine",)}
+    (scaler,) = of_kind(render("mig-dra"), "TriggerAuthentication")
+    assert scaler["spec"]["secretTargetRef"] == [
+        {"parameter": "password", "name": "blue-trireme-redis", "key": "password"}
+    ]
 
 
 def test_gpus_are_asked_for_in_the_clusters_own_way() -> None:

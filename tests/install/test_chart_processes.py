@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import random
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY, redis_binary
-from tests.install.charts import Object, Pod, environment, fleet_file, pods, render_values
+from tests.install.charts import Object, Pod, environment, fleet_file, of_kind, pods, render_values
 from trireme.bus.connection import Keys, open_redis
 from trireme.bus.registry import Registry
 from trireme.wire.bus.v1.facts_pb2 import ProcessRecord
@@ -51,6 +52,16 @@ class Machine:
         fleet.mkdir()
         text = fleet_file(objects).replace("/opt/trireme/share", str(REPOSITORY))
         (fleet / "fleet.yaml").write_text(text)
+        (secret,) = of_kind(objects, "Secret")
+        password = folder / "redis-password"
+        password.mkdir()
+        (password / "password").write_bytes(base64.b64decode(secret["data"]["password"]))
+        self.redis_url = f"redis://{self.cluster}:6379/0?password_file={password / 'password'}"
+        # The image has the server on its path.
+        server = folder / "bin" / "redis-server"
+        server.parent.mkdir()
+        server.write_text(f'#!/bin/sh\nexec {redis_binary()} "$@" --bind {self.address}\n')
+        server.chmod(0o755)
 
     def in_place(self, pod: Pod, container: Object, text: str) -> str:
         """A path, an address or a name of the cluster, as it is here."""
@@ -59,6 +70,9 @@ class Machine:
             place.mkdir(exist_ok=True)
             if text == mount["mountPath"] or text.startswith(mount["mountPath"] + "/"):
                 return str(place) + text.removeprefix(mount["mountPath"])
+            if f"={mount['mountPath']}/" in text:
+                text = text.replace(f"={mount['mountPath']}/", f"={place}/")
+                break
         for name in ("blue-trireme-redis", "blue-trireme-gateway"):
             text = text.replace(f"{name}.serving.svc.cluster.local", self.cluster)
         return text.replace("0.0.0.0", self.address)
@@ -67,7 +81,7 @@ class Machine:
     def running(self, pod: Pod, container: Object) -> Iterator[subprocess.Popen[bytes]]:
         """The container's process, which must end in order when it is asked to."""
         words = [self.in_place(pod, container, word) for word in container["command"]]
-        programs = {"python": [sys.executable], "redis-server": [str(redis_binary()), "--bind", self.address]}
+        programs = {"python": [sys.executable], "sh": ["sh"]}
         variables = {
             key: self.in_place(pod, container, value)
             for key, value in environment({"env": [], **container}, secrets={}, fields=self.fields).items()
@@ -76,7 +90,7 @@ class Machine:
         with log.open("wb") as out:
             process = subprocess.Popen(
                 [*programs[words[0]], *words[1:]],
-                env={"PATH": os.environ["PATH"], **variables},
+                env={"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", **variables},
                 cwd=self.folder,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -157,7 +171,7 @@ def test_the_rendered_fleet_starts_answers_its_test_and_drains(tmp_path: Path) -
         assert answer.returncode == 0, answer.stderr.decode()
         assert answer.stdout.strip()
 
-        records = asyncio.run(living(f"redis://{machine.address}:6379/0", "serving.blue-trireme"))
+        records = asyncio.run(living(machine.redis_url, "serving.blue-trireme"))
         by_service = {record.service: record for record in records if record.node != "pod-2"}
         assert by_service.keys() == {"gateway", "scheduler", "worker", "kvstore", "power"}
         assert by_service["worker"].node == by_service["kvstore"].node == "pod-1"

@@ -76,7 +76,8 @@ def test_every_service_takes_its_settings(name: str) -> None:
     (prefix,) = {settings.bus_prefix for _, _, settings in found}
     assert prefix == "serving.blue-trireme"
     (url,) = {settings.redis_url for _, _, settings in found}
-    bundled = "redis://blue-trireme-redis.serving.svc.cluster.local:6379/0"
+    server = "redis://blue-trireme-redis.serving.svc.cluster.local:6379/0"
+    bundled = f"{server}?password_file=/etc/trireme-redis/password"
     assert url == (SECRETS["bus/url"] if name == "external" else bundled)
 
 

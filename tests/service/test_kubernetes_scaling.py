@@ -220,14 +220,16 @@ async def test_an_old_version_is_listed_anew_and_nothing_is_missed(server: ApiSe
 
 async def test_bookmarks_carry_a_watch_over_changes_of_others(server: ApiServer, tmp_path: Path) -> None:
     async with connected(server, tmp_path) as api, scaling(api, Wishes(cpu=1)) as scaler:
-        await eventually(lambda: server.cluster.version > 100 and len(scaler.pods()) == 1, "in touch")
+        await eventually(lambda: len(server.cluster.owners("blue-worker-cpu")) == 2, "in touch")
+        await eventually(lambda: len(scaler.pods()) == 1, "nothing of ours will change")
         server.cluster.install("green-worker-cpu", labels("cpu", release="green"), replicas=50)
         server.changed()
         watches = scaler.pod_mirror.counts["watch"]
         seen = server.cluster.version
         await eventually(
             lambda: any(
-                call.verb == "watch" and int(call.query["resourceVersion"]) >= seen for call in server.calls
+                (call.verb, call.resource) == ("watch", "pods") and int(call.query["resourceVersion"]) >= seen
+                for call in server.calls
             ),
             "the next watch begins behind them",
         )

@@ -68,6 +68,11 @@ trireme/service: {{ .service }}
 {{- printf "%s-redis.%s.svc.%s:6379" (include "trireme.fullname" .) .Release.Namespace .Values.clusterDomain }}
 {{- end }}
 
+{{/* The Secret with the bundled Redis' password. */}}
+{{- define "trireme.redisSecret" -}}
+{{- default (printf "%s-redis" (include "trireme.fullname" .)) .Values.redis.bundled.existingSecret }}
+{{- end }}
+
 {{/* One worker group with its defaults, as JSON. Takes root, group. */}}
 {{- define "trireme.workerGroup" -}}
 {{- $defaults := deepCopy .root.Values.workerDefaults }}

@@ -65,7 +65,7 @@ securityContext: {{- toYaml .root.Values.securityContext | nindent 2 }}
 {{- end }}
 - name: {{ $prefix }}REDIS_URL
   {{- if eq .root.Values.redis.mode "bundled" }}
-  value: redis://{{ include "trireme.redisAddress" .root }}/0
+  value: redis://{{ include "trireme.redisAddress" .root }}/0?password_file=/etc/trireme-redis/password
   {{- else }}
   valueFrom:
     secretKeyRef:
@@ -114,6 +114,11 @@ livenessProbe:
   mountPath: /etc/trireme-tls
   readOnly: true
 {{- end }}
+{{- if eq .Values.redis.mode "bundled" }}
+- name: redis-password
+  mountPath: /etc/trireme-redis
+  readOnly: true
+{{- end }}
 - name: tmp
   mountPath: /tmp
 {{- end }}
@@ -126,6 +131,12 @@ livenessProbe:
 - name: tls
   secret:
     secretName: {{ . }}
+{{- end }}
+{{- if eq .Values.redis.mode "bundled" }}
+- name: redis-password
+  secret:
+    secretName: {{ include "trireme.redisSecret" . }}
+    items: [{key: password, path: password}]
 {{- end }}
 - name: tmp
   emptyDir: {}
