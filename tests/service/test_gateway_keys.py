@@ -208,6 +208,45 @@ async def test_equal_ids_of_two_tenants_are_two_requests(world: World) -> None:
                 await rival.cancel(named)
 
 
+async def test_what_one_tenant_stored_no_other_finds(world: World) -> None:
+    base = f"http://{world.gateway.http_address}/v1"
+    mine, theirs = ({"Authorization": f"Bearer {key}"} for key in (ACME, RIVAL))
+    form = aiohttp.FormData({"purpose": "batch"})
+    form.add_field("file", b'{"a": 1}\n', filename="a.jsonl")
+    async with world.http.post(f"{base}/files", data=form, headers=mine) as response:
+        assert response.status == 200
+        file_id = (await response.json())["id"]
+    asked = {"model": "py", "input": "hi", "background": True, "max_output_tokens": 4}
+    async with world.http.post(f"{base}/responses", json=asked, headers=mine) as response:
+        assert response.status == 200
+        response_id = (await response.json())["id"]
+
+    for method, path in (
+        ("GET", f"files/{file_id}"),
+        ("GET", f"files/{file_id}/content"),
+        ("DELETE", f"files/{file_id}"),
+        ("GET", f"responses/{response_id}"),
+        ("GET", f"responses/{response_id}?stream=true"),
+        ("GET", f"responses/{response_id}/input_items"),
+        ("POST", f"responses/{response_id}/cancel"),
+        ("DELETE", f"responses/{response_id}"),
+    ):
+        async with world.http.request(method, f"{base}/{path}", headers=theirs) as response:
+            assert response.status == 404, (method, path)
+    batch = {"input_file_id": file_id, "endpoint": "/v1/completions", "completion_window": "24h"}
+    async with world.http.post(f"{base}/batches", json=batch, headers=theirs) as response:
+        assert response.status in (400, 404) and file_id in (await response.json())["error"]["message"]
+    onward = asked | {"previous_response_id": response_id, "background": False}
+    async with world.http.post(f"{base}/responses", json=onward, headers=theirs) as response:
+        assert response.status in (400, 404)
+        assert (await response.json())["error"]["code"] == "previous_response_not_found"
+    async with world.http.get(f"{base}/files", headers=theirs) as response:
+        assert (await response.json())["data"] == []
+    for path in (f"files/{file_id}", f"responses/{response_id}"):
+        async with world.http.get(f"{base}/{path}", headers=mine) as response:
+            assert response.status == 200, path
+
+
 def blocks(request: Any) -> list[bytes]:
     return [request.prefix_hashes[at : at + 16] for at in range(0, len(request.prefix_hashes), 16)]
 
