@@ -221,3 +221,50 @@ async def test_another_gateway_goes_on_with_a_batch(world: World) -> None:
         assert done.error_file_id is None
         assert world.worker.assigned.empty(), "no line ran twice"
         assert not [m for m in world.worker.messages if m.HasField("stop")]
+
+
+async def test_a_batch_that_is_not_done_in_time_expires(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trireme.gateway.openai_api.batches.WINDOW_S", 1)
+    async with serving(world, silent_on="hold"):
+        held = line("held", messages=[{"role": "user", "content": "hold"}])
+        done = await ended(world.client, (await start(world, [line("done"), held])).id)
+    assert done.status == "expired" and done.expired_at is not None
+    errors = await rows(world.client, done.error_file_id)
+    assert ("held", "batch_expired") in [
+        (row["custom_id"], (row["error"] or {}).get("code")) for row in errors
+    ]
+    output = await rows(world.client, done.output_file_id)
+    assert sorted(row["custom_id"] for row in output + errors) == ["done", "held"]
+
+
+@pytest.mark.parametrize(
+    "world",
+    [{"max_batch_output_bytes": 100, "batch_window": 1, "max_batch_lines": 2, "trust_tenant_header": True}],
+    indirect=True,
+)
+async def test_batches_have_bounds_and_belong_to_their_tenants(world: World) -> None:
+    async with serving(world) as seen:
+        done = await ended(world.client, (await start(world, [line("first"), line("second")])).id)
+    assert len(seen) == 1, "the second line found no room for its result"
+    assert done.request_counts.completed == done.request_counts.failed == 1
+    errors = await rows(world.client, done.error_file_id)
+    assert [row["response"]["status_code"] for row in errors] == [429]
+    failed = await ended(world.client, (await start(world, [line(str(n)) for n in range(3)])).id)
+    assert failed.errors.data[0].code == "too_many_lines"
+
+    other = world.client.with_options(default_headers={"x-trireme-tenant": "other"})
+    assert [batch.id async for batch in await other.batches.list()] == []
+    assert [file.id async for file in await other.files.list()] == []
+    for call in (
+        other.batches.retrieve(done.id),
+        other.batches.cancel(done.id),
+        other.files.content(done.output_file_id),
+        other.files.delete(done.input_file_id),
+    ):
+        with pytest.raises(openai.NotFoundError):
+            await call
+    with pytest.raises(openai.BadRequestError) as caught:
+        await other.batches.create(input_file_id=done.input_file_id, endpoint=CHAT, completion_window="24h")
+    assert caught.value.param == "input_file_id"

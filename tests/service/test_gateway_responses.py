@@ -216,3 +216,56 @@ async def test_another_gateway_goes_on_with_a_background_response(world: World) 
 async def test_what_is_wrong_is_refused_by_name(world: World, fields: Any, param: str) -> None:
     status, document, _ = await world.post("/v1/responses", {"model": "py", "input": "x", **fields})
     assert (status, document["error"]["param"]) == (400, param), document
+
+
+@pytest.mark.parametrize(
+    "world", [{"trust_tenant_header": True, "max_responses": 2, "max_background": 1}], indirect=True
+)
+async def test_tenants_have_shelves_of_their_own(world: World) -> None:
+    mine = world.client.with_options(default_headers={"x-trireme-tenant": "mine"})
+    other = world.client.with_options(default_headers={"x-trireme-tenant": "other"})
+    kept = []
+    for _ in range(3):
+        serving = asyncio.create_task(world.serve())
+        kept.append(await mine.responses.create(model="py", input="hi"))
+        await serving
+    for call in (
+        other.responses.retrieve(kept[2].id),
+        other.responses.delete(kept[2].id),
+        other.responses.cancel(kept[2].id),
+        other.responses.input_items.list(kept[2].id),
+        mine.responses.retrieve(kept[0].id),  # The oldest made room.
+    ):
+        with pytest.raises(openai.NotFoundError):
+            await call
+    with pytest.raises(openai.BadRequestError):
+        await other.responses.create(model="py", input="x", previous_response_id=kept[2].id)
+    assert (await mine.responses.retrieve(kept[1].id)).output_text == TEXT
+
+    running = await mine.responses.create(model="py", input="hi", background=True)
+    with pytest.raises(openai.RateLimitError):
+        await mine.responses.create(model="py", input="hi", background=True)
+    await other.responses.create(model="py", input="hi", background=True)
+    for _ in range(2):
+        await world.serve()
+    assert (await until_ended(world, running.id, mine)).status == "completed"
+    assert (await mine.responses.create(model="py", input="hi", background=True)).status == "queued"
+
+
+async def test_a_gateway_that_lost_its_lease_lets_go(world: World) -> None:
+    async with world.fleet.gateway() as other:
+        answer = await world.client.responses.create(model="py", input="hi", background=True)
+        assignment = await world.worker.next_assignment()
+        world.worker.emit(assignment, ids=IDS[:4])
+        redis, driving = world.fleet.redis, world.gateway.background._work[0]._driving
+        async with asyncio.timeout(60):
+            while answer.id in driving:  # As if it had been stuck for longer than a lease.
+                holder = await redis.hget("test:work-holders:responses", answer.id)
+                if holder == world.gateway.gateway_id.encode():
+                    await redis.zadd("test:work:responses", {answer.id: 0})
+                await asyncio.sleep(0.01)
+            while world.worker.owners[assignment.request.request_id] != other.gateway_id:
+                await asyncio.sleep(0.02)
+        world.worker.emit(assignment, first=4, ids=IDS[4:], finish=1)
+        assert (await until_ended(world, answer.id)).output_text == TEXT
+        assert not [message for message in world.worker.messages if message.HasField("stop")]

@@ -214,11 +214,12 @@ class ResponsesApi:
         self, request: web.Request, asked: Asked, tenant: str, *, stream: bool
     ) -> web.StreamResponse:
         response_id = asked.shown["id"]
-        if await kept(self._store.open(response_id, tenant, asked.as_json())):
+        is_new = await kept(self._store.open(response_id, tenant, asked.as_json()))
+        if is_new:
             await kept(self._background.start(response_id))
         if stream:
             return await self._followed(request, response_id, tenant, after=-1)
-        return web.json_response(await self._now(response_id, tenant))
+        return web.json_response(asked.shown if is_new else await self._now(response_id, tenant))
 
     async def _whole(
         self, request: web.Request, asked: Asked, prepared: Prepared, answer: Answer
