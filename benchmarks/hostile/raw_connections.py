@@ -69,6 +69,7 @@ def grpc_connections(path: str, rng: random.Random, count: int) -> Iterator[byte
     opening = PREFACE + frame(SETTINGS, 0, 0, b"")
     head = frame(HEADERS, END_HEADERS, 1, header_block(call_headers(path)))
     message = b"\x00" + struct.pack(">I", 6) + b"\x0a\x04none"
+    no_text = header_block([*call_headers(path)[:2], (b":path", b"/\xff/\xaf"), *call_headers(path)[3:]])
     written = [
         opening + head + frame(DATA, END_STREAM, 1, message[:3]),
         opening + head + frame(DATA, END_STREAM, 1, message[:7]),
@@ -88,6 +89,7 @@ def grpc_connections(path: str, rng: random.Random, count: int) -> Iterator[byte
         opening + frame(CONTINUATION, 0, 1, b"\0" * 100) * 100,
         opening + frame(HEADERS, 0, 1, header_block(call_headers(path))) + frame(PING, 0, 0, b"\0" * 8),
         opening + frame(HEADERS, END_HEADERS, 1, b"\xff" * 60),
+        opening + frame(HEADERS, END_HEADERS, 1, no_text),
         opening + frame(HEADERS, END_HEADERS, 2, header_block(call_headers(path))),
         opening + frame(HEADERS, END_HEADERS, 1, header_block(call_headers(path, content_type=b"text/html"))),
         opening + frame(HEADERS, END_HEADERS, 1, header_block(call_headers(path, grpc_encoding=b"zz"))),

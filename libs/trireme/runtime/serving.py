@@ -18,6 +18,7 @@ from trireme.errors import InvalidRequest, TriremeError
 from trireme.runtime.health import HealthReporter
 from trireme.runtime.status import GRPC_CODE
 from trireme.runtime.tls import Certificates, fleet_certificates
+from trireme.runtime.unnamed_calls import robust_server
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +142,8 @@ async def grpc_server(
 
     On leaving, health says NOT_SERVING first, then calls have `drain_s` to end.
     """
-    server = grpc.aio.server(
+    server = robust_server(
+        grpc.aio.server,
         interceptors=[ErrorInterceptor(), *interceptors],
         maximum_concurrent_rpcs=max_concurrent_rpcs,
         options=[
