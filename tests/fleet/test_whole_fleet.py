@@ -223,6 +223,9 @@ async def test_an_encoder_embeds_and_classifies_and_says_that_it_does_not_genera
         assert list(answer.data[1].embedding) == pytest.approx(list(embedded.vectors[1]), abs=1e-5)
         with pytest.raises(openai.BadRequestError, match="does not generate"):
             await openai_client.completions.create(model="mood", prompt="a ship", max_tokens=4)
+        with pytest.raises(openai.BadRequestError, match="does not generate"):
+            said = [{"role": "user", "content": "a ship"}]
+            await openai_client.chat.completions.create(model="mood", messages=said, max_tokens=4)
 
 
 async def test_a_second_turn_finds_the_first_ones_blocks(fleet: Fleet) -> None:

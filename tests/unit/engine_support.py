@@ -50,7 +50,7 @@ ARCHITECTURES = (
         "mixtral",
         "qwen3_moe",
     ),
-    *("phi3", "phi3_partial", "gemma", "gemma2", "gemma3"),
+    *("phi3_partial", "gemma", "gemma2", "gemma3"),
     "gpt2",
 )
 SHARDED = ("llama3", "gpt2")
@@ -90,15 +90,13 @@ def reference_model(name: str) -> Any:
             experts = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
             config = hf.Qwen3MoeConfig(**gqa, head_dim=16, mlp_only_layers=[0], **experts)
             return hf.Qwen3MoeForCausalLM(config).eval()
-        case "phi3":
-            config = hf.Phi3Config(**gqa, sliding_window=20)
-            return hf.Phi3ForCausalLM(config).eval()
         case "phi3_longrope":
             config = hf.Phi3Config(**gqa, rope_parameters=LONGROPE, original_max_position_embeddings=64)
             return hf.Phi3ForCausalLM(config).eval()
         case "phi3_partial":
             rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-            return hf.Phi3ForCausalLM(hf.Phi3Config(**gqa, rope_parameters=rope)).eval()
+            config = hf.Phi3Config(**gqa, rope_parameters=rope, sliding_window=20)
+            return hf.Phi3ForCausalLM(config).eval()
         case "gemma":
             config = hf.GemmaConfig(**gqa, head_dim=16)
             return _with_random_norms(hf.GemmaForCausalLM(config))
@@ -108,7 +106,9 @@ def reference_model(name: str) -> Any:
             config = hf.Gemma2Config(**gemma, **caps, sliding_window=20)
             return _with_random_norms(hf.Gemma2ForCausalLM(config))
         case "gemma3":
-            gemma = {**gqa, "num_hidden_layers": 7, "head_dim": 16, "query_pre_attn_scalar": 24}
+            types = ["sliding_attention", "full_attention", "sliding_attention"]
+            gemma = {**gqa, "num_hidden_layers": 3, "layer_types": types}
+            gemma |= {"head_dim": 16, "query_pre_attn_scalar": 24}
             rope = {
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},

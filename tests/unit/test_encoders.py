@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.unit.encoder_support import (
     KINDS,
@@ -113,6 +114,22 @@ def test_padding_in_a_text_takes_no_position_where_the_architecture_says_so(tmp_
     reference = reference_encoder("roberta")
     engine = engine_of(save(reference, tmp_path))
     prompt = [5, 1, 1, 9, 10, 1, 7]
+    add(engine, "text", prompt, Mode.EMBED)
+    found = vectors_of(finish(engine))["text"]
+    assert (found - expected_vector(reference, prompt, "mean", normalises=True)).abs().max() <= 1e-5
+
+
+def test_the_names_of_the_oldest_files_are_read(tmp_path: Path) -> None:
+    reference, prompt = reference_encoder("bert"), prompt_of(1, 20, VOCAB)
+    path = save(reference, tmp_path) / "model.safetensors"
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    tensors = {}
+    for name, tensor in load_file(path).items():
+        new = next((name.replace(*pair) for pair in old.items() if name.endswith(pair[0])), name)
+        tensors[new] = tensor
+    assert sum(name.endswith("gamma") for name in tensors) == 5
+    save_file(tensors, path)
+    engine = engine_of(tmp_path)
     add(engine, "text", prompt, Mode.EMBED)
     found = vectors_of(finish(engine))["text"]
     assert (found - expected_vector(reference, prompt, "mean", normalises=True)).abs().max() <= 1e-5

@@ -127,9 +127,6 @@ class Encoder:
         def read(name: str, *shape: int) -> Tensor:
             return weights.tensor(f"{prefix}{name}", shape)
 
-        def norm(name: str) -> tuple[Tensor, Tensor]:
-            return read(f"{name}.weight", hidden), read(f"{name}.bias", hidden)
-
         names = _DISTILBERT if config.model_type == "distilbert" else _BERT
         return cls(
             config,
@@ -143,7 +140,7 @@ class Encoder:
                 if encoder.token_types
                 else None
             ),
-            embedding_norm=norm("embeddings.LayerNorm"),
+            embedding_norm=_read_norm(weights, f"{prefix}embeddings.LayerNorm"),
             layers=[
                 _read_layer(weights, f"{prefix}{names.layers}.{index}.", names)
                 for index in range(config.num_layers)
@@ -201,9 +198,6 @@ def _read_layer(weights: ModelWeights, at: str, names: _Names) -> EncoderLayer:
         matrix = weights.linear([(f"{at}{name}.weight", outputs) for name in parts], inputs)
         return matrix, torch.cat([weights.tensor(f"{at}{name}.bias", (outputs,)) for name in parts])
 
-    def norm(name: str) -> tuple[Tensor, Tensor]:
-        return weights.tensor(f"{at}{name}.weight", (hidden,)), weights.tensor(f"{at}{name}.bias", (hidden,))
-
     qkv, qkv_bias = affine((names.query, names.key, names.value), hidden, hidden)
     out, out_bias = affine((names.out,), hidden, hidden)
     up, up_bias = affine((names.up,), hidden, inner)
@@ -213,10 +207,17 @@ def _read_layer(weights: ModelWeights, at: str, names: _Names) -> EncoderLayer:
         qkv_bias=qkv_bias,
         out=out,
         out_bias=out_bias,
-        attention_norm=norm(names.attention_norm),
+        attention_norm=_read_norm(weights, f"{at}{names.attention_norm}"),
         up=up,
         up_bias=up_bias,
         down=down,
         down_bias=down_bias,
-        mlp_norm=norm(names.mlp_norm),
+        mlp_norm=_read_norm(weights, f"{at}{names.mlp_norm}"),
     )
+
+
+def _read_norm(weights: ModelWeights, name: str) -> tuple[Tensor, Tensor]:
+    """Weight and bias, which the oldest files call gamma and beta."""
+    parts = ("gamma", "beta") if f"{name}.gamma" in weights else ("weight", "bias")
+    weight, bias = (weights.tensor(f"{name}.{part}", (weights.config.hidden_size,)) for part in parts)
+    return weight, bias

@@ -14,7 +14,6 @@ from trireme.bus.connection import AWAY, persistently
 from trireme.bus.request_records import Admission, RequestRecords, State
 from trireme.errors import (
     DeadlineExceeded,
-    InvalidRequest,
     RequestCancelled,
     RequestConflict,
     RequestFailed,
@@ -117,10 +116,8 @@ class Generation:
             raise
 
     async def _submit(self, submission: Submission, call: CallTrace) -> Answer:
-        if submission.kind == RequestKind.REQUEST_KIND_GENERATE and not submission.model.generates:
-            raise InvalidRequest(
-                f"{submission.model.name} embeds and classifies; it does not generate text", param="model"
-            )
+        if submission.kind == RequestKind.REQUEST_KIND_GENERATE:
+            submission.model.check_generates()
         if self._leaving:
             raise ServiceUnavailable("this gateway is leaving: ask another one", retry_after_s=0.1)
         known = self._table.get(submission.caller.fleet_id)

@@ -61,6 +61,13 @@ class ServedModel:
     labels: tuple[str, ...] = ()
     """Of an encoder with a head that classifies: its classes, in order."""
 
+    def check_generates(self) -> None:
+        """Raise InvalidRequest for an encoder."""
+        if not self.generates:
+            raise InvalidRequest(
+                f"{self.name} embeds and classifies; it does not generate text", param="model"
+            )
+
     def classes_of(self, labels: Sequence[str]) -> list[int]:
         """The classes of an encoder that are called so.
 
@@ -152,6 +159,7 @@ class ServedModel:
         Raises:
             InvalidRequest: the checkpoint has no chat template, or a role is none of `ROLES`.
         """
+        self.check_generates()
         if self.chat_template is None:
             raise InvalidRequest(
                 f"{self.name} has no chat template: ask with a plain prompt (/v1/completions)",
