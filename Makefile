@@ -51,6 +51,9 @@ test-unit: kernels ## run the tests that need no other process
 
 check: lint types imports proto metrics-current api-current ## lint, types, import directions, generated code
 
+audit: setup ## a bill of materials (build/sbom.cdx.json), and known vulnerabilities of what is installed
+	PYTHON=$(PYTHON) .ci/audit.sh
+
 lint: setup ## ruff
 	$(VENV)/bin/ruff check .
 

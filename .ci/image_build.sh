@@ -4,7 +4,8 @@
 #
 # PREFIX is a virtual environment of the Python that `PYTHON` names (python3). It ends without pip, and with
 # the compiled CPU kernels inside: no compiler is needed where it runs. Only workers get PyTorch;
-# TORCH_INDEX_URL names an index with a build for CPUs alone.
+# TORCH_INDEX_URL names an index with a build for CPUs alone. With CHECK_HASHES=1 a wheel whose hash is not in
+# .ci/wheel_hashes.txt fails the build.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 target=$1 service=$2 prefix=$3
@@ -32,9 +33,9 @@ extras=local
 [[ " ${services[*]} " == *" placement "* ]] && extras=$extras,kubernetes
 if [[ " ${services[*]} " == *" worker "* ]]; then
   if [ -n "${TORCH_INDEX_URL:-}" ]; then
-    "${pip[@]}" install --quiet -c constraints.txt --index-url "$TORCH_INDEX_URL" torch
+    "${pip[@]}" install --quiet --report "$scratch/torch.json" -c constraints.txt --index-url "$TORCH_INDEX_URL" torch
   fi
-  "${pip[@]}" install --quiet -c constraints.txt "$wheel[$extras]"
+  "${pip[@]}" install --quiet --report "$scratch/all.json" -c constraints.txt "$wheel[$extras]"
 else
   # What the wheel asks for, but PyTorch: none of these services computes.
   "$python" - "$wheel" "$extras" >"$scratch/requirements.txt" <<'PY'
@@ -54,8 +55,12 @@ for text in Parser().parsestr(archive.read(metadata).decode()).get_all("Requires
         wanted.marker = None
         print(wanted)
 PY
-  "${pip[@]}" install --quiet -c constraints.txt -r "$scratch/requirements.txt"
+  "${pip[@]}" install --quiet --report "$scratch/all.json" -c constraints.txt -r "$scratch/requirements.txt"
   "${pip[@]}" install --quiet --no-deps "$wheel"
+fi
+
+if [ "${CHECK_HASHES:-0}" = 1 ]; then
+  "$python" .ci/wheel_hashes.py check "$scratch"/*.json
 fi
 
 # Gateways read the tokenizers, workers the weights.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -164,3 +165,31 @@ def _copy(source: str, destination: Path) -> None:
     else:
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(origin, destination)
+
+
+def test_a_wheel_that_nobody_looked_at_fails_the_build(tmp_path: Path) -> None:
+    script = [sys.executable, str(REPOSITORY / ".ci" / "wheel_hashes.py"), "check"]
+    name, version, digest = (REPOSITORY / ".ci" / "wheel_hashes.txt").read_text().splitlines()[0].split()
+
+    def check(found: str) -> int:
+        item = {
+            "metadata": {"name": name.upper(), "version": version},
+            "download_info": {"archive_info": {"hashes": {"sha256": found}} if found else {}},
+        }
+        (tmp_path / "report.json").write_text(json.dumps({"install": [item]}))
+        return subprocess.run([*script, str(tmp_path / "report.json")], capture_output=True).returncode
+
+    assert check(digest) == 0
+    assert check(digest[::-1]) == 1
+    assert check("") == 1
+
+
+def test_the_recorded_hashes_are_of_the_pinned_versions() -> None:
+    pins = dict(
+        line.lower().replace("_", "-").split("==")
+        for line in (REPOSITORY / "constraints.txt").read_text().splitlines()
+        if "==" in line and not line.startswith("#")
+    )
+    recorded = (REPOSITORY / ".ci" / "wheel_hashes.txt").read_text().splitlines()
+    versions = {name: version.partition("+")[0] for name, version, _ in map(str.split, recorded)}
+    assert {name: version for name, version in versions.items() if name in pins and pins[name] != version} == {}
