@@ -3,8 +3,8 @@
     python .ci/wheel_hashes.py check REPORT...     fail unless each wheel's hash is in wheel_hashes.txt
     python .ci/wheel_hashes.py add REPORT...       record them, of another platform or version
 
-REPORT is what `pip install --report` writes. A line of wheel_hashes.txt is a name, a version and a SHA-256; one
-name may have several, for several platforms.
+REPORT is what `pip install --report` writes. A line of wheel_hashes.txt is a name, a version and a SHA-256;
+one name may have several, for several platforms.
 """
 
 from __future__ import annotations
