@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import openai
@@ -269,3 +270,44 @@ async def test_a_gateway_that_lost_its_lease_lets_go(world: World) -> None:
         world.worker.emit(assignment, first=4, ids=IDS[4:], finish=1)
         assert (await until_ended(world, answer.id)).output_text == TEXT
         assert not [message for message in world.worker.messages if message.HasField("stop")]
+
+
+async def test_a_tool_is_called(world: World) -> None:
+    tool: Any = {
+        "type": "function",
+        "name": "add",
+        "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}},
+        "strict": None,
+    }
+    said = '{"a": 1}'
+    stream = await world.client.responses.create(
+        model="py",
+        input="add",
+        tools=[tool],
+        tool_choice={"type": "function", "name": "add"},
+        background=True,
+        stream=True,
+    )
+    await world.serve(TOKENIZER.encode(said).ids)
+    events = [event async for event in stream]
+    assert [event.type for event in events][-5:] == [
+        "response.output_item.added",
+        "response.function_call_arguments.delta",
+        "response.function_call_arguments.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    answer = events[-1].response
+    (call,) = answer.output
+    assert (call.type, call.name, call.arguments) == ("function_call", "add", said)
+
+
+async def test_a_response_is_held_to_its_schema(world: World) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    form: Any = {"type": "json_schema", "name": "n", "schema": schema, "strict": True}
+    serving = asyncio.create_task(world.serve())
+    answer = await world.client.responses.create(model="py", input="hi", text={"format": form})
+    constraint = (await serving).request.sampling.constraint
+    assert json.loads(constraint.json_schema) == schema
+    assert answer.text is not None and answer.text.format is not None
+    assert answer.text.format.to_dict() == form
