@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from trireme.constraints.compiling import compiled, open_tokens
 from trireme.constraints.constraint import constraint_of
+from trireme.errors import InvalidRequest
 from trireme.gateway.chat_template import ChatTemplate
 from trireme.gateway.detokenizer import Vocabulary
 from trireme.gateway.models import ServedModel
@@ -152,3 +153,16 @@ async def test_a_template_without_tools_still_takes_a_plain_conversation() -> No
     plain = replace(MODEL, chat_template=ChatTemplate("{{ messages[0].content }}", {}))
     ids = await plain.tokenize_chat([{"role": "user", "content": "hi"}], tools=[NOW])
     assert VOCABULARY.tokenizer.decode(ids) == "hi"
+
+
+async def test_what_is_nested_too_deep_is_refused_or_stays_text() -> None:
+    deep = '{"a":' * 400 + "{}" + "}" * 400
+    call = {"id": "c", "type": "function", "function": {"name": "add", "arguments": deep}}
+    talk = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    body = parse(ChatBody, json.dumps({"model": "py", "messages": talk}).encode())
+    assert body.messages[0].for_template()["tool_calls"][0]["function"]["arguments"] == deep
+    assert await MODEL.tokenize_chat([message.for_template() for message in body.messages])
+    parameters = json.loads('{"items":' * 60 + "{}" + "}" * 60)
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    with pytest.raises(InvalidRequest, match="levels deep"):
+        chat_sampling(chat(tools=[tool]))

@@ -87,11 +87,12 @@ def _check_size(constraint: Constraint) -> None:
             raise _fault(f"the json_schema is not JSON: {error}") from None
         if not isinstance(schema, dict):
             raise _fault("the json_schema must be an object")
-        if _depth(schema) > MAX_DEPTH:
+        if depth_of(schema) > MAX_DEPTH:
             raise _fault(f"the json_schema is more than {MAX_DEPTH} levels deep")
 
 
-def _depth(value: Any) -> int:
+def depth_of(value: Any) -> int:
+    """Objects and lists inside each other, of any depth."""
     depth, level = 0, [value]
     while level := [item for item in level if isinstance(item, dict | list)]:
         depth += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from trireme.constraints.constraint import ANY_OBJECT
+from trireme.constraints.constraint import ANY_OBJECT, MAX_DEPTH, depth_of
 from trireme.errors import InvalidRequest
 from trireme.gateway.openai_api.bodies import ChatBody, CompletionBody
 from trireme.gateway.openai_api.tool_bodies import MAX_TOOLS, ChosenTool, Function, Tool
@@ -57,6 +57,12 @@ def check_tools(body: ChatBody) -> None:
     names = [tool.function.name for tool in tools]
     if len(set(names)) < len(names):
         raise InvalidRequest("tools: two functions have the same name", param="tools")
+    for number, tool in enumerate(tools):
+        if depth_of(tool.function.parameters) > MAX_DEPTH:
+            raise InvalidRequest(
+                f"tools[{number}]: the parameters are more than {MAX_DEPTH} levels deep",
+                param=f"tools[{number}].function.parameters",
+            )
     choice = body.tool_choice
     if not tools and choice not in (None, "none", "auto"):
         raise InvalidRequest("tool_choice needs tools", param="tool_choice")

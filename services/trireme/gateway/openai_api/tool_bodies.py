@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from trireme.constraints.constraint import MAX_DEPTH, depth_of
+
 MAX_TOOLS = 128
 MAX_CALLS = 64
 """Calls in one message."""
@@ -72,7 +74,7 @@ class ToolCall(_Strict):
             arguments = json.loads(self.function.arguments)
         except (ValueError, RecursionError):
             arguments = None
-        if not isinstance(arguments, dict):
+        if not isinstance(arguments, dict) or depth_of(arguments) > MAX_DEPTH:
             arguments = self.function.arguments
         function = {"name": self.function.name, "arguments": arguments}
         return {"id": self.id, "type": "function", "function": function}
