@@ -29,12 +29,18 @@ HANG_TOKENS = 7
 """As in `triton_client`."""
 
 
-async def answer_all(worker: FakeWorker) -> None:
+def stopped(worker: FakeWorker) -> set[str]:
+    """The requests that the worker was told to stop."""
+    return {m.stop.request_id for m in worker.messages if m.WhichOneof("what") == "stop"}
+
+
+async def answer_all(worker: FakeWorker, begun: set[str]) -> None:
     """Every request gets the same text, token by token; those for HANG_TOKENS only begin."""
     while True:
         assignment = await worker.assigned.get()
         sampling = assignment.request.sampling
         if sampling.max_tokens == HANG_TOKENS:
+            begun.add(assignment.request.request_id)
             worker.emit(assignment, ids=IDS[:2])
             continue
         rows = []
@@ -56,9 +62,11 @@ async def answer_all(worker: FakeWorker) -> None:
 
 
 @asynccontextmanager
-async def answering_gateway(redis_url: str, folder: Path) -> AsyncIterator[tuple[str, FakeWorker]]:
+async def answering_gateway(
+    redis_url: str, folder: Path, begun: set[str] | None = None
+) -> AsyncIterator[tuple[str, FakeWorker]]:
     async with fleet(redis_url, folder) as world, world.gateway() as gateway:
-        answering = asyncio.create_task(answer_all(world.workers[0]))
+        answering = asyncio.create_task(answer_all(world.workers[0], set() if begun is None else begun))
         try:
             yield gateway.grpc_address, world.workers[0]
         finally:
@@ -78,13 +86,13 @@ async def seen_by_triton(address: str) -> dict[str, Any]:
 
 
 async def test_tritons_client_finds_what_it_knows(redis_url: str, tmp_path: Path) -> None:
-    async with answering_gateway(redis_url, tmp_path) as (address, worker):
+    begun: set[str] = set()
+    async with answering_gateway(redis_url, tmp_path, begun) as (address, worker):
         seen = await seen_by_triton(address)
-        stops = [m.stop.request_id for m in worker.messages if m.WhichOneof("what") == "stop"]
+        # Those that only began: of the stream that was left, and what was cancelled or out of time.
         async with asyncio.timeout(60):
-            while len(set(stops)) < 4:  # Three of the stream that was left, one cancelled call.
+            while len(begun) < 3 or not begun <= stopped(worker):
                 await asyncio.sleep(0.05)
-                stops = [m.stop.request_id for m in worker.messages if m.WhichOneof("what") == "stop"]
     assert seen["live"] == [True, True, True]
     assert seen["server"]["name"] == "trireme"
     assert seen["inputs"]["text_input"] == ["BYTES", ["1"]] and seen["inputs"]["stop_words"][1] == ["-1"]
@@ -136,8 +144,10 @@ def check_refusals(refused: dict[str, str]) -> None:
         "streaming": "INVALID_ARGUMENT: one response cannot stream",
         "long": "INVALID_ARGUMENT: the prompt has at least",
         "huge": "RESOURCE_EXHAUSTED: ",
-        "deadline": "DEADLINE_EXCEEDED: ",
     }
+    # Refused at once where it cannot end in time, as a busy machine's fleet may find.
+    late = refused.pop("deadline")
+    assert late.startswith(("StatusCode.DEADLINE_EXCEEDED", "StatusCode.RESOURCE_EXHAUSTED")), late
     wrong = {k: v for k, v in refused.items() if not v.startswith(f"StatusCode.{expected.get(k)}")}
     assert not wrong
     assert refused.keys() == expected.keys()

@@ -102,7 +102,9 @@ def blocking(address: str) -> dict[str, Any]:
             "streaming": refused(lambda: infer("py", asking(stream=([True], np.bool_)))),
             "long": refused(lambda: infer("py", [tensor("text_input", long)])),
             "huge": refused(lambda: infer("py", [*x, tensor("stream", huge, np.bool_)])),
-            "deadline": refused(lambda: infer("py", asking(max_tokens=([HANG_TOKENS], np.int32)), timeout=1)),
+            "deadline": refused(
+                lambda: infer("py", asking(max_tokens=([HANG_TOKENS], np.int32)), timeout=500_000)
+            ),
         }
         answers: queue.Queue[Any] = queue.Queue()
         client.start_stream(lambda result, error: answers.put((result, error)))
