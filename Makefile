@@ -41,7 +41,7 @@ kernels: setup ## build the CPU kernels; without a compiler PyTorch serves
 	-$(VENV)/bin/python -m trireme.kernels.cpu_build
 
 test: kernels ## run all tests that this machine can run
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 golden: kernels ## write tests/golden anew, from what OpenAI's API answers now
 	TRIREME_REWRITE_GOLDEN=1 $(VENV)/bin/python -m pytest -q tests/service/test_golden_openai.py

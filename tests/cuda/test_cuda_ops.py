@@ -103,9 +103,9 @@ def test_what_has_no_kernel_is_not_taken() -> None:
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("head_dim", [64, 24])
-@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("window, cap", [(None, None), (9, None), (None, 0.5)])
 def test_keys_are_appended_and_attended_to_alike(
-    dtype: torch.dtype, head_dim: int, window: int | None
+    dtype: torch.dtype, head_dim: int, window: int | None, cap: float | None
 ) -> None:
     lengths, contexts, kv_heads = (1, 1, 6), (20, 1, 11), 2
     tables = np.random.default_rng(1).permutation(12).reshape(3, 4).astype(np.int64)
@@ -124,7 +124,8 @@ def test_keys_are_appended_and_attended_to_alike(
     ops.append_kv(k, v, expected_caches[0], expected_caches[1], batch.slots)
     cuda_ops.append_kv(k, v, caches[0], caches[1], batch.slots)
     assert torch.equal(caches, expected_caches)
-    actual = cuda_ops.paged_attention(q, caches[0], caches[1], batch, scale=0.125, window=window)
+    kinds = {"scale": 0.125, "window": window, "cap": cap}
+    actual = cuda_ops.paged_attention(q, caches[0], caches[1], batch, **kinds)
     exact = AttentionBatch(
         query_lens=lengths,
         context_lens=contexts,
@@ -134,7 +135,7 @@ def test_keys_are_appended_and_attended_to_alike(
         dtype=torch.float64,
     )
     wide = caches.double()
-    expected = ops.paged_attention(q.double(), wide[0], wide[1], exact, scale=0.125, window=window)
+    expected = ops.paged_attention(q.double(), wide[0], wide[1], exact, **kinds)
     assert_same(actual, expected.to(dtype))
 
 

@@ -110,9 +110,10 @@ def paged_attention(
     *,
     scale: float,
     window: int | None = None,
+    cap: float | None = None,
 ) -> Tensor:
     if not cuda_attention.takes(q, k_cache, batch):
-        return reference.paged_attention(q, k_cache, v_cache, batch, scale=scale, window=window)
+        return reference.paged_attention(q, k_cache, v_cache, batch, scale=scale, window=window, cap=cap)
     return cuda_attention.paged_attention(
-        launcher_of(q.device), q, k_cache, v_cache, batch, scale=scale, window=window
+        launcher_of(q.device), q, k_cache, v_cache, batch, scale=scale, window=window, soft_cap=cap
     )

@@ -252,8 +252,8 @@ def paged_attention(
     Returns:
         (tokens, heads * head_dim), contiguous.
     """
-    if cap is None and q.is_cuda and cuda_ops.is_available(q.device):
-        return cuda_ops.paged_attention(q, k_cache, v_cache, batch, scale=scale, window=window)
+    if q.is_cuda and cuda_ops.is_available(q.device):
+        return cuda_ops.paged_attention(q, k_cache, v_cache, batch, scale=scale, window=window, cap=cap)
     return reference.paged_attention(q, k_cache, v_cache, batch, scale=scale, window=window, cap=cap)
 
 
