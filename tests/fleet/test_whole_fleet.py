@@ -98,7 +98,8 @@ async def test_a_request_that_is_there_at_two_crashes_is_quarantined(fleet: Flee
     async with TriremeClient(fleet.grpc) as client:
         with pytest.raises(RequestQuarantined):
             prompt = list(range(200, 240))
-            sampling = Sampling(max_tokens=1900, temperature=0.0, ignore_eos=True)
+            # Several choices, so that it is not done before its workers are.
+            sampling = Sampling(max_tokens=1900, temperature=0.0, ignore_eos=True, n=4)
             async for event in client.generate("py", prompt, sampling, request_id="poison"):
                 if isinstance(event, Paused):
                     pauses += 1

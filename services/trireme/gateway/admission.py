@@ -347,7 +347,7 @@ class AdmissionControl:
         if load.brown_out.level != before:
             log.warning(
                 "brown_out",
-                extra={"model": name, "level": load.brown_out.level.name.lower(), "pressure": found},
+                extra={"model": name, "step": load.brown_out.level.name.lower(), "pressure": found},
             )
         self._metrics.brown_out.labels(name).set(load.brown_out.level)
         for urgency, class_name in enumerate(URGENCY_NAMES):
