@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,10 +91,20 @@ class LocalFleet:
 
     def worker_pids(self) -> list[int]:
         """Pids of the workers that live now."""
-        return sorted(p.pid for p in self.marked() if p.cmdline()[1:] == ["-m", "trireme.worker"])
+        found = []
+        for process in self.marked():
+            # One that ends while it is looked at is none.
+            with suppress(psutil.NoSuchProcess):
+                if process.cmdline()[1:] == ["-m", "trireme.worker"]:
+                    found.append(process.pid)
+        return sorted(found)
 
     def marked(self) -> list[psutil.Process]:
-        return [psutil.Process(found.pid) for found in self.directory.processes()]
+        living = []
+        for found in self.directory.processes():
+            with suppress(psutil.NoSuchProcess):
+                living.append(psutil.Process(found.pid))
+        return living
 
     def is_ready(self) -> bool:
         return self.trireme("status").returncode == 0
