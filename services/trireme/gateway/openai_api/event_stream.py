@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 from aiohttp import web
+
+from trireme.errors import TriremeError
+from trireme.gateway.openai_api.errors import error_event
 
 
 class EventStream:
@@ -49,3 +54,22 @@ class EventStream:
         """The client is gone: drop what it did not take."""
         if self._request.transport is not None:
             self._request.transport.abort()
+
+
+@asynccontextmanager
+async def failing_in_events(stream: EventStream) -> AsyncIterator[None]:
+    """An error in the block is the last event of a stream that has begun; who is gone is let go.
+
+    Before the first event all is raised: the status can still say it.
+    """
+    try:
+        yield
+    except TriremeError as error:
+        if not stream.has_begun:
+            raise
+        with suppress(ConnectionError, TimeoutError):
+            await stream.send(error_event(error), last=True)
+    except (ConnectionError, TimeoutError):
+        if not stream.has_begun:
+            raise
+        stream.abandon()

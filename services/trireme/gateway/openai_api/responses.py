@@ -28,8 +28,7 @@ from trireme.gateway.answer import Answer
 from trireme.gateway.background_work import BackgroundWork
 from trireme.gateway.generation import Generation
 from trireme.gateway.openai_api.answers import DeletedObject, ObjectPage, ResponseEvent, ResponseObject
-from trireme.gateway.openai_api.errors import error_event
-from trireme.gateway.openai_api.event_stream import EventStream
+from trireme.gateway.openai_api.event_stream import EventStream, failing_in_events
 from trireme.gateway.openai_api.incoming import REQUEST_ID, caller_of, parsed, read_body
 from trireme.gateway.openai_api.listing import flag, kept, page_of, query_of, whole_number
 from trireme.gateway.openai_api.openapi import PAGING_QUERY, described
@@ -242,7 +241,7 @@ class ResponsesApi:
         output = Output(answer, prepared.submissions[0].model.vocabulary, prepared.reader)
         entries: list[Entry] = []
         fresh = events.opening()
-        try:
+        async with failing_in_events(stream):
             while not answer.delivered:
                 try:
                     heard = await answer.news(timeout_s=self._settings.ping_s)
@@ -264,15 +263,6 @@ class ResponsesApi:
             end = output.end()
             events.shown = await self._keep(asked, entries, end)
             await stream.send(_on_the_wire(events.finish(end)), last=True)
-        except TriremeError as error:
-            if not stream.has_begun:
-                raise
-            with suppress(ConnectionError, TimeoutError):
-                await stream.send(error_event(error), last=True)
-        except (ConnectionError, TimeoutError):
-            if not stream.has_begun:
-                raise
-            stream.abandon()
         return stream.response
 
     async def _followed(
@@ -285,7 +275,7 @@ class ResponsesApi:
         events: EventLog | None = None
         place = 0
         silent_since_s = time.monotonic()
-        try:
+        async with failing_in_events(stream):
             while True:
                 fresh: list[Json] = []
                 try:
@@ -317,15 +307,6 @@ class ResponsesApi:
                     await stream.ping()
                     silent_since_s = time.monotonic()
                 await asyncio.sleep(FOLLOW_S)
-        except TriremeError as error:
-            if not stream.has_begun:
-                raise
-            with suppress(ConnectionError, TimeoutError):
-                await stream.send(error_event(error), last=True)
-        except (ConnectionError, TimeoutError):
-            if not stream.has_begun:
-                raise
-            stream.abandon()
         return stream.response
 
     async def _keep(self, asked: Asked, entries: list[Entry], end: End) -> Json:
