@@ -200,7 +200,11 @@ class AdmissionControl:
         if result.admission is Admission.OVER_SHARE:
             reason = f"{waiting} requests wait in the fleet, and this tenant's are its share of them"
             return self._refused(submission, Refusal.TENANT_SHARE, reason, tenants * one_s)
-        reason = "so much of this tenant's work waits already that the first token would come too late"
+        goal_s = self._goals[URGENCY[submission.caller.slo_class]].ttft_s
+        reason = (
+            f"{waiting} requests wait in the fleet, so many of them this tenant's that the first token "
+            f"would come too late: its class may wait {goal_s:g} s"
+        )
         return self._refused(submission, Refusal.FIRST_TOKEN_GOAL, reason, tenants * one_s)
 
     def refused_by_gateway(self, submission: Submission, held: int) -> TriremeError:
