@@ -89,7 +89,11 @@ async def test_an_assignment_leaves_the_queue_and_counts_as_load(bench: Bench) -
     entry = await bench.admit()
     assert await bench.assign(entry)
     load = await bench.redis.hgetall(KEYS.load("w1"))  # type: ignore[attr-defined]
-    assert load == {b"requests": b"1", b"tokens": b"17"}  # 3 prompt tokens and twice 7 answer tokens
+    assert load == {
+        b"requests": b"1",
+        b"tokens": b"17",
+        b"n|t": b"1",
+    }  # 3 prompt tokens and twice 7 answer tokens
     assert await bench.redis.xlen(KEYS.requests) == 0  # type: ignore[attr-defined]
     assert await bench.requests.unread(SCHEDULERS) == 0
     taken = await bench.taken()

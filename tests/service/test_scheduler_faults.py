@@ -15,6 +15,7 @@ from trireme.bus.connection import Keys, open_redis
 from trireme.bus.registry import Registry
 from trireme.bus.request_records import SCHEDULERS, RequestRecords, State
 from trireme.bus.streams import Stream
+from trireme.policies import tenant_places
 from trireme.runtime.spans import NoSpans
 from trireme.scheduler import dispatcher as dispatcher_module
 from trireme.scheduler import tenant_shares
@@ -63,10 +64,10 @@ class Bench:
         await Registry(self.redis, KEYS).put(record)
         await self.view.refresh()
 
-    async def admit(self, name: str, *, deadline_unix_s: float = 0.0) -> None:
+    async def admit(self, name: str, *, deadline_unix_s: float = 0.0, tenant: str = "t") -> None:
         request = AdmittedRequest(
             request_id=name,
-            tenant="t",
+            tenant=tenant,
             model="m",
             prompt_token_ids=[1] * 10,
             sampling=SamplingParameters(max_tokens=5, n=1),
@@ -215,3 +216,35 @@ async def test_an_entry_held_again_while_it_is_handed_over_is_let_go(
         await until(assigned)
         await asyncio.sleep(0.1)
     assert not bench.dispatcher.waiting_by_tenant()
+
+
+async def test_a_flood_leaves_a_place_where_another_tenant_is_about(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tenant_places, "MEMORY_S", 1e-6)
+    await bench.admit("small0", tenant="small")
+    for number in range(60):
+        await bench.admit(f"early{number}", tenant="flood")
+    async with bench.running():
+
+        async def all_are_assigned() -> bool:
+            return len(await bench.assigned()) == 61
+
+        await until(all_are_assigned)
+    await bench.view.refresh()
+    monkeypatch.setattr(tenant_places, "MEMORY_S", 1e6)  # 60 places were the flood's, and one the other's
+    for number in range(90):
+        await bench.admit(f"flood{number}", tenant="flood")
+    async with bench.running():
+
+        async def flood_has_the_rest() -> bool:
+            return len(await bench.assigned()) == 63
+
+        await until(flood_has_the_rest)
+        await bench.admit("late", tenant="small")
+
+        async def small_is_served() -> bool:
+            return "late" in await bench.assigned()
+
+        await until(small_is_served)
+    assert len(await bench.assigned()) == 64

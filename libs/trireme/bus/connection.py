@@ -92,7 +92,7 @@ class Keys:
         return f"{self.prefix}:decisions:{request_id}"
 
     def load(self, worker_id: str) -> str:
-        """Hash: requests and tokens assigned to a worker and not ended."""
+        """Hash: requests and tokens assigned to a worker and not ended, and requests by tenant."""
         return f"{self.prefix}:load:{worker_id}"
 
     @property

@@ -69,6 +69,7 @@ if known[1] == 'queued' and known[2] == ARGV[3] then
   redis.call('EXPIRE', KEYS[5], ARGV[8])
   redis.call('HINCRBY', KEYS[4], 'requests', 1)
   redis.call('HINCRBY', KEYS[4], 'tokens', ARGV[7])
+  redis.call('HINCRBY', KEYS[4], ARGV[9], 1)
   redis.call('SADD', KEYS[6], ARGV[4])
   redis.call('XADD', KEYS[3], '*', 'f', ARGV[5])
   assigned = 1
@@ -117,6 +118,7 @@ redis.call('XACK', KEYS[2], ARGV[2], ARGV[1])
 if redis.call('XDEL', KEYS[2], ARGV[1]) == 1 and redis.call('EXISTS', KEYS[3]) == 1 then
   redis.call('HINCRBY', KEYS[3], 'requests', -1)
   redis.call('HINCRBY', KEYS[3], 'tokens', -tonumber(ARGV[5]))
+  if redis.call('HINCRBY', KEYS[3], ARGV[7], -1) <= 0 then redis.call('HDEL', KEYS[3], ARGV[7]) end
 end
 local known = redis.call('HMGET', KEYS[1], 'state', 'attempt')
 if known[1] == 'assigned' and known[2] == ARGV[3] then
@@ -346,7 +348,15 @@ class RequestRecords:
                     self._keys.load(assignment.worker_id),
                     self._keys.decisions(request.request_id),
                 ],
-                args=[entry_id, WORKERS, request.attempt, state.value, tokens, RETENTION_S],
+                args=[
+                    entry_id,
+                    WORKERS,
+                    request.attempt,
+                    state.value,
+                    tokens,
+                    RETENTION_S,
+                    waiting_work.tenant_field(request.tenant),
+                ],
             )
         )
 
@@ -360,7 +370,15 @@ class RequestRecords:
                 self._keys.load(assignment.worker_id),
                 self._keys.decisions(request.request_id),
             ],
-            args=[entry_id, WORKERS, NO_ATTEMPT, "", tokens, RETENTION_S],
+            args=[
+                entry_id,
+                WORKERS,
+                NO_ATTEMPT,
+                "",
+                tokens,
+                RETENTION_S,
+                waiting_work.tenant_field(request.tenant),
+            ],
         )
 
     async def settle(self, request_id: str, state: State) -> tuple[bool, str]:

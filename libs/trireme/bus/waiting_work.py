@@ -6,7 +6,7 @@ the stream empty forgets all counts, so that what a lost or foreign entry left b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -87,10 +87,26 @@ def expected_tokens(request: AdmittedRequest) -> int:
     return max(1, request.expected_tokens or work_tokens(request))
 
 
+def tenant_field(tenant: str) -> str:
+    """Where a hash counts a tenant's requests."""
+    return f"n|{tenant}"
+
+
+def requests_by_tenant(loads: Iterable[Mapping[bytes, bytes]]) -> dict[str, int]:
+    """The sum of what workers' load hashes count."""
+    found: dict[str, int] = {}
+    for load in loads:
+        for field, count in load.items():
+            if field.startswith(b"n|"):
+                tenant = field[2:].decode()
+                found[tenant] = found.get(tenant, 0) + int(count)
+    return found
+
+
 def words(request: AdmittedRequest) -> list[str | int]:
     """What the scripts need to count a request: tenant's field, requests' field, backlog's field, tokens."""
     where = f"{request.model}|{URGENCY.get(request.slo_class, 1)}|{request.tenant}"
-    return [f"n|{request.tenant}", f"r|{where}", f"t|{where}", expected_tokens(request)]
+    return [tenant_field(request.tenant), f"r|{where}", f"t|{where}", expected_tokens(request)]
 
 
 async def read_waiting(redis: Redis, keys: Keys, worker_ids: Sequence[str]) -> WaitingWork:

@@ -63,12 +63,20 @@ class FairWindow(Generic[K]):
         self._drop_gone(found[0])
 
     def next(
-        self, *, counters: Mapping[str, float], now_s: float, without_models: Container[str] = ()
+        self,
+        *,
+        counters: Mapping[str, float],
+        now_s: float,
+        without_models: Container[str] = (),
+        without: Container[tuple[str, str]] = (),
     ) -> tuple[K, Waiting] | None:
-        """Who goes next among the models that have room; None if nobody can."""
+        """Who goes next among the models that have room, and not among (tenant, model) `without`.
+
+        None if nobody can.
+        """
         best: tuple[tuple[int, float, int, float, str], K, Waiting] | None = None
         for lane, heap in self._lanes.items():
-            if lane[2] in without_models:
+            if lane[2] in without_models or (lane[0], lane[2]) in without:
                 continue
             key = heap[0][3]
             waiting = self._held[key][1]

@@ -144,7 +144,7 @@ async def _learn_from_answers(
         if entry.fact.HasField("finished"):
             finished = entry.fact.finished
             hints.assigned.note_end(finished.worker_id, finished.request_id)
-            view.note_ended(finished.worker_id)
+            view.note_ended(finished.worker_id, tenant=finished.tenant)
             # An answer that was cut off, or that is no text, says nothing of the next one's length.
             if finished.usage.completion_tokens and finished.reason in (
                 FinishReason.FINISH_REASON_STOP,

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from trireme.bus.connection import AWAY
 from trireme.bus.request_records import SCHEDULERS, Handover, RequestRecords, State
@@ -15,7 +15,7 @@ from trireme.bus.waiting_work import URGENCY, work_tokens
 from trireme.policies.fair_sharing import Waiting, cost
 from trireme.policies.fair_window import FairWindow
 from trireme.policies.prefix_index import split_hashes
-from trireme.policies.routing import Choice, RoutedRequest, choose_worker
+from trireme.policies.routing import Choice, RoutedRequest, WorkerView, choose_worker
 from trireme.runtime.spans import Spans, span_ref
 from trireme.scheduler.fleet_view import FleetView
 from trireme.scheduler.metrics import Metrics
@@ -154,9 +154,12 @@ class Dispatcher:
         chosen: list[tuple[Entry[AdmittedRequest], Choice]] = []
         expired: list[Entry[AdmittedRequest]] = []
         full: set[str] = set()
+        kept: set[tuple[str, str]] = set()
         while len(chosen) < HANDOVER_BATCH:
             now_s = time.time()
-            found = self._held.next(counters=self._shares.counters, now_s=now_s, without_models=full)
+            found = self._held.next(
+                counters=self._shares.counters, now_s=now_s, without_models=full, without=kept
+            )
             if found is None:
                 break
             entry = self._entries[found[0]]
@@ -166,9 +169,15 @@ class Dispatcher:
                 if len(expired) >= HANDOVER_BATCH:
                     break
                 continue
-            choice = self._choose(entry.fact)
+            views = self._views(entry.fact)
+            choice = self._choose(entry.fact, views)
             if choice is None:
                 full.add(entry.fact.model)
+                continue
+            tenant = entry.fact.tenant
+            backlogged = self._held.waiting_by_tenant[tenant] > 1
+            if not self._view.may_take(tenant, entry.fact.model, views, backlogged=backlogged):
+                kept.add((tenant, entry.fact.model))  # The others' turn comes all the same.
                 continue
             self._held.discard(entry.entry_id)
             self._note(entry.fact, choice)
@@ -190,8 +199,10 @@ class Dispatcher:
     def _has(self, entry: Entry[AdmittedRequest]) -> bool:
         return entry.entry_id in self._entries
 
-    def _choose(self, request: AdmittedRequest) -> Choice | None:
-        hashes = split_hashes(request.prefix_hashes)
+    def _views(self, request: AdmittedRequest) -> list[WorkerView]:
+        return self._view.views(request.model, split_hashes(request.prefix_hashes))
+
+    def _choose(self, request: AdmittedRequest, views: Sequence[WorkerView]) -> Choice | None:
         routed = RoutedRequest(
             request_id=request.request_id,
             prompt_tokens=len(request.prompt_token_ids),
@@ -200,13 +211,14 @@ class Dispatcher:
             urgency=URGENCY.get(request.slo_class, 1),
             avoid_worker_ids=frozenset(request.avoid_worker_ids),
         )
-        return choose_worker(routed, self._view.views(request.model, hashes))
+        return choose_worker(routed, views)
 
     def _note(self, request: AdmittedRequest, choice: Choice) -> None:
         """Count a choice at once, so that the next one in this pass sees it."""
         self._view.note_assigned(
             choice.worker_id,
             choice.variant,
+            tenant=request.tenant,
             tokens=work_tokens(request),
             hashes=split_hashes(request.prefix_hashes),
         )
@@ -214,7 +226,7 @@ class Dispatcher:
 
     def _take_back(self, request: AdmittedRequest, choice: Choice) -> None:
         """The choice had no effect: it costs the tenant nothing and fills no place."""
-        self._view.note_withdrawn(choice.worker_id, tokens=work_tokens(request))
+        self._view.note_withdrawn(choice.worker_id, tenant=request.tenant, tokens=work_tokens(request))
         self._shares.charge(request.tenant, -self._cost(request, choice))
 
     def _cost_of(self, key: bytes) -> float:
