@@ -25,8 +25,15 @@ pip=("$python" -m pip --disable-pip-version-check --no-cache-dir)
 
 "${pip[@]}" wheel --quiet --no-deps --wheel-dir "$scratch" .
 wheel=$(echo "$scratch"/trireme-*.whl)
-"$python" -m zipfile -l "$wheel" | grep -q 'trireme/kernels/libtrireme_cpu_.*\.so' \
+"$python" - "$wheel" <<'PY' \
   || { echo "image_build: the wheel has no CPU kernels: is there a C++ compiler?" >&2; exit 1; }
+import fnmatch
+import sys
+import zipfile
+
+names = zipfile.ZipFile(sys.argv[1]).namelist()
+sys.exit(not fnmatch.filter(names, "trireme/kernels/libtrireme_cpu_*.so"))
+PY
 
 extras=local
 [ "$target" = cuda ] && extras=$extras,nvidia
