@@ -128,7 +128,7 @@ async def test_every_route_refuses_without_a_key(world: World) -> None:
             assert answer["www-authenticate"] == "Bearer"
             if method != "HEAD":
                 assert body["error"]["code"] == "invalid_api_key"
-    assert len(OPEN_PATHS) == 2, "a path that opens without a key: is that meant?"
+    assert len(OPEN_PATHS) == 3, "a path that opens without a key: is that meant?"
 
 
 async def test_every_rpc_refuses_without_a_key(world: World) -> None:

@@ -97,6 +97,27 @@ async def test_the_usage_chunk_reaches_the_client(world: World) -> None:
     assert chunks[-1].usage.completion_tokens == len(IDS)
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_each_chunk_says_the_tokens_so_far_where_that_is_asked_for(world: World, path: str) -> None:
+    serving = asyncio.create_task(world.serve())
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    prompt = {"prompt": "x"} if path == "/v1/completions" else {"messages": USER}
+    _, raw, _ = await world.post(
+        path, {"model": "py", **prompt, "stream": True, "n": 2, "stream_options": options}
+    )
+    await serving
+    lines = [line.removeprefix("data: ") for line in raw.decode().split("\n\n") if line.startswith("data: {")]
+    *chunks, last = [json.loads(line) for line in lines]
+    usages = [chunk["usage"] for chunk in chunks]
+    counts = [usage["completion_tokens"] for usage in usages]
+    assert counts == sorted(counts) and counts[-1] == last["usage"]["completion_tokens"] == 2 * len(IDS)
+    assert len(set(counts)) > 2, "they grow along the stream"
+    prompt_tokens = last["usage"]["prompt_tokens"]
+    for usage in usages:
+        assert usage["prompt_tokens"] == prompt_tokens > 0
+        assert usage["total_tokens"] == prompt_tokens + usage["completion_tokens"]
+
+
 async def test_n_choices_each_have_their_stream(world: World) -> None:
     serving = asyncio.create_task(world.serve())
     stream = await world.client.chat.completions.create(model="py", messages=USER, stream=True, n=2)
@@ -323,6 +344,11 @@ BAD: list[tuple[dict[str, Any], str | None, str]] = [
     ({"store": True}, "store", "not stored"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
     ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", "unrecognized"),
+    (
+        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+        "stream_options.continuous_usage_stats",
+        "include_usage",
+    ),
     ({"service_tier": "gold"}, "service_tier", ""),
     ({"seed": 2**63}, "seed", ""),
     ({"priority": 1000}, "priority", ""),
@@ -612,7 +638,7 @@ async def test_probes_and_metrics_stand_beside_the_api(world: World) -> None:
     await world.client.completions.create(model="py", prompt="x")
     await serving
     await world.post("/v1/completions", {"model": "none", "prompt": "x"})
-    for path, status in (("/livez", 200), ("/readyz", 200)):
+    for path, status in (("/livez", 200), ("/readyz", 200), ("/health", 200)):
         async with world.http.get(world.url + path) as response:
             assert response.status == status
     async with world.http.get(world.url + "/metrics") as response:

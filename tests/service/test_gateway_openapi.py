@@ -56,7 +56,7 @@ async def test_every_route_is_described_and_answers_as_it_says(
             checks.check(method, path, response.status, kind, raw)
             return raw
 
-    for path in ("/openapi.json", "/metrics", "/livez", "/readyz", "/v1/models", "/v1/models/py"):
+    for path in ("/openapi.json", "/metrics", "/livez", "/readyz", "/health", "/v1/models", "/v1/models/py"):
         await ask("GET", path)
     await ask("GET", "/v1/models/none")
     for path, body, told in (
@@ -72,6 +72,11 @@ async def test_every_route_is_described_and_answers_as_it_says(
             events = checks.check_events(path, await ask("POST", path, {**body, **change, **options}))
             assert len(events) > 2 and events[-1]["usage"]
             await serving
+        serving = asyncio.create_task(world.serve())
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        counted = {**body, "stream": True, "stream_options": options}
+        assert all(event["usage"] for event in checks.check_events(path, await ask("POST", path, counted)))
+        await serving
         await ask("POST", path, {**body, "temperature": 9})
         await ask("POST", path, {**body, "model": "none"})
     for form in ("float", "base64"):
@@ -83,7 +88,7 @@ async def test_every_route_is_described_and_answers_as_it_says(
     await ask("POST", "/v1/responses", {"model": "py", "input": "x", "max_output_tokens": 50})
     await serving
     # A busy machine's fleet may miss a heartbeat: both of its answers are described.
-    answered = {(m, p) for m, p, status in checks.seen if status == "200" or p == "/readyz"}
+    answered = {(m, p) for m, p, status in checks.seen if status == "200" or p in ("/readyz", "/health")}
     plain = {(m, p) for m, p in operations if "{" not in p and not p.startswith(("/v1/files", "/v1/batches"))}
     assert plain <= answered  # Calls about stored objects are held to it by their own tests' client.
 

@@ -12,7 +12,10 @@ from trireme.runtime.health import HealthReporter
 
 
 def metrics_routes(metrics: CollectorRegistry, health: HealthReporter) -> list[web.RouteDef]:
-    """`/metrics`, `/livez` (the process answers) and `/readyz` (it makes progress)."""
+    """`/metrics`, `/livez` (the process answers) and `/readyz` (it makes progress).
+
+    `/health` is `/readyz` under the name that clients of vLLM and llama.cpp ask for.
+    """
 
     async def show_metrics(_: web.Request) -> web.Response:
         return web.Response(body=generate_latest(metrics), headers={"Content-Type": CONTENT_TYPE_LATEST})
@@ -24,7 +27,12 @@ def metrics_routes(metrics: CollectorRegistry, health: HealthReporter) -> list[w
         found = health.overall()
         return web.Response(text=found.status + "\n", status=200 if found.healthy else 503)
 
-    return [web.get("/metrics", show_metrics), web.get("/livez", live), web.get("/readyz", ready)]
+    return [
+        web.get("/metrics", show_metrics),
+        web.get("/livez", live),
+        web.get("/readyz", ready),
+        web.get("/health", ready),
+    ]
 
 
 @asynccontextmanager

@@ -24,7 +24,7 @@ from trireme.gateway.submission import DEFAULT_TENANT, checked_name
 from trireme.runtime.serving import Context, abort
 from trireme.runtime.tenant_keys import KeyBook, Role, Tenant
 
-OPEN_PATHS = frozenset({"/livez", "/readyz"})
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"})
 """Routes that need no key: they say one word about the process."""
 OPEN_SERVICES = ("/grpc.health.v1.Health/",)
 ROLE_OF_PATH = {"/metrics": Role.METRICS}

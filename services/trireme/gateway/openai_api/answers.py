@@ -54,6 +54,14 @@ class Usage(_Answer):
     trireme: Account
 
 
+class UsageSoFar(_Answer):
+    """In the middle of a stream, with stream_options.continuous_usage_stats."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
 class TokenLogprob(_Answer):
     token: str
     logprob: float
@@ -143,8 +151,9 @@ class ChatCompletionChunk(_Answer):
     created: int
     model: str
     choices: list[ChatChunkChoice]
-    usage: Usage | None = None
-    """With stream_options.include_usage: null, and the totals in a last chunk without choices."""
+    usage: Usage | UsageSoFar | None = None
+    """With stream_options.include_usage: null, or what was counted so far where that was asked for; the
+    totals are in a last chunk without choices."""
 
 
 class TextLogprobs(_Answer):
@@ -188,7 +197,7 @@ class TextCompletionChunk(_Answer):
     created: int
     model: str
     choices: list[TextChunkChoice]
-    usage: Usage | None = None
+    usage: Usage | UsageSoFar | None = None
 
 
 class Embedding(_Answer):

@@ -83,7 +83,7 @@ class OpenAiApi:
             prompt_cache_key=body.prompt_cache_key,
         )
         prepared = await prepare_chat(self._core, body, caller)
-        return await self._answer(request, prepared, bool(body.stream), body.includes_usage)
+        return await self._answer(request, prepared, body)
 
     @described("Go on from a prompt.", body=CompletionBody, answer=TextCompletion, event=TextCompletionChunk)
     async def completions(self, request: web.Request) -> web.StreamResponse:
@@ -93,7 +93,7 @@ class OpenAiApi:
             request, raw, self._settings, priority=body.priority, service_tier=body.service_tier
         )
         prepared = await prepare_completion(self._core, body, caller)
-        return await self._answer(request, prepared, bool(body.stream), body.includes_usage)
+        return await self._answer(request, prepared, body)
 
     @described("Turn texts into vectors.", body=EmbeddingsBody, answer=EmbeddingList)
     async def embeddings(self, request: web.Request) -> web.StreamResponse:
@@ -131,10 +131,10 @@ class OpenAiApi:
         self,
         request: web.Request,
         prepared: Prepared,
-        stream: bool,
-        with_usage: bool,
+        body: ChatBody | CompletionBody,
     ) -> web.StreamResponse:
         submissions, shape = prepared.submissions, prepared.shape
+        stream, with_usage = bool(body.stream), body.includes_usage
         given = request[REQUEST_ID]
         base_id = submissions[0].caller.request_id
         if len(submissions) > 1:
@@ -146,6 +146,7 @@ class OpenAiApi:
             created=int(time.time()),
             model=prepared.model,
             with_usage=stream and with_usage,
+            counts_along=body.counts_along,
         )
         try:
             return await self._once(request, submissions, shape, frame, stream, with_usage)

@@ -58,6 +58,8 @@ class Strict(BaseModel):
 
 class StreamOptions(Strict):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """With `include_usage`: each chunk says the tokens so far, as vLLM's do."""
     include_obfuscation: bool | None = None
     """Accepted: padding is a server's choice, and none is sent."""
 
@@ -149,6 +151,10 @@ class _Body(_Tolerant):
     @property
     def includes_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def counts_along(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
 
 class ChatBody(_Body):
@@ -247,6 +253,11 @@ def parse(body_class: type[B], raw: bytes) -> B:
         raise _fault(error) from None
     if isinstance(body, _Body) and body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
+    if isinstance(body, _Body) and body.counts_along and not body.includes_usage:
+        raise InvalidRequest(
+            "continuous_usage_stats needs include_usage to be true",
+            param="stream_options.continuous_usage_stats",
+        )
     return body
 
 

@@ -140,6 +140,7 @@ def _render(
     for event in events:
         match event:
             case Delta():
+                call.frame.count(answer_tokens=len(event.token_ids))
                 index = number * call.choices_each + event.choice
                 part = parts[index]
                 if not part.opened:
@@ -160,7 +161,7 @@ def _render(
             case Paused():
                 lines.append(f": paused: {event.reason}\n\n")
             case Accepted():
-                pass
+                call.frame.count(prompt_tokens=event.prompt_tokens)
     return "".join(lines)
 
 

@@ -97,6 +97,12 @@ _OF_THE_PROCESS = {
         refusals=(),
         plain_refusals={503: "It cannot; the text says why."},
     ),
+    "/health": Description(
+        summary="As `/readyz`, for clients that know servers by this name.",
+        text="text/plain",
+        refusals=(),
+        plain_refusals={503: "It cannot; the text says why."},
+    ),
 }
 """Routes that all services have; they know nothing of this module."""
 

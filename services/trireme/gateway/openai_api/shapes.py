@@ -181,13 +181,35 @@ class TextShape:
 
 
 class Frame:
-    """What is equal in all chunks of a call."""
+    """What is equal in all chunks of a call, and with `counts_along` the tokens so far."""
 
-    def __init__(self, shape: Shape, *, call_id: str, created: int, model: str, with_usage: bool) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        call_id: str,
+        created: int,
+        model: str,
+        with_usage: bool,
+        counts_along: bool = False,
+    ) -> None:
         self.head = {"id": shape.id_prefix + call_id, "created": created, "model": model}
         opening = json.dumps({**self.head, "object": shape.chunk_object_name}, separators=(",", ":"))
         self._before = f'data: {opening[:-1]},"choices":['
         self._after = '],"usage":null}\n\n' if with_usage else "]}\n\n"
+        self._counts_along = counts_along
+        self._prompt_tokens = self._answer_tokens = 0
+
+    def count(self, *, prompt_tokens: int = 0, answer_tokens: int = 0) -> None:
+        """More tokens of the call, for the chunks from now on."""
+        if self._counts_along:
+            self._prompt_tokens += prompt_tokens
+            self._answer_tokens += answer_tokens
+            prompt, answer = self._prompt_tokens, self._answer_tokens
+            self._after = (
+                f'],"usage":{{"prompt_tokens":{prompt},"completion_tokens":{answer},'
+                f'"total_tokens":{prompt + answer}}}}}\n\n'
+            )
 
     def chunk(self, choice: str) -> str:
         """One event of the stream."""
