@@ -109,37 +109,37 @@ def running(
     *,
     encoders: Mapping[str, Path] | None = None,
     more_variants: Mapping[str, object] | None = None,
+    changes: Mapping[str, Mapping[str, object]] | None = None,
     **worker: object,
 ) -> Iterator[Fleet]:
     """A fleet with two workers of these options until the block ends; it must leave nothing behind.
 
     `encoders`: checkpoints of further models, by name. `more_variants`: of the model, which no worker loads.
+    `changes`: to sections of the fleet file.
     """
     own = {"checkpoint": str(REPOSITORY / "checkpoints" / VARIANT)}
     run_dir = directory / "run"
     config = directory / "fleet.yaml"
-    config.write_text(
-        yaml.safe_dump(
-            {
-                "models": {
-                    "py": {"default": VARIANT, "variants": {VARIANT: own, **(more_variants or {})}},
-                    **{
-                        name: {"variants": {f"{name}-v": {"checkpoint": str(checkpoint)}}}
-                        for name, checkpoint in (encoders or {}).items()
-                    },
-                },
-                "workers": [{"name": "worker", "replicas": 2, **worker}],
-                "gateway": {
-                    "replicas": 2,
-                    "http": f"127.0.0.1:{free_port(2)}",
-                    "grpc": f"127.0.0.1:{free_port(2)}",
-                },
-                "scheduler": {"replicas": 2},
-                "kvstore": {"dram_mib": 64, "ssd_mib": 64},
-            }
-        ),
-        encoding="utf-8",
-    )
+    document: dict[str, object] = {
+        "models": {
+            "py": {"default": VARIANT, "variants": {VARIANT: own, **(more_variants or {})}},
+            **{
+                name: {"variants": {f"{name}-v": {"checkpoint": str(checkpoint)}}}
+                for name, checkpoint in (encoders or {}).items()
+            },
+        },
+        "workers": [{"name": "worker", "replicas": 2, **worker}],
+        "gateway": {
+            "replicas": 2,
+            "http": f"127.0.0.1:{free_port(2)}",
+            "grpc": f"127.0.0.1:{free_port(2)}",
+        },
+        "scheduler": {"replicas": 2},
+        "kvstore": {"dram_mib": 64, "ssd_mib": 64},
+    }
+    for section, change in (changes or {}).items():
+        document[section] = {**document.get(section, {}), **change}  # type: ignore[dict-item]
+    config.write_text(yaml.safe_dump(document), encoding="utf-8")
     started = command(run_dir, "up", "--detach", "--config", str(config))
     assert started.returncode == 0, started.stdout + started.stderr
     try:

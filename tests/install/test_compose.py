@@ -155,8 +155,7 @@ def test_prometheus_asks_at_the_ports_that_serve_metrics() -> None:
     assert asked.keys() == OURS.keys()
     for container, port in asked.items():
         found = settings(container)
-        http = found.http_listen if container == "gateway" else found.metrics_listen
-        assert int(http.rpartition(":")[2]) == port
+        assert int(found.metrics_listen.rpartition(":")[2]) == port
 
 
 def test_files_and_volumes_that_are_named_exist() -> None:

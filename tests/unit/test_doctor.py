@@ -99,6 +99,7 @@ SICK: dict[str, FleetFacts] = {
     "cpu_kernels_missing": replace(WELL, cpu_kernels=False),
     "meter_silent": samples("power", Sample("trireme_power_reading_age_seconds", 600.0)),
     "carbon_signal_old": samples("power", Sample("trireme_carbon_signal_age_seconds", 10**6)),
+    "metrics_hidden": with_processes(process("gateway", metrics_error="it wants a key")),
     "starting": replace(WELL, phase="starting", waiting_for="workers"),
 }
 

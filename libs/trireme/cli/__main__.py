@@ -18,6 +18,7 @@ from trireme.cli.quantize import quantize
 from trireme.cli.scale import scale
 from trireme.cli.simulate import simulate
 from trireme.cli.status import status
+from trireme.cli.tls import tls
 from trireme.cli.top import top
 from trireme.cli.up import up
 
@@ -37,6 +38,7 @@ app = typer.Typer(
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(keys)
+app.add_typer(tls)
 
 
 def main() -> None:

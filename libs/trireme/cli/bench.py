@@ -58,6 +58,9 @@ def bench(
     vocabulary: Annotated[int, typer.Option(min=2, help="Synthetic token ids stay below this.")] = 4096,
     seed: int = 0,
     output: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+    run_dir: Annotated[
+        Path, typer.Option("--run-dir", help="Without --address: the fleet's run directory.")
+    ] = Path(".run"),
 ) -> None:
     """Measure TTFT, TPOT, ITL, e2e, goodput, throughput and energy.
 
@@ -70,6 +73,7 @@ def bench(
     if sum(choice is not None for choice in (concurrency, rate, trace)) > 1:
         raise InvalidConfiguration("choose one of --concurrency, --rate and --trace", param="--rate")
 
+    from trireme.cli.connecting import gateway_addresses, openai_base_url
     from trireme.load import drivers, plan, report
 
     lengths = plan.Lengths(prompt_tokens=prompt_tokens, answer_tokens=answer_tokens, spread=spread)
@@ -103,12 +107,17 @@ def bench(
     opened: AbstractAsyncContextManager[Driver]
     if api is Api.GRPC:
         opened = drivers.grpc_driver(
-            address or ["127.0.0.1:9000"], model=model, temperature=temperature, ignore_eos=not honour_eos
+            gateway_addresses(address or (), run_dir),
+            model=model,
+            temperature=temperature,
+            ignore_eos=not honour_eos,
         )
     else:
-        base_url = (address or ["http://127.0.0.1:8000/v1"])[0].rstrip("/")
         opened = drivers.openai_driver(
-            base_url, model=model, temperature=temperature, ignore_eos=not honour_eos
+            openai_base_url(address or (), run_dir),
+            model=model,
+            temperature=temperature,
+            ignore_eos=not honour_eos,
         )
     in_flight = None if rate is not None or trace is not None else concurrency or 8
     finished = asyncio.run(_run(opened, planned, in_flight))

@@ -12,6 +12,7 @@ from rich.console import Console
 from trireme.cli.fleet_report import living_processes
 from trireme.cli.run_directory import RunDirectory
 from trireme.cli.showing import table, wide_console
+from trireme.cli.tls_directory import speak_as_fleet
 from trireme.errors import ServiceUnavailable
 from trireme.runtime.tls import open_channel
 from trireme.wire.bus.v1.facts_pb2 import Decision
@@ -38,7 +39,9 @@ def explain_request(request_id: str, run_dir: Path, *, as_json: bool) -> None:
 
 
 async def _ask(request_id: str, run_directory: RunDirectory) -> pb.ExplainResponse:
-    records = await living_processes(run_directory.running())
+    state = run_directory.running()
+    speak_as_fleet(state.tls)
+    records = await living_processes(state)
     address = next((record.grpc_address for record in records if record.service == "scheduler"), "")
     if not address:
         raise ServiceUnavailable("no scheduler lives: see `trireme status`, then try again")

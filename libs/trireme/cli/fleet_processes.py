@@ -12,8 +12,10 @@ from pathlib import Path
 
 from trireme.cli.redis_server import RedisServer
 from trireme.cli.run_directory import MARK, RunDirectory
+from trireme.cli.tls_directory import TlsDirectory, check_tls
 from trireme.errors import InvalidConfiguration
 from trireme.runtime.fleet import Fleet
+from trireme.runtime.tenant_keys import load_keys
 
 STOP_RANKS: Mapping[str, tuple[int, float]] = {
     "gateway": (0, 40.0),
@@ -65,7 +67,9 @@ def plan_processes(
 ) -> FleetPlan:
     """The processes of `fleet`, read from `path`; `redis` is None where fleet.yaml names a server."""
     redis_url = redis.url if redis is not None else fleet.redis.url or ""
-    marked = {**os.environ, MARK: str(run_directory.path), "PYTHONUNBUFFERED": "1"}
+    certificates = TlsDirectory(fleet.tls.directory) if fleet.tls is not None else None
+    inner_tls = certificates.service_variables() if certificates is not None else {}
+    marked = {**os.environ, **inner_tls, MARK: str(run_directory.path), "PYTHONUNBUFFERED": "1"}
     base = {"REDIS_URL": redis_url, "BUS_PREFIX": fleet.name, "FLEET": str(path), "NODE": fleet.node}
     inner = {"LISTEN": "127.0.0.1:0", "METRICS_LISTEN": "127.0.0.1:0"}
 
@@ -96,6 +100,9 @@ def plan_processes(
         listen["MAX_PROMPT_TOKENS"] = str(fleet.gateway.max_request_tokens)
         if fleet.gateway.keys is not None:
             listen["KEYS"] = str(fleet.gateway.keys)
+        if fleet.tls is not None and certificates is not None:
+            asks = fleet.tls.client_certificates
+            listen |= certificates.gateway_settings(client_certificates=asks)
         if fleet.gateway.operator is not None and index == 0:
             listen["OPERATOR_LISTEN"] = fleet.gateway.operator
         if fleet.gateway.allow_anonymous:
@@ -160,6 +167,23 @@ def _check_port(host: str, port: int, key: str, path: Path) -> None:
             taken = error.errno == errno.EADDRINUSE
             why = "is in use" if taken else f"cannot be listened on ({error.strerror})"
             raise InvalidConfiguration(f"{host}:{port} {why}: change {key} in {path}", param=key) from error
+
+
+def check_credentials(fleet: Fleet, path: Path) -> None:
+    """Fail early where keys or certificates could not be read.
+
+    Raises:
+        InvalidConfiguration: a file is absent or not right; names the key in fleet.yaml.
+    """
+    if fleet.gateway.keys is not None:
+        try:
+            load_keys(fleet.gateway.keys)
+        except InvalidConfiguration as error:
+            raise InvalidConfiguration(
+                f"{path}: gateway.keys: {error.message}; `trireme keys new` makes keys", param="gateway.keys"
+            ) from error
+    if fleet.tls is not None:
+        check_tls(fleet.tls.directory, path)
 
 
 def check_checkpoints(fleet: Fleet, path: Path) -> None:

@@ -89,6 +89,8 @@ class FleetReport:
     run_dir: str
     fleet: str
     http: list[str]
+    http_scheme: str
+    """http, or https where the fleet has certificates."""
     grpc: list[str]
     bus: str
     """answers, or away."""
@@ -151,6 +153,7 @@ async def report(state: FleetState, run_directory: RunDirectory) -> FleetReport:
         run_dir=str(run_directory.path),
         fleet=state.fleet,
         http=state.http,
+        http_scheme=state.http_scheme,
         grpc=state.grpc,
         bus="answers" if sighting.redis_answers else "away",
         waiting_requests=waiting,

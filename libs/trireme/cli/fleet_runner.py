@@ -23,6 +23,7 @@ from trireme.cli.readiness import LOOK_TIMEOUT_S, Sighting, health_of, look
 from trireme.cli.redis_server import prepare
 from trireme.cli.run_directory import FleetState, Phase, RunDirectory
 from trireme.cli.supervisor import TICK_S, Child, Supervisor, become_subreaper
+from trireme.cli.tls_directory import speak_as_fleet
 from trireme.errors import ServiceUnavailable
 from trireme.runtime.child_processes import bound_log, identify, last_lines
 from trireme.runtime.fleet import Fleet
@@ -82,9 +83,11 @@ class _Runner:
             http=[spec.environ["TRIREME_GATEWAY_HTTP_LISTEN"] for spec in gateways],
             grpc=[spec.grpc_address for spec in gateways],
             operator=plan.fleet.gateway.operator or "",
+            tls=str(plan.fleet.tls.directory) if plan.fleet.tls is not None else "",
             supervisor_pid=os.getpid(),
             supervisor_started_unix_s=own.started_unix_s if own is not None else 0.0,
         )
+        speak_as_fleet(self._state.tls, over_environment=True)
         url, credentials = redis_options(plan.redis_url)
         self._redis = Redis.from_url(
             url,

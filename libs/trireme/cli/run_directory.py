@@ -72,6 +72,8 @@ class FleetState:
     """host:port of each gateway replica's gRPC server."""
     operator: str = ""
     """host:port of the page for operators; empty: there is none."""
+    tls: str = ""
+    """Directory of the fleet's certificates; empty: plaintext."""
     supervisor_pid: int = 0
     supervisor_started_unix_s: float = 0.0
     processes: list[SupervisedProcess] = field(default_factory=list)
@@ -80,6 +82,10 @@ class FleetState:
     """While starting: what is not there yet."""
     error: str = ""
     """Where it failed: one sentence."""
+
+    @property
+    def http_scheme(self) -> str:
+        return "https" if self.tls else "http"
 
     @property
     def supervisor(self) -> ProcessIdentity:

@@ -11,6 +11,7 @@ from rich.console import Console
 from trireme.cli.fleet_report import living_processes
 from trireme.cli.placement_client import CALL_TIMEOUT_S, placement
 from trireme.cli.run_directory import RunDirectory
+from trireme.cli.tls_directory import speak_as_fleet
 from trireme.errors import InvalidConfiguration, RequestConflict, ServiceUnavailable
 from trireme.wire.bus.v1.facts_pb2 import ProcessRecord
 from trireme.wire.placement.v1 import placement_pb2 as pb
@@ -51,7 +52,9 @@ async def _scale(wanted: dict[str, int], run_directory: RunDirectory, *, wait_s:
     if address:
         records = [ProcessRecord(service="placement", grpc_address=address)]
     else:
-        records = await living_processes(run_directory.running())
+        state = run_directory.running()
+        speak_as_fleet(state.tls)
+        records = await living_processes(state)
     async with placement(records) as stub:
         for name, replicas in wanted.items():
             request = pb.ScaleRequest(group=name, replicas=replicas)

@@ -15,6 +15,7 @@ from rich.text import Text
 from trireme.cli.failing import FAILURE
 from trireme.cli.fleet_report import FleetReport, ServiceReport, WorkerReport, report
 from trireme.cli.run_directory import RunDirectory
+from trireme.cli.tls_directory import speak_as_fleet
 
 GOOD = {"SERVING", "ready", "up"}
 
@@ -27,6 +28,7 @@ def show_status(run_dir: Path, *, as_json: bool) -> None:
     """
     run_directory = RunDirectory.at(run_dir)
     state = run_directory.running()
+    speak_as_fleet(state.tls)
     seen = asyncio.run(report(state, run_directory))
     if as_json:
         print(json.dumps(asdict(seen), indent=2))
@@ -60,7 +62,7 @@ def heading(seen: FleetReport) -> RenderableType:
     groups = ", ".join(f"{group.group} {group.ready}/{group.desired}" for group in seen.groups)
     lines = [
         f"fleet {seen.fleet} in {seen.run_dir}: {seen.phase}",
-        "HTTP " + ", ".join(f"http://{address}/v1" for address in seen.http),
+        "HTTP " + ", ".join(f"{seen.http_scheme}://{address}/v1" for address in seen.http),
         "gRPC " + ", ".join(seen.grpc),
         f"bus {seen.bus}; {seen.waiting_requests} requests wait for a worker; workers ready: {groups or '?'}",
     ]

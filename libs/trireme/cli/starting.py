@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from trireme.cli.failing import FAILURE, fail
-from trireme.cli.fleet_processes import check_checkpoints, check_ports
+from trireme.cli.fleet_processes import check_checkpoints, check_credentials, check_ports
 from trireme.cli.fleet_runner import run_fleet
 from trireme.cli.run_directory import MARK, AlreadyRunning, FleetState, RunDirectory
 from trireme.runtime.child_processes import last_lines
@@ -110,6 +110,7 @@ def _checked(path: Path, run_directory: RunDirectory) -> Fleet:
         )
     check_ports(fleet, path)
     check_checkpoints(fleet, path)
+    check_credentials(fleet, path)
     return fleet
 
 
@@ -118,8 +119,8 @@ def show_ready(state: FleetState, console: Console) -> None:
     for phase in state.timeline:
         console.print(f"  {phase.seconds:7.2f} s  {phase.name}")
     for address in state.http:
-        console.print(f"HTTP  http://{address}/v1")
+        console.print(f"HTTP  {state.http_scheme}://{address}/v1")
     for address in state.grpc:
         console.print(f"gRPC  {address}")
     if state.operator:
-        console.print(f"page  http://{state.operator}/ for operators")
+        console.print(f"page  {state.http_scheme}://{state.operator}/ for operators")

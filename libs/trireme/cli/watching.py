@@ -14,6 +14,7 @@ from rich.text import Text
 from trireme.cli.fleet_report import FleetReport, living_processes, report
 from trireme.cli.run_directory import RunDirectory
 from trireme.cli.showing import heading, services_table, table, wide_console, workers_table
+from trireme.cli.tls_directory import speak_as_fleet
 from trireme.runtime.tls import open_channel
 from trireme.wire.bus.v1.facts_pb2 import ProcessRecord
 from trireme.wire.kvstore.v1 import kvstore_pb2
@@ -38,6 +39,7 @@ def watch_fleet(run_dir: Path, *, period_s: float, count: int) -> None:
 
 async def _watch(run_directory: RunDirectory, *, period_s: float, count: int) -> None:
     console = wide_console()
+    speak_as_fleet(run_directory.running().tls)
     looks, before_tokens, before_s = 0, 0, 0.0
     with Live(console=console, screen=console.is_terminal and count == 0, auto_refresh=False) as live:
         while True:

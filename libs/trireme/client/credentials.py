@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,27 @@ def client_tls() -> ClientTls | None:
     """
     variables = {name: value for name, value in os.environ.items() if name.startswith(TLS_PREFIX) and value}
     return load(ClientTls, variables, prefix=TLS_PREFIX) if variables else None
+
+
+def client_ssl_context(tls: ClientTls | None) -> ssl.SSLContext | None:
+    """For HTTP clients. None: as the environment says; None comes back where that is plaintext.
+
+    Raises:
+        InvalidConfiguration: a file is absent or not right, or a variable is.
+    """
+    tls = tls or client_tls()
+    if tls is None or not tls.enabled:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=tls.ca)
+        if tls.cert is not None:
+            context.load_cert_chain(tls.cert, tls.key)
+    except OSError as error:  # ssl's own errors among them.
+        raise InvalidConfiguration(
+            f"{tls.ca or 'the system'}, {tls.cert} and {tls.key} are no authority and pair in PEM: {error}",
+            param=TLS_PREFIX,
+        ) from error
+    return context
 
 
 def open_gateway(address: str, options: Any, tls: ClientTls | None) -> grpc.aio.Channel:

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import aiohttp
 import grpc
 
-from trireme.client.credentials import call_metadata, open_gateway
+from trireme.client.credentials import call_metadata, client_ssl_context, open_gateway
 from trireme.load.outcome import Outcome
 from trireme.load.plan import PlannedRequest
 from trireme.wire.inference.v1 import inference_pb2 as pb
@@ -111,7 +111,8 @@ async def openai_driver(
     A server that does not know `ignore_eos` is asked without it.
     """
     headers = dict(call_metadata(api_key))
-    connector = aiohttp.TCPConnector(limit=0)
+    secure = client_ssl_context(None) if base_url.startswith("https://") else None
+    connector = aiohttp.TCPConnector(limit=0, ssl=secure if secure is not None else True)
     session = aiohttp.ClientSession(
         headers=headers, connector=connector, timeout=aiohttp.ClientTimeout(total=600)
     )

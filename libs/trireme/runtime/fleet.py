@@ -187,6 +187,15 @@ class Gateway(_Section):
     """Without keys: answer anyone, also from other machines."""
 
 
+class Tls(_Section):
+    """Certificates: between services, and shown by gateways."""
+
+    directory: Path
+    """As `trireme tls new` lays it out. Replaced files are taken up while the fleet runs."""
+    client_certificates: bool = False
+    """Gateways ask clients for a certificate of the authority in `ca.crt`."""
+
+
 class Scheduler(_Section):
     replicas: int = Field(default=1, ge=1, le=64)
 
@@ -244,6 +253,8 @@ class Fleet(_Section):
     workers: list[WorkerGroup] = Field(default_factory=lambda: [WorkerGroup()], min_length=1)
     gateway: Gateway = Gateway()
     slo: Slo = Slo()
+    tls: Tls | None = None
+    """Absent: plaintext."""
     scheduler: Scheduler = Scheduler()
     redis: Redis = Redis()
     kvstore: KvStore = KvStore()
@@ -326,5 +337,6 @@ def _anchored(fleet: Fleet, root: Path) -> Fleet:
             "power": fleet.power.model_copy(update={"carbon": carbon}),
             "kvstore": fleet.kvstore.model_copy(update={"directory": absolute(fleet.kvstore.directory)}),
             "gateway": fleet.gateway.model_copy(update={"keys": absolute(fleet.gateway.keys)}),
+            "tls": fleet.tls and fleet.tls.model_copy(update={"directory": absolute(fleet.tls.directory)}),
         }
     )

@@ -9,6 +9,7 @@ import json
 import secrets
 import shutil
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -40,6 +41,9 @@ from trireme.cli.fleet_report import bus_of
 from trireme.cli.placement_client import placement_state
 from trireme.cli.readiness import health_of
 from trireme.cli.run_directory import FleetState, RunDirectory, SupervisedProcess
+from trireme.cli.tls_directory import speak_as_fleet
+from trireme.client.credentials import API_KEY_VARIABLE, call_metadata, client_ssl_context
+from trireme.errors import InvalidConfiguration
 from trireme.wire.bus.v1.facts_pb2 import ProcessRecord
 from trireme.wire.placement.v1 import placement_pb2 as placement_pb
 
@@ -79,6 +83,7 @@ class Look:
 
 async def look_at(state: FleetState, run_directory: RunDirectory) -> Look:
     """Look once; whatever does not answer is told as such, and nothing is raised for it."""
+    speak_as_fleet(state.tls)
     environs = {process.pid: _environ(process.pid) for process in state.processes if process.pid}
     hidden = secret_values({"REDIS_URL": state.redis_url})
     for environ in environs.values():
@@ -238,7 +243,7 @@ async def _ask_process(
     health, page, metrics_error = "", "", ""
     if record is not None:
         health, (page, metrics_error) = await asyncio.gather(
-            _health(record), asyncio.to_thread(_page, record.http_address)
+            _health(record), asyncio.to_thread(_page, record)
         )
     pid = process.pid if process is not None else found.pid
     own = environs.get(pid, {})
@@ -275,14 +280,23 @@ async def _health(record: ProcessRecord) -> str:
     return await health_of(record.grpc_address, is_gateway=is_gateway, timeout_s=ANSWER_S)
 
 
-def _page(address: str) -> tuple[str, str]:
+def _page(record: ProcessRecord) -> tuple[str, str]:
     """(the process's metrics, why there are none)."""
-    if not address:
+    if not record.http_address:
         return "", ""
     try:
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=ANSWER_S) as answer:
+        # Gateways show theirs where clients come in; inner services have a port of their own, in plaintext.
+        secure = client_ssl_context(None) if record.service == "gateway" else None
+        scheme = "http" if secure is None else "https"
+        headers = dict(call_metadata(None)) if record.service == "gateway" else {}
+        asked = urllib.request.Request(f"{scheme}://{record.http_address}/metrics", headers=headers)
+        with urllib.request.urlopen(asked, timeout=ANSWER_S, context=secure) as answer:
             return answer.read(MAX_METRICS_BYTES).decode(errors="replace"), ""
-    except OSError as error:
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            return "", f"it wants a key with the role metrics: set {API_KEY_VARIABLE}"
+        return "", str(error)
+    except (OSError, InvalidConfiguration) as error:
         return "", str(error)
 
 

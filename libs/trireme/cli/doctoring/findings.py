@@ -317,6 +317,19 @@ def versions_differ(facts: FleetFacts) -> Iterator[Finding]:
         )
 
 
+def metrics_hidden(facts: FleetFacts) -> Iterator[Finding]:
+    hidden = [p for p in facts.processes if p.metrics_error and p.health == "SERVING"]
+    if hidden:
+        yield Finding(
+            code="metrics_hidden",
+            severity=Severity.NOTE,
+            what=f"{_count(len(hidden), 'process shows', 'processes show')} no metrics.",
+            seen=tuple(f"{p.name}: {p.metrics_error}" for p in hidden),
+            advice="Without them some kinds of trouble go unseen. Gateways with keys want one with the role "
+            "metrics in TRIREME_API_KEY, gateways with TLS their authority in TRIREME_CLIENT_TLS_CA.",
+        )
+
+
 def kv_store_sick(facts: FleetFacts) -> Iterator[Finding]:
     for process in facts.of("kvstore"):
         held = {
@@ -403,6 +416,7 @@ RULES: tuple[Callable[[FleetFacts], Iterator[Finding]], ...] = (
     kv_store_sick,
     kernels_missing,
     meter_silent,
+    metrics_hidden,
     still_starting,
 )
 
