@@ -11,11 +11,12 @@ TRIREME := $(VENV)/bin/trireme
 PEERS := .tools/peers
 LLAMA_CPP := .tools/llama_cpp
 OPENVINO := .tools/openvino
+LOAD_GENERATOR := .tools/load_generator
 # File the fleet is read from; empty: fleet.yaml here, or else the built-in fleet.
 CONFIG ?=
 
 .PHONY: help setup demo up down status test test-unit golden check lint types imports proto metrics-reference metrics-current api-reference api-current clean \
-        kernels bench bench-engine bench-floor bench-overhead bench-scaling bench-kvstore bench-peers bench-gpu
+        kernels bench bench-engine bench-floor bench-overhead bench-scaling bench-kvstore bench-peers bench-gpu bench-load-generator
 
 help: ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -105,6 +106,16 @@ bench-peers: setup $(PEERS)/.installed ## the fleet, llama-cpp-python's server a
 $(PEERS)/.installed: constraints.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/pip install --quiet -c constraints.txt 'llama-cpp-python[server]' gguf torch 'transformers[serving]'
+	touch $@
+
+bench-load-generator: kernels $(LOAD_GENERATOR)/.installed ## guidellm beside `trireme bench`, on one fleet
+	$(VENV)/bin/python -m benchmarks.load_generator $(ARGS)
+
+# guidellm wants torch for its data loader alone; the one that `make setup` has does.
+$(LOAD_GENERATOR)/.installed:
+	$(PYTHON) -m venv $(LOAD_GENERATOR)
+	$(if $(TORCH_INDEX_URL),$(LOAD_GENERATOR)/bin/pip install --quiet --index-url $(TORCH_INDEX_URL) torch==2.13.0)
+	$(LOAD_GENERATOR)/bin/pip install --quiet guidellm==0.8.1 torch==2.13.0
 	touch $@
 
 bench-cpu: kernels $(LLAMA_CPP)/.built $(OPENVINO)/.installed ## whole models beside llama.cpp, OpenVINO and transformers (ARGS=--quick)
