@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from tests.conftest import free_port
 from tests.fleet.conftest import REPOSITORY, Fleet, command, running
 from trireme.cli.__main__ import app
+from trireme.cli.fleet_processes import local_address
 from trireme.cli.tls_directory import Pair, TlsDirectory
 
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(400)]
@@ -66,7 +67,12 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     keys_file.write_text(yaml.safe_dump(document))
     trireme("tls", "new", str(tls))
     changes = {
-        "gateway": {"replicas": 1, "keys": "keys.yaml", "operator": f"127.0.0.1:{free_port()}"},
+        "gateway": {
+            "replicas": 1,
+            "keys": "keys.yaml",
+            "operator": f"127.0.0.1:{free_port()}",
+            "http": f"0.0.0.0:{free_port()}",  # As where other machines are clients.
+        },
         "scheduler": {"replicas": 1},
         "tls": {"directory": "tls", "client_certificates": True},
     }
@@ -140,7 +146,7 @@ async def test_strangers_reach_neither_edge(secured: Secured) -> None:
 
     context = ssl.create_default_context(cafile=outer)
     context.load_cert_chain(secured.tls.client.cert, secured.tls.client.key)
-    http = secured.fleet.http[0]
+    http = local_address(secured.fleet.http[0])
     async with aiohttp.ClientSession() as session:
         headers = {"Authorization": f"Bearer {secured.keys['acme']}"}
         async with session.get(f"https://{http}/v1/models", ssl=context, headers=headers) as answer:
@@ -172,5 +178,5 @@ async def test_renewed_certificates_are_taken_up_while_it_runs(secured: Secured)
 
 def shown_by(secured: Secured) -> str:
     """The certificate that the gateway shows in a new handshake."""
-    host, _, port = secured.fleet.http[0].rpartition(":")
+    host, _, port = local_address(secured.fleet.http[0]).rpartition(":")
     return ssl.get_server_certificate((host, int(port)), timeout=60)

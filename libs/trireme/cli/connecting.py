@@ -6,6 +6,7 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
+from trireme.cli.fleet_processes import local_address
 from trireme.cli.run_directory import FleetState, RunDirectory
 from trireme.cli.tls_directory import speak_as_fleet
 from trireme.errors import InvalidConfiguration, ServiceUnavailable
@@ -43,7 +44,7 @@ def openai_base_url(told: Sequence[str], run_dir: Path) -> str:
     if told:
         return told[0].rstrip("/")
     state = _running(run_dir)
-    return f"{state.http_scheme}://{state.http[0]}/v1" if state is not None else USUAL_BASE_URL
+    return f"{state.http_scheme}://{local_address(state.http[0])}/v1" if state is not None else USUAL_BASE_URL
 
 
 def _running(run_dir: Path) -> FleetState | None:

@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 
 from trireme.bus.connection import AWAY, Keys
 from trireme.bus.registry import Registry
+from trireme.cli.fleet_processes import local_address
 from trireme.client.credentials import open_gateway
 from trireme.runtime.tls import open_channel
 from trireme.wire.bus.v1.facts_pb2 import ProcessRecord
@@ -54,7 +55,7 @@ async def look(redis: Redis, keys: Keys) -> Sighting:
 
 async def health_of(address: str, *, is_gateway: bool, timeout_s: float = LOOK_TIMEOUT_S) -> str:
     """SERVING, NOT_SERVING, or why it did not answer."""
-    opened = open_gateway(address, (), None) if is_gateway else open_channel(address)
+    opened = open_gateway(local_address(address), (), None) if is_gateway else open_channel(address)
     async with opened as channel:
         try:
             stub = health_pb2_grpc.HealthStub(channel)

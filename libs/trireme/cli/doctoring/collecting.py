@@ -37,6 +37,7 @@ from trireme.cli.doctoring.facts import (
     WorkerPlace,
 )
 from trireme.cli.doctoring.redaction import Redactor, secret_values
+from trireme.cli.fleet_processes import local_address
 from trireme.cli.fleet_report import bus_of
 from trireme.cli.placement_client import placement_state
 from trireme.cli.readiness import health_of
@@ -286,10 +287,12 @@ def _page(record: ProcessRecord) -> tuple[str, str]:
         return "", ""
     try:
         # Gateways show theirs where clients come in; inner services have a port of their own, in plaintext.
-        secure = client_ssl_context(None) if record.service == "gateway" else None
+        is_gateway = record.service == "gateway"
+        secure = client_ssl_context(None) if is_gateway else None
+        headers = dict(call_metadata(None)) if is_gateway else {}
+        address = local_address(record.http_address) if is_gateway else record.http_address
         scheme = "http" if secure is None else "https"
-        headers = dict(call_metadata(None)) if record.service == "gateway" else {}
-        asked = urllib.request.Request(f"{scheme}://{record.http_address}/metrics", headers=headers)
+        asked = urllib.request.Request(f"{scheme}://{address}/metrics", headers=headers)
         with urllib.request.urlopen(asked, timeout=ANSWER_S, context=secure) as answer:
             return answer.read(MAX_METRICS_BYTES).decode(errors="replace"), ""
     except urllib.error.HTTPError as error:
