@@ -52,9 +52,9 @@ async def _scale(wanted: dict[str, int], run_directory: RunDirectory, *, wait_s:
     if address:
         records = [ProcessRecord(service="placement", grpc_address=address)]
     else:
-        state = run_directory.running()
-        speak_as_fleet(state.tls)
-        records = await living_processes(state)
+        fleet = run_directory.running()
+        speak_as_fleet(fleet.tls)
+        records = await living_processes(fleet)
     async with placement(records) as stub:
         for name, replicas in wanted.items():
             request = pb.ScaleRequest(group=name, replicas=replicas)
