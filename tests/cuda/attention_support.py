@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ class Step:
         block_size: int = 16,
         storage: torch.dtype | None = None,
         seed: int = 0,
+        trees: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         width = -(-max(contexts) // block_size)
@@ -43,6 +44,7 @@ class Step:
             block_size=block_size,
             device=torch.device("cpu"),
             dtype=dtype,
+            trees=trees,
         )
         storage = storage or dtype
         row = kv_forms.encode(torch.zeros(head_dim, dtype=dtype), storage).shape[0]

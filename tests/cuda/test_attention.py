@@ -93,6 +93,19 @@ def test_a_token_of_a_tree_sees_its_ancestors(emulator: Emulator, window: int | 
     assert_close(actual, step.expected(tree_masks=signed, window=window))
 
 
+@pytest.mark.parametrize("window", [None, 6])
+def test_trees_share_a_step_with_longer_chunks(emulator: Emulator, window: int | None) -> None:
+    trees = {2: [-1, 0, 0, 1, 1, 2, 5], 4: [-1, 0, 1, 0]}
+    lengths, contexts = (1, 2, 7, 70, 4), (33, 9, 40, 90, 4)
+    step = Step(lengths=lengths, contexts=contexts, heads=4, kv_heads=2, trees=trees)
+    masks = step.batch.tree_masks
+    assert masks is not None
+    found = step.run(emulator, tree_masks=masks, window=window)
+    of_trees = step.expected(tree_masks=masks, window=window)
+    of_others = step.expected(window=window)
+    assert_close(found, torch.where((masks != 0)[:, None], of_trees, of_others))
+
+
 def test_a_chain_is_a_tree_without_branches(emulator: Emulator) -> None:
     step = Step(lengths=(9,), contexts=(30,))
     chain = torch.tensor([(1 << j + 1) - 1 for j in range(9)])

@@ -6,7 +6,7 @@ are made on first use, one per window width, and kept for the step's other layer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from trireme.kernels.tree_paths import MAX_TREE_TOKENS, hidden_keys, mask_bits
 
 _GROUP_SPREAD: Final = 2
 """Decoding sequences share a padded gather while the longest has at most this many times the
@@ -100,18 +102,22 @@ class AttentionBatch:
     """One step's sequences, decoding ones first.
 
     Args:
-        query_lens: tokens of each sequence in this step; those of length 1 come first.
+        query_lens: tokens of each sequence in this step; those of length 1 without a tree come first.
         context_lens: tokens of each sequence in the cache after this step, these included.
         block_tables: (sequences, max_blocks) int64 on the host: row i holds the blocks of
             sequence i in order, at least ceil(context / block_size) of them.
         block_size: tokens per block.
         device, dtype: of the queries.
+        trees: by sequence, where its last tokens are a tree, the parents of those (`tree_paths`), at most
+            `MAX_TREE_TOKENS`. Its tokens of this step are all or the last of them; earlier ones are cached. A
+            token sees its ancestors and what lies before the tree, and its position is by its depth.
     """
 
     __slots__ = (
         "_chunk_groups",
         "_chunks",
         "_decodes",
+        "_tree_masks",
         "block_size",
         "block_tables",
         "context_lens",
@@ -121,6 +127,7 @@ class AttentionBatch:
         "num_tokens",
         "query_lens",
         "slots",
+        "trees",
     )
 
     def __init__(
@@ -132,7 +139,10 @@ class AttentionBatch:
         block_size: int,
         device: torch.device,
         dtype: torch.dtype,
+        trees: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
+        self.trees = trees or {}
+        assert all(query_lens[i] <= len(tree) <= MAX_TREE_TOKENS for i, tree in self.trees.items())
         self.query_lens = query_lens
         self.context_lens = context_lens
         self.block_tables = block_tables
@@ -141,16 +151,29 @@ class AttentionBatch:
         self.dtype = dtype
         self.num_tokens = sum(query_lens)
         num_decodes = 0
-        for length in query_lens:
-            if length != 1:
+        for index, length in enumerate(query_lens):
+            if length != 1 or index in self.trees:
                 break
             num_decodes += 1
         self.num_decodes = num_decodes
         self.slots = self._to_device(self._slots())
         """(tokens,) int64: where each token's key and value go."""
+        self._tree_masks: Tensor | None = None
         self._decodes: dict[int | None, tuple[DecodeGroup, ...]] = {}
         self._chunks: dict[int | None, tuple[ChunkPlan, ...]] = {}
         self._chunk_groups: dict[int | None, tuple[tuple[ChunkGroup, ...], tuple[ChunkPlan, ...]]] = {}
+
+    @property
+    def tree_masks(self) -> Tensor | None:
+        """(tokens,) int64: `mask_bits` of the trees that begin in this step, 0 elsewhere; None: no trees."""
+        if self.trees and self._tree_masks is None:
+            masks = np.zeros(self.num_tokens, dtype=np.int64)
+            starts = np.cumsum(self.query_lens) - self.query_lens
+            for index, parents in self.trees.items():
+                if self.query_lens[index] == len(parents):
+                    masks[starts[index] : starts[index] + len(parents)] = mask_bits(parents)
+            self._tree_masks = self._to_device(masks)
+        return self._tree_masks
 
     def decode_groups(self, window: int | None) -> tuple[DecodeGroup, ...]:
         """The decoding sequences, in groups of similar length."""
@@ -260,12 +283,14 @@ class AttentionBatch:
 
     def _plan_chunk_groups(self, window: int | None) -> tuple[tuple[ChunkGroup, ...], tuple[ChunkPlan, ...]]:
         lengths = np.asarray(self.query_lens, dtype=np.int64)
-        short = np.flatnonzero((lengths > 1) & (lengths <= _SHORT_CHUNK))
+        short = self.num_decodes + np.flatnonzero(lengths[self.num_decodes :] <= _SHORT_CHUNK)
         if len(short) < 2:
             return (), self.chunks(window)
         first_tokens = np.cumsum(lengths) - lengths
         stop = np.asarray(self.context_lens, dtype=np.int64)
         first_query = stop - lengths
+        for index, parents in self.trees.items():
+            first_query[index] = stop[index] - len(parents)
         start = np.zeros_like(stop) if window is None else np.maximum(first_query - window + 1, 0)
         first_block = start // self.block_size
         widths = -(-stop // self.block_size) - first_block
@@ -313,6 +338,14 @@ class AttentionBatch:
         hidden = keys > positions[:, :, None]
         if window is not None:
             hidden |= keys <= positions[:, :, None] - window
+        for row, index in enumerate(members):
+            parents = self.trees.get(int(index))
+            if parents is not None:
+                count = int(lengths[row])
+                hidden[row, :count] = hidden_keys(
+                    parents, context=int(stop[row]), num_queries=count, keys=keys[row, 0], window=window
+                )
+                hidden[row, count:] = hidden[row, 0]
         zeros = torch.zeros(hidden.shape, dtype=self.dtype)
         return ChunkGroup(
             queries=self._to_device(queries.reshape(-1)),
@@ -329,13 +362,21 @@ class AttentionBatch:
 
     def _chunk(self, index: int, token: int, length: int, context: int, window: int | None) -> ChunkPlan:
         size = self.block_size
-        first_query = context - length
+        parents = self.trees.get(index)
+        first_query = context - (length if parents is None else len(parents))
         start = 0 if window is None else max(0, first_query - window + 1)
         first_block = start // size
         last_block = -(-context // size)
-        is_causal = first_query == 0 and length > 1 and (window is None or context <= window)
+        is_causal = (
+            parents is None and first_query == 0 and length > 1 and (window is None or context <= window)
+        )
         mask = None
-        if not is_causal:
+        if parents is not None:
+            keys_seen = np.arange(start, context, dtype=np.int64)
+            unseen = hidden_keys(parents, context=context, num_queries=length, keys=keys_seen, window=window)
+            mask = torch.zeros(unseen.shape, dtype=self.dtype)
+            mask = mask.masked_fill_(torch.from_numpy(unseen), float("-inf")).to(self.device)
+        elif not is_causal:
             queries = torch.arange(first_query, context)[:, None]
             keys = torch.arange(start, context)
             hidden = keys > queries

@@ -26,10 +26,10 @@ from trireme.kernels.cuda_launch import (
     check,
     type_name,
 )
+from trireme.kernels.tree_paths import MAX_TREE_TOKENS
 
 HEAD_DIMS: Final = (16, 32, 64, 80, 96, 128)
 """Head dimensions that `paged_attention` takes."""
-MAX_TREE_TOKENS: Final = 64
 _ROWS_OF_A_WARP: Final = 16
 
 
@@ -53,8 +53,9 @@ _SPLITS: Final = SplitRule()
 def takes(q: Tensor, k_cache: Tensor, batch: AttentionBatch) -> bool:
     """Whether `paged_attention` takes queries (tokens, heads, head_dim) and a cache like these."""
     is_power = batch.block_size & (batch.block_size - 1) == 0
+    begin_here = all(batch.query_lens[index] == len(tree) for index, tree in batch.trees.items())
     is_typed = q.dtype in TYPE_NAMES and k_cache.dtype in (q.dtype, *CODE_NAMES)
-    return is_typed and q.shape[2] in HEAD_DIMS and is_power
+    return is_typed and q.shape[2] in HEAD_DIMS and is_power and begin_here
 
 
 def paged_attention(
@@ -84,8 +85,9 @@ def paged_attention(
         window: a query at position p sees keys at positions > p - window; None: all up to p.
         soft_cap: scores become soft_cap * tanh(score / soft_cap); None: they stay.
         tree_masks: (tokens,) int64 seen as bits; bit j says that a token sees the j-th token of its sequence
-            in this step: itself and its ancestors. Its position is its depth behind the cached tokens. A
-            sequence has at most 64 tokens then. None: each sees all before it.
+            in this step: itself and its ancestors. Its position is its depth behind the cached tokens. They
+            hold for the batch's trees or, if it names none, for all its chunks, which then have at most 64
+            tokens. None: each sees all before it.
         splits: how a decoding sequence's keys are split over blocks.
 
     Returns:
@@ -103,7 +105,7 @@ def paged_attention(
     shared_bytes = 512 * (head_dim + 8)
     for part in plan.parts:
         num_splits = max(map(splits.splits, part.contexts)) if part.row_warps == 1 else 1
-        masks = tree_masks if part.row_warps > 1 else None
+        masks = tree_masks if part.has_trees else None
         partial = _Partial.empty(num_splits, plan.num_decodes, heads, head_dim, q.device)
         arguments: list[Argument] = [
             q,
@@ -169,6 +171,8 @@ class _Part:
     """Sequences that one launch is for."""
 
     row_warps: int
+    has_trees: bool
+    """Of its sequences' tokens the masks say what they see, if there are masks."""
     tiles: Tensor
     """(tiles, 2) int32: sequence, first row."""
     contexts: Sequence[int]
@@ -208,20 +212,28 @@ def _plan(batch: AttentionBatch, group: int) -> _Plan:
     contexts = np.asarray(batch.context_lens, dtype=np.int32)
     firsts = np.cumsum(lengths) - lengths
     parts = []
-    for row_warps, start, stop in ((1, 0, batch.num_decodes), (4, batch.num_decodes, len(lengths))):
-        if start == stop:
+    chunks = range(batch.num_decodes, len(lengths))
+    trees = sorted(batch.trees) or chunks
+    others = [sequence for sequence in chunks if batch.trees and sequence not in batch.trees]
+    for row_warps, has_trees, sequences in (
+        (1, False, range(batch.num_decodes)),
+        (4, False, others),
+        (4, True, trees),
+    ):
+        if not sequences:
             continue
         rows = _ROWS_OF_A_WARP * row_warps
         tiles = [
             (sequence, first)
-            for sequence in range(start, stop)
+            for sequence in sequences
             for first in range(0, int(lengths[sequence]) * group, rows)
         ]
         parts.append(
             _Part(
                 row_warps=row_warps,
+                has_trees=has_trees,
                 tiles=_to_device(np.asarray(tiles, dtype=np.int32), batch),
-                contexts=contexts[start:stop].tolist(),
+                contexts=contexts[list(sequences)].tolist(),
             )
         )
     return _Plan(
@@ -262,7 +274,6 @@ def _check(
         check(cache, name, shape=cache_shape, dtype=k_cache.dtype if is_coded else q.dtype, device=q.device)
     if tree_masks is not None:
         check(tree_masks, "tree_masks", shape=(tokens,), dtype=torch.int64, device=q.device)
-        if max(batch.query_lens) > MAX_TREE_TOKENS:
-            raise ShapeMismatch(
-                f"a tree has {max(batch.query_lens)} tokens; {MAX_TREE_TOKENS} fit a mask, so draft fewer"
-            )
+        longest = max(batch.query_lens[index] for index in batch.trees or range(len(batch.query_lens)))
+        if longest > MAX_TREE_TOKENS:
+            raise ShapeMismatch(f"a tree has {longest} tokens; {MAX_TREE_TOKENS} fit a mask, so draft fewer")

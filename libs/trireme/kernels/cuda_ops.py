@@ -115,5 +115,9 @@ def paged_attention(
     if not cuda_attention.takes(q, k_cache, batch):
         return reference.paged_attention(q, k_cache, v_cache, batch, scale=scale, window=window, cap=cap)
     return cuda_attention.paged_attention(
-        launcher_of(q.device), q, k_cache, v_cache, batch, scale=scale, window=window, soft_cap=cap
+        *(launcher_of(q.device), q, k_cache, v_cache, batch),
+        scale=scale,
+        window=window,
+        soft_cap=cap,
+        tree_masks=batch.tree_masks,
     )

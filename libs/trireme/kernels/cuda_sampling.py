@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from trireme.kernels.cuda_launch import Geometry, Kernel, Launcher, ShapeMismatch, ceil_div, check
+from trireme.kernels.tree_paths import MAX_TREE_TOKENS
 
 MAX_VOCAB: Final = 1 << 22
-MAX_TREE_TOKENS: Final = 64
 SAMPLE: Final = Kernel(source="sample", name="sample")
 VERIFY_DRAFTS: Final = Kernel(source="verify_drafts", name="verify_drafts")
 BIAS_LOGITS: Final = Kernel(source="adjust_logits", name="bias_logits")

@@ -14,6 +14,7 @@ from typing import Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trireme.errors import InvalidConfiguration
@@ -106,7 +107,14 @@ class _Step(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "positions", "cosines", "sines", "slots")),
         *((name, ctypes.c_void_p) for name in _PLACES),
         *((name, ctypes.c_int64) for name in ("rows", "sequences", "table_width")),
+        ("trees", ctypes.c_void_p),
     )
+
+
+class _Tree(ctypes.Structure):
+    """`TokenTree`."""
+
+    _fields_ = (("parents", ctypes.c_void_p), ("tokens", ctypes.c_int64))
 
 
 class DecoderLayers:
@@ -172,6 +180,7 @@ class DecoderLayers:
         shape, threads = self._shape, torch.get_num_threads()
         shape.block_size = batch.block_size
         keys, values = self._pointers(), self._pointers()
+        trees = _native_trees(batch)
         step = _Step(
             x.data_ptr(),
             positions.data_ptr(),
@@ -186,6 +195,7 @@ class DecoderLayers:
             x.shape[0],
             len(query_lens),
             tables.shape[1],
+            None if trees is None else ctypes.addressof(trees[0]),
         )
         first = 0
         is_there = isinstance(kv, (list, tuple))
@@ -224,6 +234,18 @@ def takes(layers: Sequence[LayerWeights], head_dim: int, dtype: torch.dtype) -> 
 def takes_kv(dtype: torch.dtype) -> bool:
     """Whether keys and values of this type can be read."""
     return dtype in _KV_TYPES
+
+
+def _native_trees(batch: AttentionBatch) -> tuple[ctypes.Array[_Tree], list[NDArray[np.int64]]] | None:
+    """By sequence, and what they point into; None: there are none."""
+    if not batch.trees:
+        return None
+    native = (_Tree * len(batch.query_lens))()
+    kept: list[NDArray[np.int64]] = []
+    for index, parents in batch.trees.items():
+        kept.append(np.asarray(parents, dtype=np.int64))
+        native[index] = _Tree(kept[-1].ctypes.data, len(parents))
+    return native, kept
 
 
 def _inner(feed_forward: DenseWeights | ExpertWeights) -> int:

@@ -169,6 +169,43 @@ inline __m256 product(const float* query, const Element* key, int64_t width) {
     return sum;
 }
 
+// Positions of a piece's rows and, of a tree's, the places of each one's ancestors in it from the root on: its keys are
+// then those before the tree and these, in this order, as if it were decoded behind them.
+class RowViews {
+  public:
+    explicit RowViews(const AttentionPiece& piece) : piece_(piece) {
+        if (!piece.parents) return;
+        for (int64_t row = 0; row < piece.count; ++row) {
+            int64_t depth = 0;
+            for (int64_t at = piece.parents[piece.tree_place + row]; at >= 0; at = piece.parents[at]) ++depth;
+            depths_[row] = depth;
+            for (int64_t at = piece.tree_place + row; at >= 0; at = piece.parents[at]) paths_[row][depth--] = at;
+        }
+    }
+    int64_t position(int64_t row) const { return piece_.position + (piece_.parents ? depths_[row] : row); }
+    int64_t first_key(int64_t row) const {
+        const int64_t end = position(row) + 1;
+        return piece_.window > 0 && end > piece_.window ? end - piece_.window : 0;
+    }
+    // The first key that any row sees.
+    int64_t begin() const {
+        int64_t least_key = first_key(0);
+        for (int64_t row = 1; piece_.parents && row < piece_.count; ++row) least_key = least(least_key, first_key(row));
+        return least_key;
+    }
+    // One past the last key that is in its place for a row: for all of them where there is no tree.
+    int64_t end_in_place(int64_t row) const { return piece_.parents ? piece_.position : position(row) + 1; }
+    // Where the key of a position behind that lies.
+    int64_t place(int64_t row, int64_t position) const {
+        return piece_.position + paths_[row][position - piece_.position];
+    }
+
+  private:
+    const AttentionPiece& piece_;
+    int64_t depths_[kQueryRows];
+    int64_t paths_[kQueryRows][kMostTreeTokens];
+};
+
 // Keys [first, last) of the sequence, of which the cache's rows lie `stride` apart.
 template <class Element>
 class KeyRows {
@@ -186,17 +223,19 @@ class KeyRows {
             }
         }
     }
+    // Those of the positions [first, last) of a row, which are a tree's.
+    void find(const RowViews& views, int64_t row, int64_t first, int64_t last, const Element** rows) const {
+        for (int64_t position = first; position < last; ++position) {
+            const int64_t key = views.place(row, position);
+            *rows++ = cache_ + (table_[key / block_size_] * block_size_ + key % block_size_) * stride_;
+        }
+    }
 
   private:
     const Element* cache_;
     const int64_t* table_;
     int64_t block_size_, stride_;
 };
-
-inline int64_t first_key(const AttentionPiece& piece, int64_t row) {
-    const int64_t position = piece.position + row;
-    return piece.window > 0 && position + 1 > piece.window ? position + 1 - piece.window : 0;
-}
 
 template <class Element>
 inline void score_keys(const float* query, const Element* const* keys, int64_t count, int64_t width, float scale,
@@ -317,51 +356,55 @@ inline void gather_values(const float* weights, const Element* const* values, in
 template <class Element>
 inline void attend_as(const DecoderShape& shape, const AttentionPiece& piece, float* scores) {
     const int64_t width = shape.head_dim, stride = shape.kv_heads * kv_row(shape), room = score_room(piece);
-    const int64_t begin = first_key(piece, 0), end = piece.position + piece.count;
+    const RowViews views(piece);
+    const int64_t begin = views.begin(), end = views.end_in_place(piece.count - 1);
     const KeyRows<Element> keys(piece.keys, piece.table, shape.block_size, stride);
     const KeyRows<Element> values(piece.values, piece.table, shape.block_size, stride);
     const Element* rows[kKeysAtOnce];
-    for (int64_t first = begin; first < end; first += kKeysAtOnce) {
-        const int64_t last = least(first + kKeysAtOnce, end);
-        keys.find(first, last, rows);
-        for (int64_t row = 0; row < piece.count; ++row) {
-            const int64_t from = first > first_key(piece, row) ? first : first_key(piece, row);
-            const int64_t to = least(last, piece.position + row + 1);
-            if (from >= to) continue;
-            const float* query = piece.queries + row * piece.query_stride;
-            float* of_row = scores + row * piece.shared * room + (from - first_key(piece, row));
-            int64_t head = 0;
-            for (; head + 2 <= piece.shared; head += 2) {
-                score_keys_twice(query + head * width, query + (head + 1) * width, rows + (from - first), to - from, width,
-                                 shape.scale, of_row + head * room, of_row + (head + 1) * room);
-            }
-            for (; head < piece.shared; ++head) {
-                score_keys(query + head * width, rows + (from - first), to - from, width, shape.scale,
-                           of_row + head * room);
+    // Keys [from, to) of a row, which lie at `found`.
+    const auto score = [&](int64_t row, int64_t from, int64_t to, const Element* const* found) {
+        const float* query = piece.queries + row * piece.query_stride;
+        float* of_row = scores + row * piece.shared * room + (from - views.first_key(row));
+        int64_t head = 0;
+        for (; head + 2 <= piece.shared; head += 2) {
+            score_keys_twice(query + head * width, query + (head + 1) * width, found, to - from, width, shape.scale,
+                             of_row + head * room, of_row + (head + 1) * room);
+        }
+        for (; head < piece.shared; ++head) {
+            score_keys(query + head * width, found, to - from, width, shape.scale, of_row + head * room);
+        }
+    };
+    const auto gather = [&](int64_t row, int64_t from, int64_t to, const Element* const* found) {
+        for (int64_t head = 0; head < piece.shared; ++head) {
+            gather_values(scores + (row * piece.shared + head) * room + (from - views.first_key(row)), found, to - from,
+                          width, piece.out + row * piece.out_stride + head * width);
+        }
+    };
+    const auto over_keys = [&](const KeyRows<Element>& cached, const auto& take) {
+        for (int64_t first = begin; first < end; first += kKeysAtOnce) {
+            const int64_t last = least(first + kKeysAtOnce, end);
+            cached.find(first, last, rows);
+            for (int64_t row = 0; row < piece.count; ++row) {
+                const int64_t from = first > views.first_key(row) ? first : views.first_key(row);
+                const int64_t to = least(last, views.end_in_place(row));
+                if (from < to) take(row, from, to, rows + (from - first));
             }
         }
-    }
+        for (int64_t row = 0; piece.parents && row < piece.count; ++row) {
+            const int64_t from = views.first_key(row) > piece.position ? views.first_key(row) : piece.position;
+            cached.find(views, row, from, views.position(row) + 1, rows);
+            take(row, from, views.position(row) + 1, rows);
+        }
+    };
+    over_keys(keys, score);
     for (int64_t row = 0; row < piece.count; ++row) {
         for (int64_t head = 0; head < piece.shared; ++head) {
-            weigh(scores + (row * piece.shared + head) * room, piece.position + row + 1 - first_key(piece, row));
+            weigh(scores + (row * piece.shared + head) * room, views.position(row) + 1 - views.first_key(row));
             float* out = piece.out + row * piece.out_stride + head * width;
             for (int64_t i = 0; i < width; i += 8) store_reals(out + i, _mm256_setzero_ps());
         }
     }
-    for (int64_t first = begin; first < end; first += kKeysAtOnce) {
-        const int64_t last = least(first + kKeysAtOnce, end);
-        values.find(first, last, rows);
-        for (int64_t row = 0; row < piece.count; ++row) {
-            const int64_t from = first > first_key(piece, row) ? first : first_key(piece, row);
-            const int64_t to = least(last, piece.position + row + 1);
-            if (from >= to) continue;
-            for (int64_t head = 0; head < piece.shared; ++head) {
-                gather_values(scores + (row * piece.shared + head) * room + (from - first_key(piece, row)),
-                              rows + (from - first), to - from, width,
-                              piece.out + row * piece.out_stride + head * width);
-            }
-        }
-    }
+    over_keys(values, gather);
 }
 
 }  // namespace
@@ -396,7 +439,7 @@ void place_rows(const DecoderShape& shape, const DecoderLayer& layer, const Deco
 }
 
 int64_t score_room(const AttentionPiece& piece) {
-    const int64_t keys = piece.position + piece.count;
+    const int64_t keys = piece.position + (piece.parents ? piece.tree_tokens : piece.count);
     const int64_t most = piece.window > 0 ? least(piece.window, keys) : keys;
     return (most + 7) / 8 * 8;
 }

@@ -91,6 +91,13 @@ void attend_piece(void* context, int64_t index) {
     piece.query_stride = job.row_width();
     piece.out_stride = shape.heads * width;
     piece.window = job.layer->window;
+    if (job.step.trees && job.step.trees[place.sequence].tokens) {
+        const TokenTree& tree = job.step.trees[place.sequence];
+        piece.parents = tree.parents;
+        piece.tree_tokens = tree.tokens;
+        piece.tree_place = tree.tokens - length + place.first;
+        piece.position = context_len - tree.tokens;
+    }
     char* room = scores_room.at_least(score_room(piece) * piece.count * shared * 4);
     if (!room) {
         job.is_out_of_memory.store(true, std::memory_order_relaxed);

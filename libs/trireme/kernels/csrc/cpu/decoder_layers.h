@@ -52,6 +52,13 @@ static inline int64_t kv_bytes(const DecoderShape& shape) {
     return shape.kv_type == kKvFloat32 ? 4 : shape.kv_type == kKvBfloat16 ? 2 : 1;
 }
 
+// The last tokens of a sequence where they are a tree: each sees its ancestors and all keys before the tree.
+struct TokenTree {
+    const int64_t* parents;  // (tokens): the place of the token before each, a smaller one; -1 of the root
+    int64_t tokens;          // at most kMostTreeTokens, this step's rows being the last of them; 0: no tree
+};
+constexpr int64_t kMostTreeTokens = 64;
+
 struct DecoderStep {
     float* x;               // (rows, hidden): the residual stream, in and out
     const int64_t* positions;  // (rows)
@@ -66,9 +73,11 @@ struct DecoderStep {
     int64_t rows;
     int64_t sequences;
     int64_t table_width;
+    const TokenTree* trees;  // (sequences), or null
 };
 
-static_assert(sizeof(DecoderLayer) == 104 && sizeof(DecoderShape) == 64 && sizeof(DecoderStep) == 104,
+static_assert(sizeof(DecoderLayer) == 104 && sizeof(DecoderShape) == 64 && sizeof(DecoderStep) == 112 &&
+                  sizeof(TokenTree) == 16,
               "decoder_cpu.py has these sizes too");
 
 // Rows of one sequence that read the same keys in turn: those in a first-level cache serve all of them.
@@ -82,12 +91,15 @@ struct AttentionPiece {
     const void* keys;      // of the whole cache, this head's
     const void* values;
     const int64_t* table;
-    int64_t position;      // of row `first`
+    int64_t position;      // of row `first`; of a tree, of its root
     int64_t count;         // rows
     int64_t shared;        // heads that share the keys
     int64_t query_stride;  // elements from row to row
     int64_t out_stride;
     int64_t window;
+    const int64_t* parents;  // of a tree that ends with the sequence, or null
+    int64_t tree_tokens;
+    int64_t tree_place;      // of row `first` in it
 };
 
 void normalise_rows(const float* x, const float* weight, float eps, int64_t width, int64_t rows, float* out);
