@@ -1,6 +1,7 @@
 """Speculation against plain decoding: the same engine, model and prompts, in one process, in turns.
 
     python -m benchmarks.speculation [--variant trireme-py-16m] [--temperature 0] [--batches 1 2 4 8 16 32]
+        [--drafters "both" "both, trees"]
     python -m benchmarks.speculation --exact 1000 [--variant trireme-py-6m]
 
 Prompts are pieces of the modules that the checkpoints' training held out. Every batch of them is answered by
@@ -15,8 +16,9 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from tokenizers import Tokenizer
@@ -32,6 +34,8 @@ from trireme.policies.speculation import SpeculationSettings
 DRAFT = "trireme-py-1m"
 PROMPT_TOKENS = 160
 ANSWER_TOKENS = 96
+BRANCHES = 3
+"""Of one token, where drafts are trees."""
 _BLOCKS = 1024
 
 
@@ -62,8 +66,8 @@ def prompts_of(count: int, *, seed: int) -> list[list[int]]:
     return [modules[number][start : start + PROMPT_TOKENS] for number, start in rng.sample(starts, count)]
 
 
-def engines_of(variant: str) -> dict[str, Engine]:
-    """Plain; drafts from the answer's own repetitions; from the small model; from both."""
+def engines_of(variant: str, drafters: list[str] | None = None) -> dict[str, Engine]:
+    """Plain; drafts from the answer's own repetitions; from the small model; from both; each as trees."""
     with Checkpoint(CHECKPOINTS / variant) as checkpoint:
         eos = checkpoint.eos_token_ids
     target, draft = load_model(CHECKPOINTS / variant), load_model(CHECKPOINTS / DRAFT)
@@ -74,12 +78,14 @@ def engines_of(variant: str) -> dict[str, Engine]:
         )
         return Engine(target, settings, eos_token_ids=eos, draft=drafter)
 
-    return {
-        "plain": engine(None),
-        "repetitions": engine(SpeculationSettings()),
-        "draft model": engine(SpeculationSettings(matches=False), draft),
-        "both": engine(SpeculationSettings(), draft),
-    }
+    made: dict[str, Callable[[], Engine]] = {"plain": lambda: engine(None)}
+    for suffix, branches in (("", 1), (", trees", BRANCHES)):
+        own = SpeculationSettings(branches=branches)
+        alone = SpeculationSettings(branches=branches, matches=False)
+        made["repetitions" + suffix] = partial(engine, own)
+        made["draft model" + suffix] = partial(engine, alone, draft)
+        made["both" + suffix] = partial(engine, own, draft)
+    return {name: make() for name, make in made.items() if not drafters or name in ("plain", *drafters)}
 
 
 def answer(run: Run, prompts: list[list[int]], *, temperature: float, batch: int, counts: bool) -> None:
@@ -117,11 +123,11 @@ def answer(run: Run, prompts: list[list[int]], *, temperature: float, batch: int
 
 
 def speed(
-    variant: str, *, temperature: float, batches: list[int], rounds: int
+    variant: str, *, temperature: float, batches: list[int], rounds: int, drafters: list[str] | None
 ) -> Iterator[dict[str, object]]:
     """A row per batch size and engine."""
     for batch in batches:
-        runs = {name: Run(engine) for name, engine in engines_of(variant).items()}
+        runs = {name: Run(engine) for name, engine in engines_of(variant, drafters).items()}
         group = max(2 * batch, 6)
         prompts = prompts_of(group * (rounds + 1), seed=batch)
         differing = dict.fromkeys(runs, 0)
@@ -156,18 +162,24 @@ def exact(variant: str, *, temperature: float, count: int) -> dict[str, object]:
     prompts = prompts_of(count, seed=0)
     answer(plain, prompts, temperature=temperature, batch=16, counts=True)
     found: dict[str, object] = {}
-    fixed = Engine(
-        with_all.model,
-        EngineSettings(
-            num_blocks=_BLOCKS,
-            max_num_seqs=64,
-            max_batch_tokens=512,
-            speculation=SpeculationSettings(fixed_tokens=4),
-        ),
-        eos_token_ids=with_all.eos_token_ids,
-        draft=load_model(CHECKPOINTS / DRAFT),
-    )
-    for name, engine in (("as it pays", engines["both"]), ("four tokens always", fixed)):
+
+    def always(speculation: SpeculationSettings) -> Engine:
+        settings = EngineSettings(
+            num_blocks=_BLOCKS, max_num_seqs=64, max_batch_tokens=512, speculation=speculation
+        )
+        return Engine(
+            with_all.model,
+            settings,
+            eos_token_ids=with_all.eos_token_ids,
+            draft=load_model(CHECKPOINTS / DRAFT),
+        )
+
+    for name, engine in (
+        ("as it pays", engines["both"]),
+        ("four tokens always", always(SpeculationSettings(fixed_tokens=4))),
+        ("trees as they pay", engines["both, trees"]),
+        ("trees of eight tokens always", always(SpeculationSettings(fixed_tokens=8, branches=BRANCHES))),
+    ):
         run = Run(engine)
         answer(run, prompts, temperature=temperature, batch=16, counts=True)
         differing = [key for key in plain.tokens if run.tokens[key] != plain.tokens[key]]
@@ -187,6 +199,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--drafters", nargs="+", help="measure these alone, beside plain decoding")
     parser.add_argument("--exact", type=int, default=0, help="compare the tokens of so many answers")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -209,6 +222,7 @@ def main() -> None:
             temperature=arguments.temperature,
             batches=arguments.batches,
             rounds=arguments.rounds,
+            drafters=arguments.drafters,
         ):
             print(row, flush=True)
             rows.append(row)

@@ -14,9 +14,16 @@ from trireme.policies.speculation import Mark, SpeculationSettings
 
 
 class Oracle:
-    """Drafts the tokens that a sequence will have, each wrong by chance."""
+    """Drafts the tokens that a sequence will have, each wrong by chance, and branches beside them."""
 
-    def __init__(self, known: Mapping[str, Sequence[int]], chance: random.Random, *, wrong: float) -> None:
+    def __init__(
+        self,
+        known: Mapping[str, Sequence[int]],
+        chance: random.Random,
+        *,
+        wrong: float,
+        has_branches: bool = False,
+    ) -> None:
         self.known = known
         """By sequence: prompt and whole answer."""
         self.num_right: list[tuple[int, int]] = []
@@ -24,6 +31,7 @@ class Oracle:
         self.forgotten: list[str] = []
         self._chance = chance
         self._wrong = wrong
+        self._has_branches = has_branches
 
     def propose(self, wants: Sequence[Want], *, batch: int) -> list[Proposal]:
         return [self._propose(want) for want in wants]
@@ -39,7 +47,26 @@ class Oracle:
         tokens += [0] * (count - len(tokens))
         drafted = [chance.randrange(VOCAB) if chance.random() < self._wrong else token for token in tokens]
         mark = Mark("oracle", 0, want.is_greedy)
+        if self._has_branches:
+            return self._branched(drafted, mark, want.most_in_all)
         return Proposal(tuple(drafted), (mark,) * count, (0.9,) * count)
+
+    def _branched(self, trunk: list[int], mark: Mark, most: int) -> Proposal:
+        """The tokens among others, in any order in which each stands behind its parent."""
+        chance = self._chance
+        tokens: list[int] = []
+        parents: list[int] = []
+        last = -1
+        while trunk or len(tokens) < most:
+            if trunk and chance.random() < 0.5:
+                parents.append(last)
+                tokens.append(trunk.pop(0))
+                last = len(tokens) - 1
+            else:
+                parents.append(chance.randrange(-1, len(tokens)))
+                tokens.append(chance.randrange(VOCAB))
+        chances = tuple(chance.choice([0.7, 0.9, 1.0]) for _ in tokens)
+        return Proposal(tuple(tokens), (mark,) * len(tokens), chances, tuple(parents))
 
     def observe(self, sequence_id: str, marks: Sequence[Mark], num_right: int) -> None:
         self.num_right.append((num_right, len(marks)))

@@ -321,13 +321,15 @@ def test_an_answer_goes_on_elsewhere_from_any_token(
     assert reason is FinishReason.STOP
 
 
-@pytest.mark.parametrize("drafted", [1, 4])
+@pytest.mark.parametrize("drafted, branches", [(1, 1), (4, 1), (6, 3)])
 def test_speculation_changes_no_token(
-    checkpoint: Path, alone: list[tuple[list[int], FinishReason | None]], drafted: int
+    checkpoint: Path, alone: list[tuple[list[int], FinishReason | None]], drafted: int, branches: int
 ) -> None:
     speculating = build(
         checkpoint,
-        settings=sizes(speculation=SpeculationSettings(fixed_tokens=drafted), max_batch_tokens=64),
+        settings=sizes(
+            speculation=SpeculationSettings(fixed_tokens=drafted, branches=branches), max_batch_tokens=64
+        ),
     )
     repeating = greedy(100, constraint=regex("(abc0,){30}"))
     engine = build(checkpoint, settings=sizes())

@@ -105,24 +105,30 @@ def assert_same(got: dict[str, list[TokenOutput]], expected: dict[str, list[Toke
                 assert [t for t, _ in one.top_logprobs] == [t for t, _ in other.top_logprobs]
 
 
+@pytest.mark.parametrize("has_branches", [False, True])
 @pytest.mark.parametrize("wrong", [0.0, 0.3, 1.0])
-def test_every_option_gives_the_tokens_of_plain_decoding(model: Model, wrong: float) -> None:
+def test_every_option_gives_the_tokens_of_plain_decoding(
+    model: Model, wrong: float, has_branches: bool
+) -> None:
     wanted = requests_of_all_options()
     plain = outputs_from(Engine(model, settings()), wanted)
     assert {o.finish_reason for outputs in plain.values() for o in outputs} >= {
         FinishReason.STOP,
         FinishReason.LENGTH,
     }
-    oracle = Oracle(known_of(plain, wanted), random.Random(1), wrong=wrong)
-    engine = speculating(model, oracle, max_batch_tokens=100)
+    oracle = Oracle(known_of(plain, wanted), random.Random(1), wrong=wrong, has_branches=has_branches)
+    branching = {"branches": 4, "fixed_tokens": 11} if has_branches else {}
+    engine = speculating(model, oracle, max_batch_tokens=100, speculation=branching)
     assert_same(outputs_from(engine, wanted), plain)
     stats = engine.stats()
     assert stats.drafted_tokens > 100
-    if wrong == 0.0:
+    if has_branches:
+        assert (stats.accepted_tokens > 100) == (wrong < 1.0)
+    elif wrong == 0.0:
         # Drafts reach beyond the ends of those that stop; all others are right.
         assert stats.accepted_tokens >= 0.85 * stats.drafted_tokens
         assert all(right == tried for right, tried in oracle.num_right)
-    if wrong == 1.0:
+    elif wrong == 1.0:
         assert stats.accepted_tokens < 0.05 * stats.drafted_tokens
     assert set(oracle.forgotten) == {one.sequence_id for one in wanted}
     assert stats.output_tokens == sum(map(len, plain.values()))
@@ -130,16 +136,16 @@ def test_every_option_gives_the_tokens_of_plain_decoding(model: Model, wrong: fl
 
 
 @pytest.mark.parametrize("matches, has_model", [(True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("fixed", [None, 1, 4])
+@pytest.mark.parametrize("fixed, branches", [(None, 1), (1, 1), (4, 1), (9, 3)])
 def test_the_drafters_of_the_house_change_no_token(
-    model: Model, smaller: Model, matches: bool, has_model: bool, fixed: int | None
+    model: Model, smaller: Model, matches: bool, has_model: bool, fixed: int | None, branches: int
 ) -> None:
     wanted = requests_of_all_options()
     plain = outputs_from(Engine(model, settings()), wanted)
     engine = speculating(
         model,
         draft=smaller if has_model else None,
-        speculation={"matches": matches, "fixed_tokens": fixed},
+        speculation={"matches": matches, "fixed_tokens": fixed, "branches": branches},
         max_batch_tokens=64,
     )
     assert_same(outputs_from(engine, wanted), plain)
@@ -157,8 +163,11 @@ def test_a_model_that_drafts_for_itself_is_always_right(model: Model) -> None:
     assert stats.steps < 40 / 5 + 12
 
 
+@pytest.mark.parametrize("has_branches", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_rejected_tokens_reach_neither_others_nor_the_prefix_cache(model: Model, seed: int) -> None:
+def test_rejected_tokens_reach_neither_others_nor_the_prefix_cache(
+    model: Model, seed: int, has_branches: bool
+) -> None:
     chance = random.Random(seed)
     shared = prompt_of(seed, 20)
     wanted = [
@@ -173,9 +182,15 @@ def test_rejected_tokens_reach_neither_others_nor_the_prefix_cache(model: Model,
     plain: dict[str, list[TokenOutput]] = {}
     for one in wanted:
         plain |= outputs_from(Engine(model, settings(block_size=4)), [one])
-    oracle = Oracle(known_of(plain, wanted), chance, wrong=0.3)
+    oracle = Oracle(known_of(plain, wanted), chance, wrong=0.3, has_branches=has_branches)
     engine = speculating(
-        model, oracle, block_size=4, num_blocks=48, host_blocks=chance.choice([0, 40]), max_batch_tokens=40
+        model,
+        oracle,
+        block_size=4,
+        num_blocks=48,
+        host_blocks=chance.choice([0, 40]),
+        max_batch_tokens=40,
+        speculation={"branches": 4, "fixed_tokens": 9} if has_branches else {},
     )
     roster = ChanceRoster(engine, chance)
     engine._roster = roster  # type: ignore[assignment]
@@ -210,17 +225,20 @@ def test_rejected_tokens_reach_neither_others_nor_the_prefix_cache(model: Model,
     engine.close()
 
 
-def test_an_answer_goes_on_over_cuts_of_the_context(model: Model) -> None:
+@pytest.mark.parametrize("has_branches", [False, True])
+def test_an_answer_goes_on_over_cuts_of_the_context(model: Model, has_branches: bool) -> None:
     wanted = request(
         "cut", prompt_of(3, 45), greedy(150), truncation=Truncation(head_tokens=8), salt=b"tenant"
     )
     plain = outputs_from(Engine(model, settings(max_model_len=64)), [wanted])
     assert any(output.dropped_tokens for output in plain["cut"])
-    oracle = Oracle(known_of(plain, [wanted]), random.Random(2), wrong=0.1)
-    got = outputs_from(speculating(model, oracle, max_model_len=64), [wanted])
+    oracle = Oracle(known_of(plain, [wanted]), random.Random(2), wrong=0.1, has_branches=has_branches)
+    branching = {"branches": 4, "fixed_tokens": 20} if has_branches else {}
+    engine = speculating(model, oracle, max_model_len=64, speculation=branching)
+    got = outputs_from(engine, [wanted])
     assert_same(got, plain)
     assert [o.dropped_tokens for o in got["cut"]] == [o.dropped_tokens for o in plain["cut"]]
-    assert sum(right for right, _ in oracle.num_right) > 60
+    assert engine.stats().accepted_tokens > 60
 
 
 def test_an_answer_ends_where_the_context_is_full(model: Model) -> None:
@@ -367,11 +385,13 @@ def test_a_draft_model_short_of_blocks_drafts_for_fewer(model: Model) -> None:
     assert engine.stats().accepted_tokens > 0
 
 
-def test_drawn_tokens_have_the_targets_distribution(model: Model) -> None:
-    """Chi-square over the first three tokens, with drafts that are biased towards one token each."""
+@pytest.mark.parametrize("branches", [1, 3])
+def test_drawn_tokens_have_the_targets_distribution(model: Model, branches: int) -> None:
+    """Chi-square over the first three tokens, with drafts that are biased towards the likeliest tokens."""
     prompt, count = prompt_of(4, 10), 1500
     options: dict[str, Any] = {"temperature": 1.3, "top_k": 4}
-    engine = speculating(model, draft=model, max_num_seqs=32, max_batch_tokens=200, num_blocks=512)
+    sizes = {"max_num_seqs": 32, "max_batch_tokens": 200, "num_blocks": 512}
+    engine = speculating(model, draft=model, speculation={"branches": branches}, **sizes)
     for seed in range(count):
         engine.add(
             request(f"{seed}", prompt, SamplingParams(max_tokens=3, seed=seed * 7919, **options), salt=b"t")
@@ -416,6 +436,9 @@ def test_drawn_tokens_have_the_targets_distribution(model: Model) -> None:
 
 
 def test_settings_refuse_what_makes_no_sense() -> None:
-    for changes in ({"fixed_tokens": 0}, {"fixed_tokens": 65}, {"max_tokens": 0}):
+    for changes in (
+        *({"fixed_tokens": 0}, {"fixed_tokens": 65}, {"max_tokens": 0}),
+        *({"branches": 0}, {"branches": 9}, {"max_tree_tokens": 0}, {"max_tree_tokens": 64}),
+    ):
         with pytest.raises(InvalidConfiguration):
             SpeculationSettings(**changes)  # type: ignore[arg-type]

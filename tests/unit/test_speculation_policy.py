@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import random
 from collections.abc import Callable, Sequence
 
@@ -20,6 +21,11 @@ from trireme.policies.speculation import (
 )
 
 chances = st.lists(st.floats(0.0, 1.0), max_size=4)
+
+
+def along(proposals: Sequence[Sequence[float]]) -> list[list[float]]:
+    """From the chance of each token, where those before it are right, to that of all up to it."""
+    return [list(itertools.accumulate(chances, operator.mul)) for chances in proposals]
 
 
 def tokens_per_s(
@@ -55,7 +61,13 @@ def test_no_other_lengths_are_better(
     batch = len(proposals) + others
     times = plain_s, fixed_s, row_s
     choice = best_lengths(
-        proposals, batch=batch, plain_s=plain_s, fixed_s=fixed_s, row_s=row_s, room=room, least_gain=1.0
+        along(proposals),
+        batch=batch,
+        plain_s=plain_s,
+        fixed_s=fixed_s,
+        row_s=row_s,
+        room=room,
+        least_gain=1.0,
     )
     assert sum(choice.lengths) <= room
     assert all(0 <= n <= len(p) for n, p in zip(choice.lengths, proposals, strict=True))
@@ -70,14 +82,16 @@ def test_no_other_lengths_are_better(
 def test_what_is_chosen_is_never_expected_to_lose(
     proposals: list[list[float]], fixed_s: float, row_s: float
 ) -> None:
-    choice = best_lengths(proposals, batch=len(proposals), plain_s=1.0, fixed_s=fixed_s, row_s=row_s, room=64)
+    choice = best_lengths(
+        along(proposals), batch=len(proposals), plain_s=1.0, fixed_s=fixed_s, row_s=row_s, room=64
+    )
     assert choice.gain >= 1.0
     if any(choice.lengths):
         assert tokens_per_s(proposals, choice.lengths, len(proposals), (1.0, fixed_s, row_s)) > len(proposals)
 
 
 def test_a_wrong_token_is_not_worth_a_dear_row() -> None:
-    two = [[0.9, 0.9, 0.9], [0.1, 0.9, 0.9]]
+    two = along([[0.9, 0.9, 0.9], [0.1, 0.9, 0.9]])
     cheap = best_lengths(two, batch=2, plain_s=1.0, fixed_s=0.0, row_s=0.1, room=64)
     assert cheap.lengths == (3, 0)
     dear = best_lengths(two, batch=2, plain_s=1.0, fixed_s=0.0, row_s=0.6, room=64)
@@ -154,7 +168,7 @@ def play(
                 depth += 1
                 together *= controller.chance(mark)
             if depth:
-                proposals = [[controller.chance(mark)] * depth] * batch
+                proposals = along([[controller.chance(mark)] * depth] * batch)
                 lengths = controller.choose(proposals, batch=batch, room=512)
         given_tokens = batch
         for length in lengths:

@@ -73,13 +73,19 @@ def test_a_variant_speculates_as_its_file_says(tmp_path: Path) -> None:
         each.add(wanted)
     assert tokens_of(run(engine)) == tokens_of(run(plain))
 
-    fixed = load_fleet(written(tmp_path, "speculate: 3"))
+    fixed = load_fleet(written(tmp_path, "speculate: 3\n        draft_branches: 2"))
     assert engine_loading.build(plans_of(fleet=fixed, group=fixed.workers[0])[0], ResidencyLog())[
         0
-    ].settings.speculation == SpeculationSettings(fixed_tokens=3)
+    ].settings.speculation == SpeculationSettings(fixed_tokens=3, branches=2)
 
 
-@pytest.mark.parametrize("lines", ["draft: small", "speculate: 0", "speculate: 65", "speculate: maybe"])
+@pytest.mark.parametrize(
+    "lines",
+    [
+        *("draft: small", "speculate: 0", "speculate: 65", "speculate: maybe"),
+        *("draft_branches: 2", "speculate: auto\n        draft_branches: 9"),
+    ],
+)
 def test_a_file_that_cannot_be_meant_is_refused(tmp_path: Path, lines: str) -> None:
     with pytest.raises(InvalidConfiguration):
         load_fleet(written(tmp_path, lines))

@@ -13,6 +13,7 @@ from torch import Tensor
 from trireme.engine.kv_cache import KvCache
 from trireme.engine.request import Mode
 from trireme.engine.sequence import Sequence
+from trireme.engine.speculation.token_tree import TokenTree
 from trireme.kernels.attention_batch import AttentionBatch
 from trireme.models.model import Model
 
@@ -24,7 +25,7 @@ class Part(NamedTuple):
     num_tokens: int
 
 
-Drafts = Mapping[Sequence, Seq[int]]
+Drafts = Mapping[Sequence, TokenTree]
 """Tokens that may follow those of a sequence; computed behind its part, to be verified."""
 
 
@@ -89,6 +90,7 @@ def _forward(model: Model, cache: KvCache, parts: list[Part], drafts: Drafts) ->
     context_lens: list[int] = []
     sampling: list[Sequence] = []
     last_rows: list[int] = []
+    trees: dict[int, Seq[int]] = {}
     for sequence, count in parts:
         start = sequence.num_computed
         stop = start + count
@@ -103,8 +105,12 @@ def _forward(model: Model, cache: KvCache, parts: list[Part], drafts: Drafts) ->
             last_rows.append(len(token_ids) - 1)
         if drafts and (draft := drafts.get(sequence)):
             last_rows.extend(range(len(token_ids), len(token_ids) + len(draft)))
-            token_ids.extend(draft)
-            positions.extend(range(stop, stop + len(draft)))
+            token_ids.extend(draft.tokens)
+            if draft.parents is None:
+                positions.extend(range(stop, stop + len(draft)))
+            else:
+                trees[len(query_lens)] = draft.rooted_parents
+                positions.extend([stop + depth - 1 for depth in draft.depths])
             stop += len(draft)
         query_lens.append(stop - start)
         context_lens.append(stop)
@@ -117,6 +123,7 @@ def _forward(model: Model, cache: KvCache, parts: list[Part], drafts: Drafts) ->
         block_size=cache.block_size,
         device=device,
         dtype=model.dtype,
+        trees=trees,
     )
     layers = cache.layers_for([sequence for sequence, _ in parts])
     inputs = torch.tensor((token_ids, positions), dtype=torch.int64).to(device, non_blocking=True)

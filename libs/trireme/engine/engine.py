@@ -34,8 +34,9 @@ from trireme.engine.sampling import Sampled, SamplingState, sample
 from trireme.engine.sequence import Sequence
 from trireme.engine.settings import EngineSettings
 from trireme.engine.speculation.proposals import Drafter
-from trireme.engine.speculation.rejected_slots import clear_behind
+from trireme.engine.speculation.rejected_slots import clear_behind, close_up
 from trireme.engine.speculation.speculator import speculator_of
+from trireme.engine.speculation.token_tree import TokenTree
 from trireme.engine.statistics import stats_of
 from trireme.engine.stored_blocks import OnSaved, Room, StoredBlock, let_go_of
 from trireme.engine.tally import StepReport, Tally
@@ -354,7 +355,7 @@ class Engine:
             if sequence.state is not None:
                 states.append(sequence.state)
                 if drafts and (draft := drafts.get(sequence)):
-                    states.extend(sequence.state.after(draft[:end]) for end in range(1, len(draft) + 1))
+                    states.extend(map(sequence.state.after, draft.prefixes()))
         try:
             choices = sample(logits, states)
         except Exception as error:
@@ -363,47 +364,48 @@ class Engine:
                 return
             row = 0
             for sequence in sequences:
-                end = row + 1 + len(drafts.get(sequence, ()))
+                draft = drafts.get(sequence)
+                end = row + 1 + (len(draft) if draft is not None else 0)
                 self._choose([sequence], drafts, logits[row:end], report)
                 row = end
             return
         row = 0
         for sequence in sequences:
-            draft = drafts.get(sequence, ()) if drafts else ()
+            draft = drafts.get(sequence) if drafts else None
             if draft:
                 self._verify(sequence, draft, choices[row : row + len(draft) + 1], report)
+                row += len(draft)
             elif choices[row].token_id < 0:
                 self._fail(sequence, _not_a_number(), report)
             else:
                 self._emit(sequence, choices[row], report)
-            row += 1 + len(draft)
+            row += 1
 
     def _verify(
-        self, sequence: Sequence, draft: Seq[int], choices: list[Sampled], report: StepReport
+        self, sequence: Sequence, draft: TokenTree, choices: list[Sampled], report: StepReport
     ) -> None:
-        """Take the chosen tokens up to the first that is not the drafted one, or that ends the answer.
+        """Take the chosen tokens up to the first that no drafted one is, or that ends the answer.
 
-        Choice j was drawn as it is after the first j drafted tokens, so it counts where they were right.
+        A choice was drawn as it is after the drafted tokens up to it, so it counts where they were right.
         """
-        num_right = 0
-        for choice, drafted in zip(choices, (*draft, -1), strict=True):
+        path = draft.walk([choice.token_id for choice in choices])
+        close_up(self._cache, sequence, path)
+        for num_right, place in enumerate((-1, *path)):
+            if num_right:
+                self._advance(sequence, 1)
+            choice = choices[place + 1]
             if choice.token_id < 0:
                 report.accepted(sequence, num_right)
                 self._fail(sequence, _not_a_number(), report)
                 return
-            is_right = choice.token_id == drafted
             if not self._emit(sequence, choice, report):
                 report.accepted(sequence, num_right)
                 return
-            if not is_right:
-                break
-            num_right += 1
-            self._advance(sequence, 1)
-        report.accepted(sequence, num_right)
-        if any(choice.token_id < 0 for choice in choices[num_right + 1 :]):
+        report.accepted(sequence, len(path))
+        if any(choice.token_id < 0 for choice in choices):
             clear_behind(self._cache, sequence)
         if self._speculator is not None:
-            self._speculator.observe(sequence, num_right)
+            self._speculator.observe(sequence, path)
 
     def _emit(self, sequence: Sequence, choice: Sampled, report: StepReport) -> bool:
         """The answer grows by a token; True if it goes on."""

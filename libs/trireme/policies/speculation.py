@@ -13,7 +13,9 @@ Models err, so what was gained is measured too, by batch size: who has lost over
 again after pauses that double (`SpeculationController`).
 
 Source: PipeInfer (arXiv 2407.11798) for a cutoff by the draft's own confidence; tokens per pass after
-Leviathan et al., ICML 2023; the choice by measured marginal time is our own.
+Leviathan et al., ICML 2023, and of trees after Chen et al., Sequoia (arXiv 2402.12374, section 3.1), whose
+dynamic programme the likeliest tokens are a solution of where each one's chance is known; the choice by
+measured marginal time is our own.
 """
 
 from __future__ import annotations
@@ -62,17 +64,32 @@ class SpeculationSettings:
     """Draft what followed the sequence's last tokens when they stood in it before."""
     beside: bool = False
     """The draft model runs beside the target, not before it: for machines that have a core to spare."""
+    branches: int = 1
+    """Likely continuations of one token that may be drafted beside each other, as a tree; 1: chains."""
+    max_tree_tokens: int = 24
+    """Most that are drafted for a sequence and step where they branch."""
 
     def __post_init__(self) -> None:
         if self.fixed_tokens is not None and not 1 <= self.fixed_tokens <= 64:
             raise InvalidConfiguration(f"fixed_tokens is {self.fixed_tokens}; it must be from 1 to 64")
         if not 1 <= self.max_tokens <= 64:
             raise InvalidConfiguration(f"max_tokens is {self.max_tokens}; it must be from 1 to 64")
+        if not 1 <= self.branches <= 8:
+            raise InvalidConfiguration(f"branches is {self.branches}; it must be from 1 to 8")
+        if not 1 <= self.max_tree_tokens <= 63:
+            raise InvalidConfiguration(
+                f"max_tree_tokens is {self.max_tree_tokens}; it must be from 1 to 63, which fit a mask"
+            )
 
     @property
     def most(self) -> int:
-        """Tokens that may be drafted for a sequence and step."""
+        """Tokens that may be drafted for a sequence and step, one behind the other."""
         return self.fixed_tokens or self.max_tokens
+
+    @property
+    def most_in_all(self) -> int:
+        """Tokens of all branches that may be drafted for a sequence and step."""
+        return min(self.fixed_tokens, 63) if self.fixed_tokens is not None else self.max_tree_tokens
 
 
 class Mark(NamedTuple):
@@ -107,10 +124,11 @@ def best_lengths(
     """The lengths with the most tokens per second.
 
     Exact for these times: the times depend on the number of tokens only, so of every number the likeliest
-    are the best, and a proposal's chances fall along it.
+    are the best, and chances fall along a proposal. That holds of trees as of chains: the likeliest tokens of
+    a tree are a tree, since no token is likelier than the one before it.
 
     Args:
-        proposals: per sequence, the chance of each token to be right where those before it are.
+        proposals: per sequence, the chance of each token that it and all before it are right, falling.
         batch: sequences in the step, at least as many as proposals.
         plain_s: of a step that drafts nothing; positive.
         fixed_s, row_s: what drafting at all and each drafted token add; not negative.
@@ -118,11 +136,8 @@ def best_lengths(
         least_gain: a smaller gain is none.
     """
     ranked: list[tuple[float, int]] = []
-    for index, chances in enumerate(proposals):
-        together = 1.0
-        for chance in chances:
-            together *= chance
-            ranked.append((together, index))
+    for index, reaches in enumerate(proposals):
+        ranked += [(together, index) for together in reaches]
     ranked.sort(key=lambda pair: (-pair[0], pair[1]))
     best_gain, best_count = 1.0, 0
     tokens = float(batch)
@@ -312,19 +327,41 @@ class SpeculationController:
         _, row_s = self.times.added_s(batch)
         return sum(chances) * plain_s / batch > draft_s + row_s * len(chances)
 
+    def worth_drafting(self, chances: Sequence[float], *, batch: int) -> int:
+        """How many branches the draft model reads next, in one step: as many as gain most; 0: none pays.
+
+        Args:
+            chances: of each branch, that the token it would give is right and used, falling.
+            batch: sequences in the target's step.
+        """
+        if self.settings.fixed_tokens is not None:
+            return len(chances)
+        plain_s = self.times.plain_s(batch)
+        if plain_s is None:
+            return 0
+        _, row_s = self.times.added_s(batch)
+        best_count, most_s, together = 0, 0.0, 0.0
+        for count, chance in enumerate(chances, start=1):
+            together += chance
+            draft_s = self.draft_s(count) or 0.0  # not known: it may be worth finding out
+            gain_s = together * plain_s / batch - draft_s - row_s * count
+            if gain_s > most_s:
+                best_count, most_s = count, gain_s
+        return best_count
+
     def draft_s(self, count: int) -> float | None:
         """Of one step of the draft model for so many sequences; None: not known."""
         samples = self._draft_s.get(count.bit_length())
         return None if samples is None or len(samples) < _LEAST_DRAFT_STEPS else _median(samples)
 
     def choose(self, proposals: Sequence[Sequence[float]], *, batch: int, room: int) -> tuple[int, ...]:
-        """How many tokens of each proposal are verified."""
+        """How many tokens of each proposal are verified: see `best_lengths`."""
         fixed = self.settings.fixed_tokens
         plain_s = self.times.plain_s(batch)
         if fixed is not None:
             lengths = []
-            for chances in proposals:
-                lengths.append(min(fixed, len(chances), room))
+            for reaches in proposals:
+                lengths.append(min(fixed, len(reaches), room))
                 room -= lengths[-1]
             return tuple(lengths)
         if plain_s is None:
@@ -353,13 +390,16 @@ class SpeculationController:
     def observe_draft(self, marks: Sequence[Mark], num_right: int) -> None:
         """Of a sequence's drafted tokens so many were right; the one behind them, if any, was wrong."""
         for mark in marks[: num_right + 1]:
-            is_right = float(num_right > 0)
+            self.observe_token(mark, is_right=num_right > 0)
             num_right -= 1
-            right, tried = self._right.get(mark, (0.0, 0.0))
-            self._right[mark] = _FORGETTING * right + is_right, _FORGETTING * tried + 1.0
-            source = mark.source, mark.is_greedy
-            right, tried = self._source.get(source, (0.0, 0.0))
-            self._source[source] = _FORGETTING * right + is_right, _FORGETTING * tried + 1.0
+
+    def observe_token(self, mark: Mark, *, is_right: bool) -> None:
+        """A token whose predecessors were right was right itself, or wrong."""
+        right, tried = self._right.get(mark, (0.0, 0.0))
+        self._right[mark] = _FORGETTING * right + is_right, _FORGETTING * tried + 1.0
+        source = mark.source, mark.is_greedy
+        right, tried = self._source.get(source, (0.0, 0.0))
+        self._source[source] = _FORGETTING * right + is_right, _FORGETTING * tried + 1.0
 
     def observe_step(
         self, *, batch: int, drafted: int, tokens: int, seconds: float, drafting_s: float

@@ -71,6 +71,8 @@ class Variant(_Section):
     draft_beside: bool = False
     """The draft model runs beside the model, on a thread of its own, not before each of its steps: where a
     core is to spare."""
+    draft_branches: int = Field(default=1, ge=1, le=8)
+    """Likely continuations of one token that are drafted beside each other and verified as a tree; 1: one."""
 
     @model_validator(mode="after")
     def _drafts_are_wanted(self) -> Variant:
@@ -80,6 +82,8 @@ class Variant(_Section):
             raise ValueError(
                 "draft_beside is set, but no draft: name the checkpoint of the model that drafts"
             )
+        if self.draft_branches > 1 and self.speculate == "off":
+            raise ValueError("draft_branches asks for trees, but speculate is off: set speculate to auto")
         return self
 
     @model_validator(mode="after")

@@ -178,4 +178,4 @@ def _speculation(plan: VariantPlan) -> SpeculationSettings | None:
     if plan.speculate == "off":
         return None
     fixed = None if plan.speculate == "auto" else plan.speculate
-    return SpeculationSettings(fixed_tokens=fixed, beside=plan.draft_beside)
+    return SpeculationSettings(fixed_tokens=fixed, beside=plan.draft_beside, branches=plan.draft_branches)

@@ -44,6 +44,8 @@ class VariantPlan:
     """Checkpoint of the model that drafts."""
     draft_beside: bool = False
     """It runs beside the target."""
+    draft_branches: int = 1
+    """Continuations of one token that are drafted."""
     kv_dtype: str = AUTO
     """What keys and values are stored as: one of `KV_DTYPES`."""
 
@@ -86,6 +88,7 @@ def plans_of(fleet: Fleet, group: WorkerGroup) -> list[VariantPlan]:
                 speculate=variant.speculate,
                 draft=variant.draft,
                 draft_beside=variant.draft_beside,
+                draft_branches=variant.draft_branches,
                 kv_bytes=(variant.kv_mib or group.kv_mib) * 2**20,
                 block_tokens=fleet.block_tokens,
                 max_sequences=sequences,

@@ -178,7 +178,7 @@ class BesideDrafter:
         if unread:
             self.readers.read(unread)
         if chunks:
-            for (name, guess), (token, share) in zip(followed, self.readers.follow(chunks), strict=True):
+            for (name, guess), ((token, share),) in zip(followed, self.readers.follow(chunks), strict=True):
                 # Scores that are no numbers say that nothing can be guessed here.
                 share = share if 0.0 <= share <= 1.0 else 0.0
                 tokens, shares = (*guess.tokens, token), (*guess.shares, share)

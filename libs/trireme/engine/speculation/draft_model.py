@@ -20,7 +20,7 @@ _READ_AT_ONCE: Final = 512
 
 
 @dataclass(slots=True, eq=False)
-class _Live:
+class Live:
     """A sequence that is drafted for now."""
 
     want: Want
@@ -48,14 +48,12 @@ class ModelDrafter:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.readers = readers
-        self._controller = controller
-        self._clock = clock
+        self.controller = controller
+        self.clock = clock
 
     def propose(self, wants: Sequence[Want], *, batch: int) -> list[Proposal]:
-        controller = self._controller
-        wants_all, wants = wants, self._worth_reading(wants, batch)
-        live = [entry for want in wants if (entry := self._open(want, batch)) is not None]
-        live = self._read(live)
+        controller = self.controller
+        live = self.ready_to_draft(wants, batch)
         entries = {entry.want.sequence_id: entry for entry in live}
         while live:
             chances = [e.together * controller.source_chance(SOURCE, e.want.is_greedy) for e in live]
@@ -67,12 +65,17 @@ class ModelDrafter:
             NOTHING
             if (entry := entries.get(want.sequence_id)) is None
             else Proposal(tuple(entry.drafted), tuple(entry.marks), tuple(entry.chances))
-            for want in wants_all
+            for want in wants
         ]
+
+    def ready_to_draft(self, wants: Sequence[Want], batch: int) -> list[Live]:
+        """Sequences to draft for that are read but for their last few tokens."""
+        wants = self._worth_reading(wants, batch)
+        return self._read([entry for want in wants if (entry := self._open(want, batch)) is not None])
 
     def _worth_reading(self, wants: Sequence[Want], batch: int) -> Sequence[Want]:
         """Those to draft for, before anything is read for it; few, until it is known what that takes."""
-        controller = self._controller
+        controller = self.controller
         if controller.draft_s(1) is None and controller.settings.fixed_tokens is None:
             wants = wants[:1]
         chances = [controller.source_chance(SOURCE, want.is_greedy) for want in wants]
@@ -87,28 +90,28 @@ class ModelDrafter:
     def close(self) -> None:
         pass  # nothing runs between two calls
 
-    def _open(self, want: Want, batch: int) -> _Live | None:
+    def _open(self, want: Want, batch: int) -> Live | None:
         """The sequence's reader, set back to where it agrees with the sequence."""
         history = want.history
         if len(history) + want.most > self.readers.most:
             return None
         reader = self.readers.find(want.sequence_id)
         if reader is None:
-            if not self._controller.pays_to_read(
+            if not self.controller.pays_to_read(
                 len(history), left_tokens=want.left, batch=batch, is_greedy=want.is_greedy
             ):
                 return None
             reader = self.readers.open(want.sequence_id)
         reader.set_back(history, len(history))
-        return _Live(want, reader)
+        return Live(want, reader)
 
-    def _read(self, live: list[_Live]) -> list[_Live]:
+    def _read(self, live: list[Live]) -> list[Live]:
         """Read all but the last token of each; who is not done with that has to wait for the next time."""
         unread = [(entry, len(entry.want.history) - 1 - len(entry.reader.tokens)) for entry in live]
         room = _READ_AT_ONCE
         kept = {entry.want.sequence_id for entry in live}
         chunks: list[tuple[Reader, Sequence[int]]] = []
-        ready: list[_Live] = []
+        ready: list[Live] = []
         for entry, count in unread:
             reader = entry.reader
             # The last few go with the first drafting step.
@@ -124,17 +127,17 @@ class ModelDrafter:
             if taken == count:
                 ready.append(entry)
         if chunks:
-            started_s = self._clock()
+            started_s = self.clock()
             self.readers.read(chunks)
-            self._controller.observe_read(self._clock() - started_s)
+            self.controller.observe_read(self.clock() - started_s)
         return ready
 
-    def _step(self, live: list[_Live]) -> None:
+    def _step(self, live: list[Live]) -> None:
         """Every live sequence gets one more drafted token, or leaves the drafted as they are."""
-        started_s = self._clock()
+        started_s = self.clock()
         kept = {entry.want.sequence_id for entry in live}
         chunks: list[tuple[Reader, Sequence[int]]] = []
-        served: list[_Live] = []
+        served: list[Live] = []
         for entry in live:
             reader = entry.reader
             tokens = [*entry.want.history[len(reader.tokens) :], *entry.drafted]
@@ -147,18 +150,18 @@ class ModelDrafter:
                 entry.together = 0.0
         if not served:
             return
-        for entry, (token, share) in zip(served, self.readers.follow(chunks), strict=True):
+        for entry, ((token, share),) in zip(served, self.readers.follow(chunks), strict=True):
             if not 0.0 <= share <= 1.0:  # scores that are not numbers
                 entry.together = 0.0
                 continue
             mark = mark_of(share, is_greedy=entry.want.is_greedy)
-            chance = self._controller.chance(mark)
+            chance = self.controller.chance(mark)
             entry.drafted.append(token)
             entry.marks.append(mark)
             entry.chances.append(chance)
             entry.together *= chance
-        self._controller.observe_draft_step(len(served), self._clock() - started_s)
+        self.controller.observe_draft_step(len(served), self.clock() - started_s)
 
     @staticmethod
-    def _may_go_on(entry: _Live) -> bool:
+    def _may_go_on(entry: Live) -> bool:
         return entry.together > 0.0 and len(entry.drafted) < entry.want.most

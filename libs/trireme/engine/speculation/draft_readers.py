@@ -7,7 +7,7 @@ way. Not for two threads at once.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Final
@@ -18,13 +18,18 @@ from trireme.engine.block_tables import BlockTables
 from trireme.engine.kv_memory import KvMemory
 from trireme.errors import InvalidConfiguration
 from trireme.kernels.attention_batch import AttentionBatch
+from trireme.kernels.tree_paths import depths
 from trireme.kvcache.block_pool import BlockPool
 from trireme.models.config import ModelConfig
 from trireme.models.model import Model
 from trireme.policies.speculation import Mark
 
 SOURCE: Final = "model"
+_OTHERS: Final = "model, another branch"
 _GRADES: Final = 10
+
+NextTokens = tuple[tuple[int, float], ...]
+"""Tokens that may come next, the likeliest first, with the model's probability or NaN."""
 
 
 @dataclass(slots=True, eq=False)
@@ -135,19 +140,48 @@ class DraftReaders:
         """Read on, each so many tokens that it holds blocks for."""
         self._forward(sorted(chunks, key=lambda chunk: len(chunk[1])))
 
-    def follow(self, chunks: Sequence[tuple[Reader, Sequence[int]]]) -> list[tuple[int, float]]:
-        """Read on; per chunk the likeliest next token and its probability, or NaN."""
+    def follow(self, chunks: Sequence[tuple[Reader, Sequence[int]]], count: int = 1) -> list[NextTokens]:
+        """Read on; per chunk the likeliest `count` next tokens."""
         order = sorted(range(len(chunks)), key=lambda index: len(chunks[index][1]))
-        scores = self._model.logits(self._forward([chunks[index] for index in order]))
-        best = scores.max(-1)
-        shares = (best.values - scores.logsumexp(-1)).exp()
-        found: list[list[float]] = torch.stack((best.indices.double(), shares.double())).tolist()
-        by_chunk = dict(zip(order, zip(*found, strict=True), strict=True))
-        return [(int(by_chunk[index][0]), by_chunk[index][1]) for index in range(len(chunks))]
+        found = self._likeliest(self._forward([chunks[index] for index in order]), count)
+        by_chunk = dict(zip(order, found, strict=True))
+        return [by_chunk[index] for index in range(len(chunks))]
+
+    def follow_branches(
+        self, trees: Sequence[tuple[Reader, Sequence[int], Sequence[int]]], count: int
+    ) -> list[NextTokens]:
+        """Read tokens of trees behind what was read; per token the likeliest `count` next ones.
+
+        Args:
+            trees: (reader, tokens, parents) each: of the tree whose root is the last token that was read and
+                whose last are these, as `kernels.tree_paths` has them. The others were read by earlier calls,
+                in this order, and the blocks are held.
+        """
+        token_ids: list[int] = []
+        positions: list[int] = []
+        contexts: list[int] = []
+        for reader, tokens, parents in trees:
+            base = len(reader.tokens) - 1
+            token_ids.extend(tokens)
+            positions.extend((base + depths(parents)[-len(tokens) :]).tolist())
+            contexts.append(base + len(parents))
+        batch = self._batch(
+            [reader for reader, _, _ in trees],
+            [len(tokens) for _, tokens, _ in trees],
+            contexts,
+            dict(enumerate(parents for _, _, parents in trees)),
+        )
+        return self._likeliest(self._compute(token_ids, positions, batch), count)
+
+    def _likeliest(self, hidden: torch.Tensor, count: int) -> list[NextTokens]:
+        scores = self._model.logits(hidden)
+        best = scores.topk(min(count, scores.shape[1]), -1) if count > 1 else scores.max(-1, keepdim=True)
+        shares = (best.values - scores.logsumexp(-1, keepdim=True)).exp()
+        tokens: list[list[int]] = best.indices.tolist()
+        return [tuple(zip(*row, strict=True)) for row in zip(tokens, shares.tolist(), strict=True)]
 
     def _forward(self, chunks: Sequence[tuple[Reader, Sequence[int]]]) -> torch.Tensor:
         """Run chunks, shortest first; the last hidden state of each: (chunks, hidden)."""
-        device = self._model.device
         token_ids: list[int] = []
         positions: list[int] = []
         lengths: list[int] = []
@@ -160,25 +194,41 @@ class DraftReaders:
             lengths.append(len(tokens))
             contexts.append(start + len(tokens))
             last.append(len(token_ids) - 1)
-        batch = AttentionBatch(
-            query_lens=lengths,
-            context_lens=contexts,
-            block_tables=self._tables.read(
-                [reader.row for reader, _ in chunks], -(-max(contexts) // self._block_size)
-            ),
-            block_size=self._block_size,
-            device=device,
-            dtype=self._model.dtype,
-        )
-        inputs = torch.tensor((token_ids, positions), dtype=torch.int64).to(device, non_blocking=True)
-        hidden = self._model.forward(inputs[0], inputs[1], self._memory.layers, batch)
+        batch = self._batch([reader for reader, _ in chunks], lengths, contexts, None)
+        hidden = self._compute(token_ids, positions, batch)
         for reader, tokens in chunks:
             reader.tokens.extend(tokens)
         if len(last) == len(token_ids):
             return hidden
-        return hidden[torch.tensor(last, device=device)]
+        return hidden[torch.tensor(last, device=self._model.device)]
+
+    def _batch(
+        self,
+        readers: Sequence[Reader],
+        lengths: Sequence[int],
+        contexts: Sequence[int],
+        trees: Mapping[int, Sequence[int]] | None,
+    ) -> AttentionBatch:
+        return AttentionBatch(
+            query_lens=lengths,
+            context_lens=contexts,
+            block_tables=self._tables.read(
+                [reader.row for reader in readers], -(-max(contexts) // self._block_size)
+            ),
+            block_size=self._block_size,
+            device=self._model.device,
+            dtype=self._model.dtype,
+            trees=trees,
+        )
+
+    def _compute(
+        self, token_ids: Sequence[int], positions: Sequence[int], batch: AttentionBatch
+    ) -> torch.Tensor:
+        inputs = torch.tensor((token_ids, positions), dtype=torch.int64)
+        inputs = inputs.to(self._model.device, non_blocking=True)
+        return self._model.forward(inputs[0], inputs[1], self._memory.layers, batch)
 
 
-def mark_of(share: float, *, is_greedy: bool) -> Mark:
+def mark_of(share: float, *, is_greedy: bool, is_likeliest: bool = True) -> Mark:
     """What is known of a token to which the draft model gives such a probability."""
-    return Mark(SOURCE, min(_GRADES - 1, int(_GRADES * share)), is_greedy)
+    return Mark(SOURCE if is_likeliest else _OTHERS, min(_GRADES - 1, int(_GRADES * share)), is_greedy)

@@ -15,8 +15,10 @@ from trireme.engine.settings import EngineSettings
 from trireme.engine.speculation.draft_beside import BesideDrafter
 from trireme.engine.speculation.draft_model import ModelDrafter
 from trireme.engine.speculation.draft_readers import DraftReaders
+from trireme.engine.speculation.draft_tree import TreeDrafter
 from trireme.engine.speculation.proposals import NOTHING, Drafter, Proposal, Want
 from trireme.engine.speculation.repetitions import RepetitionDrafter
+from trireme.engine.speculation.token_tree import TokenTree
 from trireme.models.model import Model
 from trireme.policies.speculation import SpeculationController
 
@@ -61,7 +63,7 @@ class Speculator:
         self._drafting_s = 0.0
         self._num_drafted = 0
 
-    def propose(self, parts: Seq[Part]) -> dict[Sequence, tuple[int, ...]]:
+    def propose(self, parts: Seq[Part]) -> dict[Sequence, TokenTree]:
         """Drafted tokens of the step's decoding sequences; they hold blocks for them."""
         self._proposals = {}
         self._drafting_s, self._num_drafted = 0.0, 0
@@ -75,28 +77,39 @@ class Speculator:
         wants = [want for sequence in decoding if (want := self._want(sequence)) is not None]
         offered = self._ask(wants, batch)
         lengths = self.controller.choose(
-            [proposal.chances for _, proposal in offered.values()], batch=batch, room=room
+            [proposal.reaches for _, proposal in offered.values()], batch=batch, room=room
         )
         by_id = {sequence.sequence_id: sequence for sequence in decoding}
-        drafts: dict[Sequence, tuple[int, ...]] = {}
+        drafts: dict[Sequence, TokenTree] = {}
         for (name, (drafter, proposal)), length in zip(offered.items(), lengths, strict=True):
             sequence = by_id[name]
             length = self._held(sequence, length)
             if length:
-                drafts[sequence] = proposal.tokens[:length]
-                self._proposals[sequence] = drafter, proposal.head(length)
+                taken = proposal.head(length).arranged()
+                drafts[sequence] = taken.tree
+                self._proposals[sequence] = drafter, taken
                 self._num_drafted += length
         self._drafting_s = self._clock() - started_s
         return drafts
 
-    def observe(self, sequence: Sequence, num_right: int) -> None:
-        """Of what was drafted for the sequence so many tokens were right.
+    def observe(self, sequence: Sequence, path: Seq[int]) -> None:
+        """Of what was drafted for the sequence the tokens at these places were right.
 
         To be called for each that was verified to its first wrong token; not for one that ended before.
         """
         drafter, proposal = self._proposals[sequence]
-        self.controller.observe_draft(proposal.marks, num_right)
-        drafter.observe(sequence.sequence_id, proposal.marks, num_right)
+        if proposal.parents is None:
+            self.controller.observe_draft(proposal.marks, len(path))
+            drafter.observe(sequence.sequence_id, proposal.marks, len(path))
+            return
+        right = {-1, *path}
+        for place, (mark, parent) in enumerate(zip(proposal.marks, proposal.parents, strict=True)):
+            if parent in right:
+                self.controller.observe_token(mark, is_right=place in right)
+        trunk = proposal.trunk()
+        drafter.observe(
+            sequence.sequence_id, trunk.marks, sum(place == index for index, place in enumerate(path))
+        )
 
     def end_step(self, seconds: float, *, num_tokens: int) -> None:
         """The step that `propose` was asked for is over, and gave so many tokens."""
@@ -129,7 +142,11 @@ class Speculator:
         if most < 1:
             return None
         history = sequence.token_ids if window is None else window.history
-        return Want(sequence.sequence_id, history, most, params.is_greedy, left)
+        settings, state = self.controller.settings, sequence.state
+        # The masks of a constraint are made for one continuation.
+        branches = settings.branches if state is None or state.guide is None else 1
+        most_in_all = min(settings.most_in_all, limit - length - 1)
+        return Want(sequence.sequence_id, history, most, params.is_greedy, left, branches, most_in_all)
 
     def _ask(self, wants: list[Want], batch: int) -> dict[str, tuple[Drafter, Proposal]]:
         """The drafter that has something for a sequence and its proposal, in the order of the drafters."""
@@ -139,7 +156,10 @@ class Speculator:
             if not rest:
                 break
             try:
-                proposals = drafter.propose(rest, batch=batch)
+                proposals = [
+                    proposal if proposal is NOTHING else proposal.ranked(want)
+                    for want, proposal in zip(rest, drafter.propose(rest, batch=batch), strict=True)
+                ]
             except Exception:
                 # Nobody's answer depends on a draft: decoding goes on without this drafter.
                 log.exception("drafter_failed", extra={"drafter": type(drafter).__name__})
@@ -205,6 +225,8 @@ def speculator_of(
         own: Drafter
         if settings.speculation.beside:
             own = BesideDrafter(readers, controller)
+        elif settings.speculation.branches > 1:
+            own = TreeDrafter(readers, controller, clock=clock)
         else:
             own = ModelDrafter(readers, controller, clock=clock)
         drafters = (own, *drafters)
