@@ -1,4 +1,5 @@
-// From a multiboot loader's 32-bit mode to 64-bit C++ with AVX-512 on: the first GiB mapped to itself, no interrupts.
+// From a multiboot loader's 32-bit mode to 64-bit C++ with AVX-512 on, and AMX where it is: the first GiB mapped to
+// itself, no interrupts.
 .section .multiboot, "a"
 .align 4
 .long 0x1BADB002, 3, -(0x1BADB002 + 3)
@@ -49,9 +50,12 @@ long_mode:
     mov %cr4, %rax
     or $(1 << 9 | 1 << 10 | 1 << 18), %rax  // SSE, its exceptions, XSAVE
     mov %rax, %cr4
+    mov $0xD, %eax
+    xor %ecx, %ecx
+    cpuid
+    and $0x600E7, %eax              // of x87, SSE, AVX, AVX-512 and tiles what there is
     xor %ecx, %ecx
     xor %edx, %edx
-    mov $0xE7, %eax                 // x87, SSE, AVX, AVX-512
     xsetbv
     call run
 2:  hlt

@@ -1,11 +1,20 @@
-// The AVX-512 kernels against those for AVX2, bit for bit, on a machine without an operating system.
+// The AVX-512 kernels, or with TRIREME_AMX those for AMX, against those for AVX2, bit for bit, on a machine without an
+// operating system. With AMX first the instructions against a model of them; it is the model that AMX's products with
+// bfloat16 weights are compared with.
 //
 // Random weights of all formats, random activations, bias and residual; rows around the numbers that the kernels take
 // at a time. The result goes to the first serial port, one line for each format and one for all.
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 #include "linear.h"
+
+namespace trireme {
+extern const Kernels kModelKernels;  // tests/tile_model
+void run_amx(int which, int rows, int inner, int lanes, const uint8_t* a, const uint8_t* b, uint8_t* sum);
+void run_model(int which, int rows, int inner, int lanes, const uint8_t* a, const uint8_t* b, uint8_t* sum);
+}  // namespace trireme
 
 extern "C" {
 void* memcpy(void* to, const void* from, size_t count) {
@@ -95,7 +104,17 @@ constexpr Case kCases[] = {
     {"bfloat16", kBfloat16, 0, false},
 };
 constexpr int kShapes[][2] = {{1, 128}, {17, 128}, {70, 384}, {33, 640}};
+#ifdef TRIREME_AMX
+constexpr int kRows[] = {1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 49, 81};
+const Kernels& subject = kAmxKernels;
+const Kernels& reference_for(const Weight& weight) {
+    return weight.format == kBfloat16 ? kModelKernels : kAvx2Kernels;
+}
+#else
 constexpr int kRows[] = {1, 2, 5, 6, 7, 11, 12, 13, 14, 25};
+const Kernels& subject = kAvx512Kernels;
+const Kernels& reference_for(const Weight&) { return kAvx2Kernels; }
+#endif
 
 Weight draw_weight(const Case& one, int64_t outputs, int64_t inputs) {
     const int64_t spans = tiles_of(outputs) * blocks_of(inputs) * 2;
@@ -140,19 +159,69 @@ bool is_same(const Weight& weight, int64_t rows, int type) {
     memset(narrow_out, 1, static_cast<size_t>(count * element_bytes));
     memset(wide_out, 2, static_cast<size_t>(count * element_bytes));
     const Call call{&weight, x, bias, residual, nullptr, rows, weight.inputs, type};
-    multiply(kAvx2Kernels, call, narrow_out);
-    multiply(kAvx512Kernels, call, wide_out);
+    multiply(reference_for(weight), call, narrow_out);
+    multiply(subject, call, wide_out);
     for (int64_t i = 0; i < count * element_bytes; ++i) {
         if (narrow_out[i] != wide_out[i]) return false;
     }
     return true;
 }
 
+#ifdef TRIREME_AMX
+// A NaN is a NaN: which of two comes through differs.
+bool is_same_lane(uint32_t a, uint32_t b, int which) {
+    const bool are_nan = (a & 0x7FFFFFFF) > 0x7F800000 && (b & 0x7FFFFFFF) > 0x7F800000;
+    return a == b || (which == 2 && are_nan);
+}
+
+int64_t compare_instructions(int which, int64_t times) {
+    alignas(64) static uint8_t a[1024], b[1024], sum[2][1024];
+    int64_t different = 0;
+    for (int64_t i = 0; i < times; ++i) {
+        const int rows = 1 + draw() % 16, inner = 1 + draw() % 16, lanes = 1 + draw() % 16;
+        for (int at = 0; at < 1024; ++at) {
+            a[at] = static_cast<uint8_t>(draw());
+            b[at] = static_cast<uint8_t>(draw());
+            sum[0][at] = sum[1][at] = static_cast<uint8_t>(draw());
+        }
+        // Random bits are floats of all magnitudes; in every second turn those of a few, whose sums round.
+        for (int at = 1; which == 2 && i % 2 && at < 1024; at += 2) {
+            for (uint8_t* matrix : {a, b, sum[0]}) {
+                if (matrix == sum[0] && at % 4 != 3) continue;
+                matrix[at] = static_cast<uint8_t>((matrix[at] & 0x80) | (i % 4 == 1 ? 0x3F : 0x20));
+            }
+        }
+        for (int at = 0; at < 1024; ++at) sum[1][at] = sum[0][at];
+        run_model(which, rows, inner, lanes, a, b, sum[0]);
+        run_amx(which, rows, inner, lanes, a, b, sum[1]);
+        bool is_same = true;
+        for (int at = 0; at < 1024; at += 4) {
+            uint32_t lane[2];
+            __builtin_memcpy(&lane[0], sum[0] + at, 4);
+            __builtin_memcpy(&lane[1], sum[1] + at, 4);
+            is_same &= is_same_lane(lane[0], lane[1], which);
+        }
+        different += !is_same;
+    }
+    return different;
+}
+#endif
+
 }  // namespace
 
 extern "C" void run() {
     out(kPort + 3, 3);  // bytes of 8 bits
     int64_t products = 0, different = 0;
+#ifdef TRIREME_AMX
+    const char* const names[] = {"tdpbssd", "tdpbusd", "tdpbf16ps"};
+    for (int which = 0; which < 3; ++which) {
+        const int64_t failed = compare_instructions(which, 200);
+        different += failed;
+        say(names[which]);
+        say(failed ? " DIFFERENT\n" : " the same\n");
+    }
+    products += 600;
+#endif
     for (const Case& one : kCases) {
         const int64_t before = different;
         for (const auto& shape : kShapes) {

@@ -13,7 +13,7 @@ import torch
 
 from trireme.errors import InvalidConfiguration
 from trireme.kernels import cpu_build
-from trireme.kernels.cpu_library import NativeCall, NativeWeight, cpu_library
+from trireme.kernels.cpu_library import Level, NativeCall, NativeWeight, cpu_library
 from trireme.kernels.low_bit_cpu import pack_bf16, takes
 from trireme.quant.formats import FORMATS
 
@@ -60,7 +60,7 @@ def test_without_a_compiler_it_says_so(tree: Path, monkeypatch: pytest.MonkeyPat
 def test_a_source_that_does_not_compile_leaves_nothing(tree: Path) -> None:
     if not any(shutil.which(name) for name in cpu_build.COMPILERS):
         pytest.skip("there is no C++ compiler")
-    for name in ("avx2.cpp", "avx512.cpp", "library.cpp", "thread_pool.cpp"):
+    for name in ("avx2.cpp", "avx512.cpp", "amx.cpp", "library.cpp", "thread_pool.cpp"):
         (tree / "cpu" / name).write_text("this is no C++", encoding="utf-8")
     with pytest.raises(cpu_build.BuildFailed, match="failed"):
         cpu_build.build()
@@ -70,7 +70,7 @@ def test_a_source_that_does_not_compile_leaves_nothing(tree: Path) -> None:
 def test_a_build_replaces_those_of_other_sources(tree: Path) -> None:
     if not any(shutil.which(name) for name in cpu_build.COMPILERS):
         pytest.skip("there is no C++ compiler")
-    for name in ("avx2.cpp", "avx512.cpp", "thread_pool.cpp"):
+    for name in ("avx2.cpp", "avx512.cpp", "amx.cpp", "thread_pool.cpp"):
         (tree / "cpu" / name).write_text("", encoding="utf-8")
     (tree / "cpu" / "library.cpp").write_text('extern "C" int answer() { return 42; }', encoding="utf-8")
     stale = tree / "libtrireme_cpu_0123456789abcdef.so"
@@ -87,6 +87,23 @@ def test_a_missing_library_is_logged_once_and_nothing_is_taken(
     assert [record.getMessage() for record in caplog.records] == ["cpu_kernels_absent"]
     with pytest.raises(InvalidConfiguration, match="cpu_build"):
         pack_bf16(torch.ones(1, 1))
+
+
+def test_a_lower_level_may_be_named(unloaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for named, most in (("amx", Level.AMX), ("avx2", Level.AVX2)):
+        cpu_library.cache_clear()
+        monkeypatch.setenv("TRIREME_CPU_KERNELS", named)
+        library = cpu_library()
+        if library is None:
+            pytest.skip("the library is not built, or this CPU has no AVX2")
+        assert Level.AVX2 <= library.level <= most
+    cpu_library.cache_clear()
+    monkeypatch.setenv("TRIREME_CPU_KERNELS", "none")
+    assert cpu_library() is None
+    cpu_library.cache_clear()
+    monkeypatch.setenv("TRIREME_CPU_KERNELS", "avx3")
+    with pytest.raises(InvalidConfiguration, match="none, avx2, avx512, amx"):
+        cpu_library()
 
 
 def test_python_and_the_library_agree_on_sizes() -> None:

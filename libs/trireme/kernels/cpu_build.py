@@ -25,18 +25,22 @@ COMPILERS: Final = ("g++", "clang++", "c++")
 """Tried in this order where `CXX` names none."""
 
 _FLAGS: Final = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-w")
+_AVX512: Final = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2", "-mfma")
 _UNITS: Final[Mapping[str, Sequence[str]]] = {
     "library.cpp": (),
+    "levels.cpp": (),
+    "multiply.cpp": (),
     "thread_pool.cpp": (),
     "decoder_layers.cpp": (),
     "mixture.cpp": (),
     "decoder_kernels.cpp": ("-mavx2", "-mfma", "-mf16c", "-mtune=znver2"),
     "avx2.cpp": ("-mavx2", "-mfma", "-mtune=znver2"),
-    "avx512.cpp": (
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2", "-mfma"),
-        "-mtune=icelake-server",
-    ),
+    "avx512.cpp": (*_AVX512, "-mtune=icelake-server"),
+    "amx.cpp": _AVX512,
 }
+_AMX: Final = ("-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mtune=sapphirerapids")
+"""Of amx.cpp, where the compiler and its assembler take them; without them the unit has no kernels."""
+_AMX_PROBE: Final = 'int main() { asm volatile("tdpbf16ps %tmm2, %tmm1, %tmm0"); }\n'
 _INCLUDE: Final = re.compile(r'^#include "(.+)"', re.MULTILINE)
 
 
@@ -62,7 +66,7 @@ def source_files() -> tuple[Path, ...]:
 
 def library_path() -> Path:
     """Where the library of the present sources is, or would be."""
-    digest = hashlib.sha256(repr((_FLAGS, _UNITS)).encode())
+    digest = hashlib.sha256(repr((_FLAGS, _UNITS, _AMX)).encode())
     for path in source_files():
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return DIRECTORY / f"libtrireme_cpu_{digest.hexdigest()[:16]}.so"
@@ -82,7 +86,7 @@ def build() -> Path:
         raise BuildFailed(f"there are no kernels for {platform.machine()} with {sys.platform}")
     try:
         with tempfile.TemporaryDirectory(prefix=".cpu_build_", dir=DIRECTORY) as scratch:
-            built = _compile(_compiler(), Path(scratch))
+            built = _compile(compiler(), Path(scratch))
             built.replace(target)  # whole or not at all, for those who load it meanwhile
     except OSError as error:
         raise BuildFailed(f"{DIRECTORY} cannot be written: {error}") from error
@@ -92,7 +96,12 @@ def build() -> Path:
     return target
 
 
-def _compiler() -> str:
+def compiler() -> str:
+    """The C++ compiler: what `CXX` names, or the first of `COMPILERS` that is there.
+
+    Raises:
+        BuildFailed: it is not there.
+    """
     named = os.environ.get("CXX")
     for name in (named,) if named else COMPILERS:
         if shutil.which(name):
@@ -101,16 +110,28 @@ def _compiler() -> str:
 
 
 def _compile(compiler: str, scratch: Path) -> Path:
-    objects = [scratch / f"{name}.o" for name in _UNITS]
+    units = dict(_UNITS)
+    if _has_amx(compiler, scratch):
+        units["amx.cpp"] = (*units["amx.cpp"], *_AMX)
+    else:
+        print(f"cpu_build: {compiler} has no AMX; CPUs that do take AVX-512", file=sys.stderr)
+    objects = [scratch / f"{name}.o" for name in units]
     _run_all(
         [
             [compiler, *_FLAGS, *flags, "-c", str(SOURCES / name), "-o", str(out)]
-            for (name, flags), out in zip(_UNITS.items(), objects, strict=True)
+            for (name, flags), out in zip(units.items(), objects, strict=True)
         ]
     )
     library = scratch / "library.so"
     _run_all([[compiler, "-shared", "-pthread", *map(str, objects), "-o", str(library)]])
     return library
+
+
+def _has_amx(compiler: str, scratch: Path) -> bool:
+    probe = scratch / "amx_probe.cpp"
+    probe.write_text(_AMX_PROBE, encoding="utf-8")
+    command = [compiler, *_AMX, "-c", str(probe), "-o", str(scratch / "amx_probe.o")]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def _run_all(commands: Sequence[Sequence[str]]) -> None:

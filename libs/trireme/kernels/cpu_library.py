@@ -6,13 +6,18 @@ import ctypes
 import enum
 import functools
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
+from trireme.errors import InvalidConfiguration
 from trireme.kernels import cpu_build
 
 _log = logging.getLogger(__name__)
+
+MOST: Final = "TRIREME_CPU_KERNELS"
+"""The environment variable that names the best `Level` to use, in small letters."""
 
 
 class Level(enum.IntEnum):
@@ -23,6 +28,8 @@ class Level(enum.IntEnum):
     """And FMA."""
     AVX512 = 2
     """F, BW, VL, DQ and VNNI."""
+    AMX = 3
+    """Tiles of int8 and bfloat16."""
 
 
 class NativeFormat(enum.IntEnum):
@@ -86,7 +93,11 @@ class CpuLibrary:
 
 @functools.cache
 def cpu_library() -> CpuLibrary | None:
-    """Load the library once; None, with a line in the log that says why, where PyTorch has to serve."""
+    """Load the library once; None, with a line in the log that says why, where PyTorch has to serve.
+
+    Raises:
+        InvalidConfiguration: TRIREME_CPU_KERNELS is set to what is no level.
+    """
     if not cpu_build.is_supported():
         _log.info("cpu_kernels_absent", extra={"reason": "not x86-64 with Linux"})
         return None
@@ -103,9 +114,9 @@ def cpu_library() -> CpuLibrary | None:
     )
     native.trireme_read.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
     native.trireme_read.restype = ctypes.c_uint64
-    level = Level(native.trireme_level())
+    level = min(Level(native.trireme_level()), _most())
     if level is Level.NONE:
-        _log.info("cpu_kernels_absent", extra={"reason": "the CPU has no AVX2"})
+        _log.info("cpu_kernels_absent", extra={"reason": f"the CPU has no AVX2, or {MOST} says none"})
         return None
     return CpuLibrary(
         level=level,
@@ -113,3 +124,13 @@ def cpu_library() -> CpuLibrary | None:
         decoder_layers=native.trireme_decoder_layers,
         read=native.trireme_read,
     )
+
+
+def _most() -> Level:
+    named = os.environ.get(MOST)
+    if named is None:
+        return Level.AMX
+    levels = {level.name.lower(): level for level in Level}
+    if named not in levels:
+        raise InvalidConfiguration(f"{MOST} must be one of {', '.join(levels)}, not {named[:40]!r}")
+    return levels[named]

@@ -93,7 +93,7 @@ inline void prepare_rows(const Call& call, const Activations& to, int64_t first,
     for (int64_t row = first; row < last; ++row) {
         const Element* x = static_cast<const Element*>(call.x) + row * call.stride;
         if (weight.format == kBfloat16) {
-            float* reals = to.reals + row * to.stride;
+            float* reals = static_cast<float*>(to.reals) + row * to.stride;
             for (int64_t i = 0; i < inputs; ++i) reals[i] = real_of(x[i]);
             for (int64_t i = inputs; i < blocks * kBlock; ++i) reals[i] = 0.0f;
         } else {

@@ -4,5 +4,5 @@
 #include "kernels.h"
 
 namespace trireme {
-const Kernels kAvx2Kernels = {prepare, multiply_tiles};
+const Kernels kAvx2Kernels = {prepare, multiply_tiles, sizeof(float), 0};
 }

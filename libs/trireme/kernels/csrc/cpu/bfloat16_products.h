@@ -84,6 +84,7 @@ inline void bfloat16_totals(const Weight& weight, int64_t tile, int tiles, const
                             int64_t last_row, float* totals) {
     const int64_t padded = blocks_of(weight.inputs) * kBlock, tile_bytes = padded * kTile * 2;
     const int64_t rows = last_row - first_row, groups = (rows + kRowsInRegisters - 1) / kRowsInRegisters;
+    const float* reals = static_cast<const float*>(x.reals);
     for (int part = 0; part < tiles; ++part) {
         for (int64_t i = 0; i < rows; ++i) store_reals(totals + part * kTileTotals + i * kTile, all(0.0f));
     }
@@ -93,7 +94,7 @@ inline void bfloat16_totals(const Weight& weight, int64_t tile, int tiles, const
             // Of one size as far as possible: few rows alone would wait for their own sums.
             const int64_t row = rows * group / groups, count = rows * (group + 1) / groups - row;
             multiply_real_rows<kRowsInRegisters>(count, tiles, weight.words + tile * tile_bytes + 32 * first, tile_bytes,
-                                                 x.reals + (first_row + row) * x.stride + first, x.stride,
+                                                 reals + (first_row + row) * x.stride + first, x.stride,
                                                  least(inputs_at_once, padded - first), totals + row * kTile,
                                                  group == 0 ? 2048 : 0);
         }

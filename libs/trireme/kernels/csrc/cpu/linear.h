@@ -51,7 +51,7 @@ struct Activations {
     int16_t* codes;  // fixed point, in steps of the block
     float* steps;    // (rows, blocks): what 1 is worth; NaN if the block holds an infinity or a NaN
     int32_t* sums;   // (rows, spans) of codes
-    float* reals;    // instead of all three, for bfloat16 weights
+    void* reals;     // instead of all three, for bfloat16 weights: float, or parts of bfloat16
     int64_t stride;
 };
 
@@ -71,9 +71,12 @@ struct Kernels {
     // `work` is kWorkBytes of the thread's own, aligned to 64.
     void (*multiply)(const Call& call, const Activations& activations, int64_t first_tile, int64_t last_tile,
                      int64_t first_row, int64_t last_row, void* work);
+    int32_t real_bytes;  // of one element of Activations::reals
+    int32_t spare_rows;  // that `multiply` may read behind the last; what they hold does not matter
 };
 
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAmxKernels;  // all null where the compiler has no AMX
 
 }  // namespace trireme
