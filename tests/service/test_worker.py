@@ -147,12 +147,12 @@ class Bench:
             assert time.monotonic() < deadline_s, f"no worker is ready:\n{logs}"
             await asyncio.sleep(0.05)
 
-    async def admit(self, name: str, *, prompt: list[int], **sampling: object) -> None:
+    async def admit(self, name: str, *, prompt: list[int], model: str = "small", **sampling: object) -> None:
         sampling = {"max_tokens": 16, "temperature": 0.0, "seed": 1, **sampling}
         request = AdmittedRequest(
             request_id=name,
             tenant="t",
-            model="small",
+            model=model,
             kind=RequestKind.REQUEST_KIND_GENERATE,
             prompt_token_ids=prompt,
             sampling=inference.SamplingParameters(**sampling),  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -311,10 +312,27 @@ def load_fleet(path: Path) -> Fleet:
     try:
         fleet = Fleet.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "(top level)"
-        raise InvalidConfiguration(f"{path}: {key}: {first['msg']}", param=key) from error
+        key, problem = _first_problem(error)
+        raise InvalidConfiguration(f"{path}: {key}: {problem}", param=key) from error
     return _anchored(fleet, path.resolve().parent)
+
+
+def checked_variant(values: Mapping[str, object]) -> Variant:
+    """A variant that is described elsewhere than in the file, held to the same rules.
+
+    Raises:
+        InvalidConfiguration: a value is wrong, or two do not fit together; names the key.
+    """
+    try:
+        return Variant.model_validate(values)
+    except ValidationError as error:
+        key, problem = _first_problem(error)
+        raise InvalidConfiguration(f"{key}: {problem}", param=key) from error
+
+
+def _first_problem(error: ValidationError) -> tuple[str, str]:
+    first = error.errors()[0]
+    return ".".join(str(part) for part in first["loc"]) or "(top level)", first["msg"]
 
 
 def _anchored(fleet: Fleet, root: Path) -> Fleet:

@@ -42,6 +42,10 @@ class VariantLoader:
             kv_dtype=wanted.kv_dtype,
             kv_bytes=wanted.kv_mib * 2**20,
             max_sequences=wanted.max_sequences,
+            speculate=str(wanted.speculate),
+            draft="" if wanted.draft is None else str(wanted.draft),
+            draft_beside=wanted.draft_beside,
+            draft_branches=wanted.draft_branches,
         )
         async with open_channel(_reachable(address)) as channel:
             await worker_pb2_grpc.WorkerStub(channel).LoadVariant(request, timeout=LOAD_TIMEOUT_S)

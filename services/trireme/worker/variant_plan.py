@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from trireme.errors import InvalidConfiguration, InvalidRequest
-from trireme.quant.precisions import AUTO, FLOATS, candidate_formats
-from trireme.runtime.fleet import Fleet, KvDtype, WorkerGroup
+from trireme.quant.precisions import AUTO, FLOATS
+from trireme.runtime.fleet import Fleet, Variant, WorkerGroup, checked_variant
 from trireme.wire.worker.v1 import worker_pb2 as pb
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -72,68 +72,57 @@ def dtype_of(dtype: str, precision: str) -> str:
 
 def plans_of(fleet: Fleet, group: WorkerGroup) -> list[VariantPlan]:
     """What a worker of the group loads at start."""
-    plans = []
-    for name in fleet.served_by(group):
-        variant = fleet.variant(name)
-        sequences = variant.max_sequences or group.max_sequences
-        plans.append(
-            VariantPlan(
-                variant=name,
-                model=fleet.model_of(name),
-                checkpoint=variant.checkpoint,
-                device=group.device,
-                dtype=dtype_of(variant.dtype, variant.precision),
-                precision=variant.precision,
-                kv_dtype=variant.kv_dtype,
-                speculate=variant.speculate,
-                draft=variant.draft,
-                draft_beside=variant.draft_beside,
-                draft_branches=variant.draft_branches,
-                kv_bytes=(variant.kv_mib or group.kv_mib) * 2**20,
-                block_tokens=fleet.block_tokens,
-                max_sequences=sequences,
-                max_batch_tokens=max(group.max_batch_tokens, sequences),
-                policy=group.policy,
-                learns_quanta=group.mlfq_levels == "demand",
-                swap_bytes=group.swap_mib * 2**20,
-            )
-        )
-    return plans
+    return [
+        _plan(name, fleet.model_of(name), fleet.variant(name), group, block_tokens=fleet.block_tokens)
+        for name in fleet.served_by(group)
+    ]
 
 
 def plan_from_request(
     request: pb.LoadVariantRequest, group: WorkerGroup, *, block_tokens: int
 ) -> VariantPlan:
-    """What placement asks this worker to load.
+    """What placement asks this worker to load: what fleet.yaml may say of a variant, under the same rules.
 
     Raises:
-        InvalidRequest: a field is missing or malformed.
+        InvalidRequest: a field is missing or malformed, or two do not fit together.
     """
     if not request.variant or not request.checkpoint:
         raise InvalidRequest("variant and checkpoint are required", param="variant")
-    dtype = request.dtype or "auto"
-    if dtype not in DTYPES:
-        raise InvalidRequest(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}", param="dtype")
-    precision = request.precision or AUTO
     try:
-        candidate_formats(precision)
-    except InvalidConfiguration as error:
-        raise InvalidRequest(error.message, param="precision") from error
-    kv_dtype = request.kv_dtype or AUTO
-    if kv_dtype not in get_args(KvDtype):
-        raise InvalidRequest(
-            f"kv_dtype {kv_dtype!r} is not one of {', '.join(get_args(KvDtype))}", param="kv_dtype"
+        variant = checked_variant(
+            {
+                "checkpoint": request.checkpoint,
+                "precision": request.precision or AUTO,
+                "dtype": request.dtype or AUTO,
+                "kv_dtype": request.kv_dtype or AUTO,
+                "max_sequences": request.max_sequences,
+                "speculate": request.speculate or "off",
+                "draft": request.draft or None,
+                "draft_beside": request.draft_beside,
+                "draft_branches": request.draft_branches or 1,
+            }
         )
-    sequences = request.max_sequences or group.max_sequences
+    except InvalidConfiguration as error:
+        raise InvalidRequest(error.message, param=error.param) from error
+    plan = _plan(request.variant, request.model or request.variant, variant, group, block_tokens=block_tokens)
+    return replace(plan, kv_bytes=request.kv_bytes) if request.kv_bytes else plan
+
+
+def _plan(name: str, model: str, variant: Variant, group: WorkerGroup, *, block_tokens: int) -> VariantPlan:
+    sequences = variant.max_sequences or group.max_sequences
     return VariantPlan(
-        variant=request.variant,
-        model=request.model or request.variant,
-        checkpoint=Path(request.checkpoint),
+        variant=name,
+        model=model,
+        checkpoint=variant.checkpoint,
         device=group.device,
-        dtype=dtype_of(dtype, precision),
-        precision=precision,
-        kv_dtype=kv_dtype,
-        kv_bytes=request.kv_bytes or group.kv_mib * 2**20,
+        dtype=dtype_of(variant.dtype, variant.precision),
+        precision=variant.precision,
+        kv_dtype=variant.kv_dtype,
+        speculate=variant.speculate,
+        draft=variant.draft,
+        draft_beside=variant.draft_beside,
+        draft_branches=variant.draft_branches,
+        kv_bytes=(variant.kv_mib or group.kv_mib) * 2**20,
         block_tokens=block_tokens,
         max_sequences=sequences,
         max_batch_tokens=max(group.max_batch_tokens, sequences),

@@ -438,6 +438,10 @@ class LoadVariantRequest(_message.Message):
     MAX_SEQUENCES_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
     KV_DTYPE_FIELD_NUMBER: _builtins.int
+    SPECULATE_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
+    DRAFT_BESIDE_FIELD_NUMBER: _builtins.int
+    DRAFT_BRANCHES_FIELD_NUMBER: _builtins.int
     variant: _builtins.str
     """Its name."""
     model: _builtins.str
@@ -454,6 +458,14 @@ class LoadVariantRequest(_message.Message):
     """Of the linear layers' weights, as in fleet.yaml; empty or auto: as they are stored."""
     kv_dtype: _builtins.str
     """What keys and values are stored as, as in fleet.yaml; empty or auto: what is computed in."""
+    speculate: _builtins.str
+    """Tokens drafted per sequence and step, as in fleet.yaml: off, auto or a number; empty: off."""
+    draft: _builtins.str
+    """Directory of the checkpoint that drafts; empty: drafts come from repetitions alone."""
+    draft_beside: _builtins.bool
+    """It drafts beside the model, on a thread of its own."""
+    draft_branches: _builtins.int
+    """Continuations of one token that are drafted, as in fleet.yaml; 0: one."""
     def __init__(
         self,
         *,
@@ -465,10 +477,14 @@ class LoadVariantRequest(_message.Message):
         max_sequences: _builtins.int = ...,
         precision: _builtins.str = ...,
         kv_dtype: _builtins.str = ...,
+        speculate: _builtins.str = ...,
+        draft: _builtins.str = ...,
+        draft_beside: _builtins.bool = ...,
+        draft_branches: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "dtype", b"dtype", "kv_bytes", b"kv_bytes", "kv_dtype", b"kv_dtype", "max_sequences", b"max_sequences", "model", b"model", "precision", b"precision", "variant", b"variant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "draft", b"draft", "draft_beside", b"draft_beside", "draft_branches", b"draft_branches", "dtype", b"dtype", "kv_bytes", b"kv_bytes", "kv_dtype", b"kv_dtype", "max_sequences", b"max_sequences", "model", b"model", "precision", b"precision", "speculate", b"speculate", "variant", b"variant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
