@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-import random
+import fcntl
+import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+PORTS = range(12_000, 20_000)
+"""Neither those that the kernel gives to connections nor those that `trireme up` takes."""
+
+# No property is broken by a machine that is slow or busy. Made before the tests: theirs start from it.
+settings.register_profile(
+    "unhurried",
+    settings.default,
+    deadline=None,
+    suppress_health_check=[*settings.default.suppress_health_check, HealthCheck.too_slow],
+)
+settings.load_profile("unhurried")
 
 
 def redis_binary() -> Path:
@@ -24,18 +38,28 @@ def redis_binary() -> Path:
 
 
 def free_port(count: int = 1) -> int:
-    """The first of `count` neighbouring TCP ports on loopback that were free a moment ago.
+    """The first of `count` neighbouring TCP ports on loopback that are free.
 
-    They are not of those that the kernel gives to connections, so nobody takes them in the meantime.
+    Nobody else is given them: the kernel gives others to connections, and all tests of this user, in
+    whatever process, take theirs in turn.
     """
-    while True:
-        first = random.SystemRandom().randrange(12_000, 32_000)
-        with ExitStack() as stack:
-            try:
-                for port in range(first, first + count):
-                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            except OSError:
-                continue
+    place = Path(tempfile.gettempdir()) / f"trireme-test-ports-{os.getuid()}"
+    with place.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        following = int(file.read() or PORTS.start)
+        while True:
+            first = following if following + count <= PORTS.stop else PORTS.start
+            following = first + count
+            with ExitStack() as stack:
+                try:
+                    for port in range(first, following):
+                        stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                except OSError:
+                    continue
+            file.seek(0)
+            file.truncate()
+            file.write(str(following))
             return first
 
 
@@ -45,7 +69,7 @@ def redis_url(tmp_path: Path) -> Iterator[str]:
     port = free_port()
     command = [str(redis_binary()), "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
     with subprocess.Popen([*command, "--dir", str(tmp_path)], stdout=subprocess.DEVNULL) as server:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
             try:
                 socket.create_connection(("127.0.0.1", port), timeout=0.2).close()

@@ -24,7 +24,7 @@ async def world(redis_url: str, tmp_path: Path, request: pytest.FixtureRequest) 
             base_url=f"http://{gateway.http_address}/v1",
             api_key="none",
             max_retries=0,
-            timeout=20,
+            timeout=90,
             http_client=DefaultAsyncHttpxClient(
                 transport=CheckingTransport(f"http://{gateway.http_address}")
             ),

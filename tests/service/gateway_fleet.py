@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 
 from trireme.bus.connection import Keys
 from trireme.bus.registry import Registry
-from trireme.bus.request_records import SCHEDULERS, WORKERS, Handover, RequestRecords
+from trireme.bus.request_records import SCHEDULERS, WORKERS, Handover, RequestRecords, State
 from trireme.bus.streams import Stream
 from trireme.bus.waiting_work import work_tokens
 from trireme.gateway.process import Gateway, running_gateway
@@ -35,6 +35,10 @@ from trireme.wire.worker.v1 import worker_pb2_grpc as rpc
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHECKPOINT = REPOSITORY / "checkpoints" / "trireme-py-1m"
 KEYS = Keys("test")
+WITHIN_S = 60.0
+"""How long a test waits for what must come."""
+PATIENT = "slo: {interactive: {ttft_s: 3600}, standard: {ttft_s: 3600}, batch: {ttft_s: 3600}}"
+"""Goals for tests of other things: none is given up as too slow on a busy machine."""
 
 
 def write_fleet(folder: Path) -> Path:
@@ -50,6 +54,7 @@ models:
       py-1m: {{checkpoint: {CHECKPOINT}}}
       py-1m-half: {{checkpoint: {CHECKPOINT}, dtype: bfloat16}}
 workers: [{{name: w, variants: [py-1m]}}]
+{PATIENT}
 """
     )
     return file
@@ -97,13 +102,19 @@ class FakeWorker(rpc.WorkerServicer):
         await end_tasks(self._tasks)
         await self._server.stop(None)
 
-    async def leave(self) -> None:
-        """In order: the record says draining, then it is removed."""
+    async def leave(self, *gateways: Gateway) -> None:
+        """In order: the record says draining, these gateways have read it, then it is removed."""
         self.draining = True
         await self.registry.put(self.record())
-        await asyncio.sleep(0.7)
+        async with asyncio.timeout(WITHIN_S):
+            while not all(self._is_known_to_drain(gateway) for gateway in gateways):
+                await asyncio.sleep(0.02)
         await self.die()
         await self.registry.remove(self.worker_id)
+
+    def _is_known_to_drain(self, gateway: Gateway) -> bool:
+        records = gateway.links.living("worker")
+        return any(record.id == self.worker_id and record.worker.draining for record in records)
 
     async def _renew(self) -> None:
         while True:
@@ -135,9 +146,6 @@ class FakeWorker(rpc.WorkerServicer):
 
     async def _listen(self, messages: AsyncIterator[pb.GatewayMessage], gateway_id: str) -> None:
         async for message in messages:
-            async with self._news:
-                self.messages.append(message)
-                self._news.notify_all()
             match message.WhichOneof("what"):
                 case "attach":
                     request_id = message.attach.request_id
@@ -149,13 +157,13 @@ class FakeWorker(rpc.WorkerServicer):
                     else:
                         self.streams[gateway_id].put_nowait(pb.TokenBatch(unknown=[request_id]))
                 case "confirm":
-                    entry_id, assignment = self.known[message.confirm.request_id]
-                    state = (await self.records.standing(message.confirm.request_id)) or None
-                    if state is not None:
-                        from trireme.bus.request_records import State
-
-                        tokens = work_tokens(assignment.request)
-                        await self.records.end(entry_id, assignment, State.FINISHED, tokens=tokens)
+                    known = self.known.get(message.confirm.request_id)
+                    if known and await self.records.standing(message.confirm.request_id) is not None:
+                        tokens = work_tokens(known[1].request)
+                        await self.records.end(*known, State.FINISHED, tokens=tokens)
+            async with self._news:
+                self.messages.append(message)
+                self._news.notify_all()
 
     def send(self, gateway_id: str, *updates: pb.SequenceUpdate) -> None:
         """One batch to one gateway."""
@@ -221,18 +229,18 @@ class FakeWorker(rpc.WorkerServicer):
                 )
 
     async def heard(self, what: str, request_id: str | None = None) -> Any:
-        """Wait for a message of that kind."""
+        """Wait for a message of that kind, and for what the worker does about it."""
 
         def found() -> list[Any]:
             kinds = [getattr(m, what) for m in self.messages if m.WhichOneof("what") == what]
             return [kind for kind in kinds if request_id in (None, kind.request_id)]
 
-        async with asyncio.timeout(10), self._news:
+        async with asyncio.timeout(WITHIN_S), self._news:
             await self._news.wait_for(found)
             return found()[-1]
 
     async def next_assignment(self) -> Assignment:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(WITHIN_S):
             return await self.assigned.get()
 
 
@@ -304,11 +312,11 @@ class Fleet:
             "grpc_listen": "127.0.0.1:0",
             "http_listen": "127.0.0.1:0",
             "silence_s": 0.3,
-            "usage_wait_s": 0.3,
+            "usage_wait_s": WITHIN_S,
             **settings,
         }
         async with running_gateway(Settings(**values)) as gateway:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(WITHIN_S):
                 while not all(gateway.links.is_connected(w.worker_id) for w in self.workers):
                     await asyncio.sleep(0.01)
                 while not gateway.health.overall().healthy and self.workers:

@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 
+from tests.conftest import free_port
 from tests.service.processes import REPOSITORY, wait_until
-from trireme.cli.redis_server import free_port
 from trireme.cli.run_directory import FleetState, RunDirectory, SupervisedProcess
 
 STAND_INS = REPOSITORY / "tests" / "service" / "stand_ins"
@@ -32,9 +32,7 @@ def stand_in_environ(steering: Path) -> dict[str, str]:
 
 def write_fleet_file(path: Path, *, replicas: int = 2, gateways: int = 1) -> Path:
     """A fleet of workers that serve variant `a` of model `m`, on free ports."""
-    http, grpc = free_port(), free_port()
-    while abs(http - grpc) <= gateways:
-        grpc = free_port()
+    http, grpc = free_port(gateways), free_port(gateways)
     path.write_text(
         f"""
 models: {{m: {{variants: {{a: {{checkpoint: a}}, b: {{checkpoint: b}}}}}}}}

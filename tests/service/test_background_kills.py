@@ -122,9 +122,6 @@ async def end_batch(worker: FakeWorker, client: AsyncOpenAI, batch_id: str, held
 async def test_what_a_killed_gateway_drove_goes_on_elsewhere(redis_url: str, tmp_path: Path) -> None:
     async with AsyncExitStack() as stack:
         made = await stack.enter_async_context(fleet(redis_url, tmp_path))
-        # The stand-in tells no speed: nothing here is to be given up as too slow.
-        patient = "slo: {interactive: {ttft_s: 3600}, standard: {ttft_s: 3600}, batch: {ttft_s: 3600}}"
-        made.fleet_file.write_text(f"{made.fleet_file.read_text()}{patient}\n")
         worker = made.workers[0]
         (process, first), (_, second) = await asyncio.gather(
             stack.enter_async_context(gateway(made, tmp_path, "first")),

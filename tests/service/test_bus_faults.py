@@ -86,7 +86,7 @@ async def test_bytes_that_are_no_fact_neither_spin_a_tail_nor_stay_pending(
         return await plain(*args, **options)  # type: ignore[arg-type]
 
     redis.xread = counting  # type: ignore[method-assign]
-    tailing = asyncio.create_task(anext(requests.tail(after="0-0", block_ms=2000)))  # type: ignore[arg-type]
+    tailing = asyncio.create_task(anext(requests.tail(after="0-0", block_ms=60_000)))  # type: ignore[arg-type]
     while reads < 2:
         await asyncio.sleep(0.01)
     await asyncio.sleep(0.1)
@@ -190,7 +190,7 @@ async def test_a_server_that_hangs_past_the_lease_takes_no_member_for_dead(redis
 async def test_a_member_whose_lease_ended_while_the_server_answered_is_told(redis: Redis) -> None:
     lost = asyncio.Event()
     record = ProcessRecord(id="p", service="worker")
-    async with Registry(redis, KEYS).membership(lambda: record, on_lost=lost.set), asyncio.timeout(5):
+    async with Registry(redis, KEYS).membership(lambda: record, on_lost=lost.set), asyncio.timeout(60):
         await redis.delete(KEYS.process("p"))
         await lost.wait()
 

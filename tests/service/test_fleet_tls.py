@@ -143,7 +143,7 @@ class World:
 
     def client(self, **more: Any) -> TriremeClient:
         address = f"localhost:{self.gateway_ports}"
-        usual = {"api_key": self.key, "tls": self.client_tls, "retry_s": 5.0}
+        usual = {"api_key": self.key, "tls": self.client_tls, "retry_s": 60.0}
         return TriremeClient([address], **usual | more)
 
     async def ask(self) -> Summary:
@@ -212,7 +212,7 @@ async def world(redis_url: str, folder: Path) -> AsyncIterator[World]:
 async def health(channel: grpc.aio.Channel) -> int:
     async with channel:
         stub = health_pb2_grpc.HealthStub(channel)
-        return int((await stub.Check(health_pb2.HealthCheckRequest(), timeout=5.0)).status)
+        return int((await stub.Check(health_pb2.HealthCheckRequest(), timeout=60.0)).status)
 
 
 def channel_with(address: str, ca: bytes, pair: tuple[bytes, bytes] | None) -> grpc.aio.Channel:
@@ -228,7 +228,7 @@ def serial_shown(address: str, secrets: Secrets) -> int:
     context.set_alpn_protocols(["h2"])
     host, _, port = address.rpartition(":")
     with (
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10) as raw,
+        socket.create_connection((host.strip("[]"), int(port)), timeout=60) as raw,
         context.wrap_socket(raw, server_hostname=NAME) as connection,
     ):
         shown = connection.getpeercert(binary_form=True)
@@ -307,11 +307,11 @@ async def test_services_and_clients_meet_under_tls_alone(world: World) -> None:
 
 
 def metric(record: ProcessRecord, name: str) -> float:
-    with urllib.request.urlopen(f"http://{record.http_address}/metrics", timeout=10) as response:
+    with urllib.request.urlopen(f"http://{record.http_address}/metrics", timeout=60) as response:
         found = re.search(rf"^{name} (\S+)$", response.read().decode(), re.MULTILINE)
     return float(found[1]) if found else 0.0
 
 
 def status_of(url: str) -> int:
-    with urllib.request.urlopen(url, timeout=10) as response:
+    with urllib.request.urlopen(url, timeout=60) as response:
         return int(response.status)

@@ -131,7 +131,7 @@ async def test_a_batch_runs_its_lines_a_window_at_a_time(world: World) -> None:
     assert errors[0]["response"]["body"]["error"]["param"] == "temperature"
     assert len({row["id"] for row in output + errors}) == 8
     assert [found.id async for found in await world.client.batches.list()] == [batch.id]
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while await world.fleet.redis.hlen("test:load:w1") and int(
             await world.fleet.redis.hget("test:load:w1", "requests")
         ):

@@ -44,7 +44,7 @@ async def gateway_process(world: Fleet, port: int) -> AsyncIterator[asyncio.subp
     }
     process = await asyncio.create_subprocess_exec(sys.executable, "-m", "trireme.gateway", env=environment)
     try:
-        async with TriremeClient([f"127.0.0.1:{port}"]) as client, asyncio.timeout(40):
+        async with TriremeClient([f"127.0.0.1:{port}"]) as client, asyncio.timeout(90):
             while not any(model.ready for model in await client.list_models()):
                 await asyncio.sleep(0.05)
         yield process
@@ -89,7 +89,7 @@ async def test_an_answer_survives_its_gateway(world: Fleet, kind: str, number: i
         worker = world.workers[0]
         assignment = await worker.next_assignment()
         worker.emit(assignment, ids=IDS[:7])
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while len(tokens(events)) < 7:
                 await asyncio.sleep(0.01)
         first.send_signal(number)
@@ -97,7 +97,7 @@ async def test_an_answer_survives_its_gateway(world: Fleet, kind: str, number: i
         assert first.returncode == (0 if number == signal.SIGTERM else -number)
         await worker.heard("attach", assignment.request.request_id)
         worker.emit(assignment, first=7, ids=IDS[7:], finish=1)
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(60):
             await reading
         assert tokens(events) == IDS
         assert "".join(event.text for event in events if isinstance(event, Delta)) == TEXT

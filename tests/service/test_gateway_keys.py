@@ -60,7 +60,7 @@ class World:
             return response.status, await response.json() if is_json else {}, response.headers
 
     def client(self, key: str) -> TriremeClient:
-        return TriremeClient([self.gateway.grpc_address], api_key=key, retry_s=5.0)
+        return TriremeClient([self.gateway.grpc_address], api_key=key, retry_s=60.0)
 
 
 @pytest.fixture

@@ -75,12 +75,12 @@ class Call:
                 self._changed.notify_all()
 
     async def until(self, condition: Any) -> None:
-        async with asyncio.timeout(15), self._changed:
+        async with asyncio.timeout(60), self._changed:
             await self._changed.wait_for(lambda: condition() or self.task.done())
             assert condition(), (self.events, self.error)
 
     async def end(self) -> list[Event]:
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(60):
             await self.task
         if self.error is not None:
             raise self.error
@@ -229,7 +229,7 @@ async def test_a_client_that_takes_nothing_is_given_up(world: Fleet) -> None:
             await asyncio.sleep(0.01)
         stop = await worker.heard("stop", assignment.request.request_id)
         assert stop.reason == "client"
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             with pytest.raises(grpc.aio.AioRpcError) as ended:
                 while await call.read() is not grpc.aio.EOF:
                     pass
@@ -292,7 +292,7 @@ async def test_a_worker_that_leaves_in_order_counts_no_crash(world: Fleet) -> No
         assignment = await world.workers[0].next_assignment()
         world.workers[0].emit(assignment, ids=IDS[:5])
         await call.until(lambda: len(call.tokens()) == 5)
-        await world.workers[0].leave()
+        await world.workers[0].leave(gateway)
         moved = await second.next_assignment()
         assert (moved.request.attempt, moved.request.crashes) == (2, 0)
         second.emit(moved, first=5, ids=IDS[5:], finish=1)
@@ -419,6 +419,8 @@ async def test_a_stream_resumed_anywhere_joins_without_a_seam(world: Fleet) -> N
             for index in range(have):
                 worker.emit(assignment, first=index, ids=IDS[index : index + 1])
             await first.until(lambda first=first, have=have: len(first.tokens()) == have)
+            # What is made from now on may reach both.
+            had = first.text()
             request = wire.GenerateRequest(request_id=f"mid-{have}", model="py", text="x = ")
             request.resume_from.append(have)
             stream = aiter(InferenceStub(channel).Generate(request))
@@ -432,7 +434,7 @@ async def test_a_stream_resumed_anywhere_joins_without_a_seam(world: Fleet) -> N
                     assert response.delta.first_index == tokens
                     tokens += len(response.delta.token_ids)
                     text += response.delta.text
-            assert first.text() + text == TEXT
+            assert had + text == TEXT
             first.task.cancel()
 
 
@@ -668,7 +670,7 @@ async def test_a_prompt_that_outgrows_the_context_is_refused_or_cut_as_the_clien
 
 
 async def wait_state(worker: FakeWorker, request_id: str, state: State) -> bool:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while True:
             standing = await worker.records.standing(request_id)
             if standing is not None and standing.state is state:

@@ -270,7 +270,7 @@ async def test_it_measures_follows_hints_and_shows_its_metrics(tmp_path: Path, r
                 )
                 await asyncio.sleep(0.1)
             assert stats.promoted == stats.fetched_ahead == 6
-            assert await client.match(NAMESPACE, hashes(range(8)), deadline_s=5.0) == 6
+            assert await client.match(NAMESPACE, hashes(range(8)), deadline_s=WITHIN_S) == 6
             measurements = Stream(redis, keys.measurements, Measurement)
             windows: list[tuple[str, int, int]] = []
             while ("n1", 8, 6) not in windows:
@@ -295,7 +295,9 @@ async def test_without_its_disk_it_serves_from_memory_and_says_so(tmp_path: Path
             assert stats.ssd.status.startswith("ssd tier is off")
             for start in range(0, 80, 8):
                 await eventually_saved(client, range(start, start + 8))
-            assert await client.load(NAMESPACE, hashes(range(72, 73)), deadline_s=5.0) == [payload(72, SIZE)]
+            assert await client.load(NAMESPACE, hashes(range(72, 73)), deadline_s=WITHIN_S) == [
+                payload(72, SIZE)
+            ]
             while not (status := (await record_of(redis_url, process)).status).startswith("ssd tier is off"):
                 assert status == "ok"
                 await asyncio.sleep(0.1)

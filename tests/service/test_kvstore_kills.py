@@ -109,8 +109,7 @@ async def test_a_store_killed_while_it_saves_and_moves_never_gives_a_wrong_byte(
         for _ in range(3):
             with kvstore(tmp_path, redis_url) as process:
                 address = (await record_of(redis_url, process)).grpc_address
-                killer = asyncio.create_task(asyncio.sleep(pick.uniform(0.3, 1.2)))
-                killer.add_done_callback(lambda _, victim=process: victim.kill())  # type: ignore[misc]
+                killer: asyncio.Task[None] | None = None
                 while process.poll() is None:
                     first = pick.randrange(100)
                     numbers = range(first, first + 8)
@@ -121,6 +120,9 @@ async def test_a_store_killed_while_it_saves_and_moves_never_gives_a_wrong_byte(
                         data in (None, payload(n, SIZE)) for n, data in zip(numbers, loaded, strict=True)
                     )
                     served += sum(data is not None for data in loaded)
+                    if killer is None and served and await holds_on_ssd(client):
+                        killer = asyncio.create_task(asyncio.sleep(pick.uniform(0.1, 0.9)))
+                        killer.add_done_callback(lambda _, victim=process: victim.kill())  # type: ignore[misc]
         # The last one finds what the killed ones had written, and nothing else.
         with kvstore(tmp_path, redis_url) as process:
             address = (await record_of(redis_url, process)).grpc_address
@@ -132,6 +134,11 @@ async def test_a_store_killed_while_it_saves_and_moves_never_gives_a_wrong_byte(
             assert all(data in (None, payload(n, SIZE)) for n, data in enumerate(found))
             assert served and any(data is not None for data in found)
         assert client.counters.failures["bug"] == client.counters.failures["corrupt"] == 0
+
+
+async def holds_on_ssd(client: StoreClient) -> bool:
+    stats = await client.stats()
+    return stats is not None and stats.ssd.blocks > 0
 
 
 def blocks_of(numbers: range) -> list[tuple[bytes, bytes]]:

@@ -53,14 +53,14 @@ async def test_a_session_saved_on_one_node_is_served_on_another(tmp_path: Path, 
             await eventually_saved(a, range(12))
             await until_peers(b)
             # Without leave nothing is brought; with it the whole chain comes, and its end is a miss.
-            assert await b.match(NAMESPACE, hashes(range(16)), deadline_s=5.0) == 0
-            assert await b.match(NAMESPACE, hashes(range(16)), deadline_s=5.0, ask_peers=True) == 12
+            assert await b.match(NAMESPACE, hashes(range(16)), deadline_s=WITHIN_S) == 0
+            assert await b.match(NAMESPACE, hashes(range(16)), deadline_s=WITHIN_S, ask_peers=True) == 12
             assert await b.load(NAMESPACE, hashes(range(2)), deadline_s=5.0) == [None, None]
             loaded = await b.load(NAMESPACE, hashes(range(16)), deadline_s=30.0, allow_remote=True)
             assert loaded == [payload(n, SIZE) for n in range(12)] + [None] * 4
             # From now on they are here.
-            assert await b.match(NAMESPACE, hashes(range(16)), deadline_s=5.0) == 12
-            stats_a, stats_b = await a.stats(), await b.stats()
+            assert await b.match(NAMESPACE, hashes(range(16)), deadline_s=WITHIN_S) == 12
+            stats_a, stats_b = await a.stats(deadline_s=WITHIN_S), await b.stats(deadline_s=WITHIN_S)
             assert stats_a is not None and stats_b is not None
             assert stats_a.to_peers == stats_b.from_peers == 12 and stats_b.peer_corrupt == 0
             # Another name space, or a name that nobody has, is asked for in vain.
@@ -77,7 +77,7 @@ async def test_a_session_saved_on_one_node_is_served_on_another(tmp_path: Path, 
                 None,
                 None,
             ]
-            stats_b = await b.stats()
+            stats_b = await b.stats(deadline_s=WITHIN_S)
             assert stats_b is not None and stats_b.peer_corrupt == 1
 
             # A peer that dies, or hangs, costs a miss and no more than the caller's deadline.
@@ -142,7 +142,7 @@ async def test_what_will_run_here_is_fetched_ahead_and_a_leaving_node_gives_away
                         )
                     )
                     await asyncio.sleep(0.2)
-            stats = await b.stats()
+            stats = await b.stats(deadline_s=WITHIN_S)
             assert stats is not None and stats.from_peers == 4
             await until_peers(a)
             first.send_signal(signal.SIGTERM)
@@ -180,9 +180,11 @@ async def test_pushed_blocks_are_checked_one_by_one(tmp_path: Path, redis_url: s
             sent = [*parts_of(0), *parts_of(1, sum_off_by=1), *parts_of(2), *parts_of(3, cut=10)]
             assert await push(*sent) == 2
             assert await push(*parts_of(0)) == 1, "it is here already"
-            loaded = [(await client.load(NAMESPACE, [block_hash(n)], deadline_s=5.0))[0] for n in range(4)]
+            loaded = [
+                (await client.load(NAMESPACE, [block_hash(n)], deadline_s=WITHIN_S))[0] for n in range(4)
+            ]
             assert loaded == [payload(0, SIZE), None, payload(2, SIZE), None]
-            stats = await client.stats()
+            stats = await client.stats(deadline_s=WITHIN_S)
             assert stats is not None and stats.peer_corrupt == 1
             assert stats.dram.used_bytes == 2 * image_bytes(SIZE), "what was not whole was given back"
             for wrong in (

@@ -91,7 +91,7 @@ class Placements:
 
     def state(self, node: str) -> pb.GetStateResponse:
         with grpc.insecure_channel(self.address(node)) as channel:
-            return PlacementStub(channel).GetState(pb.GetStateRequest(), timeout=10)
+            return PlacementStub(channel).GetState(pb.GetStateRequest(), timeout=60)
 
     def trireme(self, *words: str) -> subprocess.CompletedProcess[str]:
         environ = {**os.environ, "PYTHONPATH": f"{REPOSITORY}/libs:{REPOSITORY}/services"}
@@ -153,7 +153,7 @@ def test_one_of_two_replicas_scales_what_is_asked_of_either(placements: Placemen
     wait_until(lambda: placements.state("one").status.startswith("degraded"), what="its absence is told")
     with grpc.insecure_channel(placements.address("two")) as channel:
         stub = PlacementStub(channel)
-        assert stub.Scale(pb.ScaleRequest(group="worker", replicas=1), timeout=10).previous_replicas == 3
+        assert stub.Scale(pb.ScaleRequest(group="worker", replicas=1), timeout=60).previous_replicas == 3
     assert len([w for w in placements.state("one").workers if w.group == "worker"]) == 3
 
     # The leader is killed meanwhile: the other one makes it good, once the Lease is free.
@@ -188,14 +188,14 @@ def test_wrong_calls_are_refused_and_say_what_to_do(placements: Placements) -> N
     with grpc.insecure_channel(placements.address("one")) as channel:
         stub = PlacementStub(channel)
         wrong = [
-            (lambda: stub.Scale(pb.ScaleRequest(group="nope", replicas=1), timeout=10), "worker, auto"),
-            (lambda: stub.Scale(pb.ScaleRequest(group="worker", replicas=257), timeout=10), "0..256"),
+            (lambda: stub.Scale(pb.ScaleRequest(group="nope", replicas=1), timeout=60), "worker, auto"),
+            (lambda: stub.Scale(pb.ScaleRequest(group="worker", replicas=257), timeout=60), "0..256"),
             (
-                lambda: stub.LoadVariant(pb.LoadVariantRequest(variant="b", group="worker"), timeout=10),
+                lambda: stub.LoadVariant(pb.LoadVariantRequest(variant="b", group="worker"), timeout=60),
                 "workers[].engine.variants",
             ),
             (
-                lambda: stub.UnloadVariant(pb.UnloadVariantRequest(variant="b", worker_id="x"), timeout=10),
+                lambda: stub.UnloadVariant(pb.UnloadVariantRequest(variant="b", worker_id="x"), timeout=60),
                 "no worker 'x'",
             ),
         ]

@@ -107,7 +107,7 @@ async def bench(redis_url: str) -> AsyncIterator[Bench]:
 
 
 async def until(condition: Any) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not await condition():
             await asyncio.sleep(0.01)
 

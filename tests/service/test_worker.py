@@ -26,6 +26,8 @@ from trireme.wire.worker.v1 import worker_pb2 as pb
 from trireme.wire.worker.v1 import worker_pb2_grpc as rpc
 
 KEYS = Keys("test")
+LONG = 3900
+"""Tokens of an answer that is still being made when something is done about it."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=4096,
         eos_token_id=127,
     )
     directory = tmp_path_factory.mktemp("checkpoint")
@@ -106,7 +108,7 @@ class FakeGateway:
                 assert index <= len(have), "a gap"
                 have[index:] = [token_id]
 
-    async def until(self, condition: object, *, within_s: float = 30.0) -> None:
+    async def until(self, condition: object, *, within_s: float = 90.0) -> None:
         deadline_s = time.monotonic() + within_s
         while not condition():  # type: ignore[operator]
             assert time.monotonic() < deadline_s, "the worker did not get there"
@@ -132,13 +134,13 @@ class Bench:
                 fleet=self.fleet,
                 bus_prefix="test",
                 index=index,
-                drain_s=5,
+                drain_s=60,
             )
         )
 
     async def workers(self, count: int = 1) -> list[ProcessRecord]:
         """The registered workers, once `count` of them are ready."""
-        deadline_s = time.monotonic() + 60
+        deadline_s = time.monotonic() + 90
         while True:
             found = [record for record in await self.registry.living("worker") if record.healthy]
             if len(found) >= count:
@@ -171,7 +173,7 @@ class Bench:
                 await asyncio.sleep(0.01)
             if len(decisions[-1].candidates) == count:
                 return
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1 * 2**number)
         raise AssertionError("the scheduler does not see all workers")
 
     async def state(self, name: str) -> State | None:
@@ -246,14 +248,15 @@ async def test_a_stop_before_the_request_and_one_during_it_both_hold(bench: Benc
     [record] = await bench.workers()
     async with FakeGateway(record.grpc_address) as gateway:
         await gateway.send(stop=pb.Stop(request_id="early", reason="client"))
-        await asyncio.sleep(0.2)
+        await gateway.send(attach=pb.Attach(request_id="nobody"))
+        await gateway.until(lambda: gateway.unknown == ["nobody"])  # What was sent before it is there.
         await bench.admit("early", prompt=[1, 2, 3])
-        await bench.admit("late", prompt=[1, 2, 3], max_tokens=400, ignore_eos=True)
+        await bench.admit("late", prompt=[1, 2, 3], max_tokens=LONG, ignore_eos=True)
         await gateway.until(lambda: len(gateway.tokens.get(("late", 0), [])) > 3)
         await gateway.send(stop=pb.Stop(request_id="late", reason="client"))
         await gateway.until(lambda: ("late", 0) in gateway.finished and ("early", 0) in gateway.finished)
         assert gateway.finished["late", 0].reason == inference.FINISH_REASON_CANCELLED
-        assert len(gateway.tokens["late", 0]) < 400
+        assert len(gateway.tokens["late", 0]) < LONG
         assert gateway.tokens["early", 0] == []
 
 
@@ -302,13 +305,12 @@ def _continued(checkpoint: Path, prompt: list[int], count: int) -> list[int]:
 async def test_sigterm_drains(bench: Bench) -> None:
     process = bench.start_worker()
     [record] = await bench.workers()
-    async with FakeGateway(record.grpc_address) as gateway:
+    async with FakeGateway(record.grpc_address, confirms=True) as gateway:
         await bench.admit("r", prompt=[4, 4, 4], max_tokens=200, ignore_eos=True)
         await gateway.until(lambda: len(gateway.tokens.get(("r", 0), [])) > 2)
         process.send_signal(signal.SIGTERM)
         await gateway.until(lambda: ("r", 0) in gateway.finished)
         assert len(gateway.tokens["r", 0]) == 200
-        await gateway.send(confirm=pb.Confirm(request_id="r", received=[200], complete=True))
         while process.poll() is None:
             await asyncio.sleep(0.05)
     assert process.returncode == 0
@@ -332,9 +334,9 @@ async def test_a_later_attempt_on_the_only_worker_goes_on_where_the_gateway_stoo
         body.delivered.add(ids=gateway.tokens["r", 0][:20])
         body.avoid_worker_ids.append(record.id)
         assert await bench.records.requeue(body, crashed=False) is Requeue.REQUEUED
-        await gateway.until(lambda: ("r", 0) in gateway.finished)
+        # The first attempt may have ended just before: the second replaces it all the same.
+        await gateway.until(lambda: gateway.last["r"].attempt == 2 and gateway.last["r"].HasField("finished"))
         assert gateway.finished["r", 0].reason == inference.FINISH_REASON_LENGTH
-        assert gateway.last["r"].attempt == 2
         assert gateway.tokens["r", 0] == _continued(checkpoint, prompt, 400)
         await gateway.send(confirm=pb.Confirm(request_id="r", received=[400], complete=True))
         while await bench.state("r") is not State.FINISHED:
@@ -406,8 +408,8 @@ async def test_an_idle_variant_is_unloaded_without_a_request_noticing(bench: Ben
     bench.start_worker(1)
     first, second = await bench.workers(2)
     async with (
-        FakeGateway(first.grpc_address) as one,
-        FakeGateway(second.grpc_address) as other,
+        FakeGateway(first.grpc_address, confirms=True) as one,
+        FakeGateway(second.grpc_address, confirms=True) as other,
         grpc.aio.insecure_channel(first.grpc_address) as channel,
     ):
         unloading = rpc.WorkerStub(channel).UnloadVariant(pb.UnloadVariantRequest(variant="small-v"))

@@ -8,7 +8,7 @@ import pytest
 
 from tests.service.test_kvstore_peers import until_peers
 from tests.service.test_worker import FakeGateway
-from tests.service.test_worker_blocks import ANSWER, BLOCK, node_of, until_stored
+from tests.service.test_worker_blocks import ANSWER, BLOCK, WITHIN_S, node_of, until_stored
 from trireme.kvcache.store_client import StoreClient
 
 pytestmark = pytest.mark.fleet
@@ -34,7 +34,7 @@ async def test_a_conversation_moves_to_another_node_with_its_kv(tmp_path: Path, 
         first_process.wait()
 
         # Where computing is as fast it is computed, and so is what comes too late: not here.
-        second_process = node.start_worker(1, node="b", store_deadline_s=10, kv_load_always=True)
+        second_process = node.start_worker(1, node="b", store_deadline_s=WITHIN_S, kv_load_always=True)
         second = await node.living("worker", second_process)
         assert second.worker.variants[0].kv_namespace == first.worker.variants[0].kv_namespace
         turn = [*prompt, *answer, *node.tokens(24)]
@@ -46,7 +46,7 @@ async def test_a_conversation_moves_to_another_node_with_its_kv(tmp_path: Path, 
             tokens, found = await node.ask(turn, tenant="t", session="s")
             assert found >= HISTORY
             assert node.is_right(turn, tokens) and len(tokens) == ANSWER
-            stats = await store.stats()
+            stats = await store.stats(deadline_s=WITHIN_S)
             assert stats is not None and stats.from_peers >= HISTORY // BLOCK
             stranger, found = await node.ask(turn, tenant="another")
             assert stranger == tokens and found == 0

@@ -211,15 +211,19 @@ class Metering:
         return entries
 
     async def _reading(self, meter: EnergyMeter) -> Reading | None:
+        def read() -> tuple[float, float]:
+            # Stamped beside the reading: on a busy machine this thread's news comes late.
+            return meter.read_joules(), self._now_s()
+
         try:
-            joules = await asyncio.to_thread(meter.read_joules)
+            joules, at_s = await asyncio.to_thread(read)
         except MeterUnreadable as error:
             state = self.states[meter.device]
             if not state.trouble:
                 log.warning("meter_unreadable", extra={"device": meter.device, "reason": error.message})
             self.states[meter.device] = MeterState(read_at_s=state.read_at_s, trouble=error.message)
             return None
-        return Reading(energy_uj=round(joules * UJ_PER_J), at_s=self._now_s(), epoch=meter.epoch)
+        return Reading(energy_uj=round(joules * UJ_PER_J), at_s=at_s, epoch=meter.epoch)
 
     async def _uses(self, entries: Sequence[Entry[Measurement]], now_s: float) -> dict[str, list[EngineUse]]:
         """The engine use per metered device among new facts of this node's workers."""
