@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,13 +67,22 @@ class Fleet:
             assert time.monotonic() < deadline_s, f"{len(found)} of {count} workers are ready"
             await asyncio.sleep(0.1)
 
-    async def busiest_worker(self) -> ProcessRecord:
-        """The healthy worker that most requests are assigned to now."""
-        workers = await self.ready_workers(2)
+    async def busiest_worker(self, workers: Sequence[ProcessRecord] = ()) -> ProcessRecord:
+        """The healthy worker, of these or of all, that most requests are assigned to now."""
+        workers = workers or await self.ready_workers(2)
         async with open_redis(str(self.state["redis_url"])) as redis:
             keys = Keys(str(self.state["bus_prefix"]))
             loads = [int(await redis.hget(keys.load(worker.id), "requests") or 0) for worker in workers]
         return workers[loads.index(max(loads))]
+
+    @asynccontextmanager
+    async def held(self, workers: Sequence[ProcessRecord]) -> AsyncIterator[ProcessRecord]:
+        """The busiest of these workers; none of them goes on while the block runs.
+
+        So what was under way when the block began is still under way when something is done about it.
+        """
+        with stopped(*(pid for worker in workers for pid in (worker.pid, engine_pid(worker.pid)))):
+            yield await self.busiest_worker(workers)
 
     def kill(self, name: str) -> None:
         """kill -9 a supervised process."""
@@ -88,6 +97,25 @@ class Fleet:
                 return
             assert time.monotonic() < deadline_s, f"{name} was not restarted"
             await asyncio.sleep(0.1)
+
+
+def engine_pid(worker_pid: int) -> int:
+    """The process of a worker's engines."""
+    [child] = [p for p in psutil.Process(worker_pid).children() if "engine_process" in str(p.cmdline())]
+    return child.pid
+
+
+@contextmanager
+def stopped(*pids: int) -> Iterator[None]:
+    """The processes hang while the block runs."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 def command(run_dir: Path, *words: str) -> subprocess.CompletedProcess[str]:

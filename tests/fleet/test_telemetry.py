@@ -11,7 +11,6 @@ import signal
 import tarfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -23,7 +22,7 @@ from openai.types import Completion
 from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 
-from tests.fleet.conftest import REPOSITORY, VARIANT, Fleet, command, running
+from tests.fleet.conftest import REPOSITORY, VARIANT, Fleet, command, running, stopped
 from tests.fleet.otlp_collector import Collector, Received, collecting
 from trireme.wire.placement.v1 import placement_pb2 as placement_pb
 from trireme.wire.placement.v1.placement_pb2_grpc import PlacementStub
@@ -169,12 +168,13 @@ async def test_a_request_that_outlives_its_worker_is_still_one_trace(
     fleet: Fleet, collector: Collector
 ) -> None:
     trace_id, parent = traceparent(0xC1)
-    await fleet.ready_workers(2)
+    workers = await fleet.ready_workers(2)
     tokens = 0
     async for _ in await complete(fleet, parent, max_tokens=400, ignore_eos=True):
         tokens += 1
         if tokens == 1:
-            os.kill((await fleet.busiest_worker()).pid, signal.SIGKILL)
+            async with fleet.held(workers) as victim:
+                os.kill(victim.pid, signal.SIGKILL)
     spans = collector.trace(trace_id, "text_completion py", "trireme.worker.decode")
     (root,) = [span for span in spans if span.name == "text_completion py"]
     phases = phases_of(spans, root)
@@ -205,8 +205,15 @@ async def test_a_worker_counts_under_vllms_names_what_was_asked_of_it(fleet: Fle
     for number in range(3):
         async for _ in await complete(fleet, traceparent(0xD0 + number)[1], max_tokens=8, ignore_eos=True):
             pass
-    after = await samples()
-    grown = {name: after[name] - before[name] for name in before}
+    deadline_s = time.monotonic() + 60
+    while True:  # A worker counts a request once its answer is on its way.
+        after = await samples()
+        grown = {name: after[name] - before[name] for name in before}
+        running = after["vllm:num_requests_running"] + after["vllm:num_requests_waiting"]
+        if grown["vllm:request_success_total length"] >= 3 and not running:
+            break
+        assert time.monotonic() < deadline_s, grown
+        await asyncio.sleep(0.1)
     assert grown["vllm:request_success_total length"] == 3
     assert grown["vllm:time_to_first_token_seconds_count"] == 3
     assert grown["vllm:request_generation_tokens_sum"] == 24
@@ -216,7 +223,6 @@ async def test_a_worker_counts_under_vllms_names_what_was_asked_of_it(fleet: Fle
         grown["vllm:request_queue_time_seconds_sum"] + grown["vllm:request_inference_time_seconds_sum"],
         abs=1e-3,
     )
-    assert after["vllm:num_requests_running"] == after["vllm:num_requests_waiting"] == 0
     assert after["vllm:kv_cache_usage_perc"] == after["vllm:gpu_cache_usage_perc"]
 
 
@@ -235,18 +241,6 @@ def until_well(fleet: Fleet, *, within_s: float = 120.0) -> None:
     while (found := visit(fleet))[0] != 0:
         assert time.monotonic() < deadline_s, found
         time.sleep(0.5)
-
-
-@contextmanager
-def stopped(*pids: int) -> Iterator[None]:
-    """The processes hang while the block runs."""
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
 
 
 def test_the_bundle_of_a_well_fleet_tells_much_and_no_secret(fleet: Fleet, tmp_path: Path) -> None:
@@ -306,7 +300,7 @@ async def test_a_variant_whose_checkpoint_is_broken_is_named(fleet: Fleet) -> No
         while True:
             status, found = await asyncio.to_thread(visit, fleet)
             codes = [finding["code"] for finding in found]
-            if "variant_did_not_load" in codes:
+            if codes[:1] == ["variant_did_not_load"]:
                 break
             assert time.monotonic() < deadline_s, found
             await asyncio.sleep(0.3)

@@ -115,6 +115,11 @@ class LocalFleet:
         wait_until(lambda: self.process(name).pid not in (0, pid), what=f"{name} starts again")
         wait_until(self.is_ready, what="ready again")
 
+    def wait_until_whole(self, workers: int = 2) -> None:
+        """Return when so many workers live and all is ready: a death is noticed a moment after it."""
+        wait_until(lambda: len(self.worker_pids()) == workers, what=f"{workers} workers live")
+        wait_until(self.is_ready, what="ready again")
+
 
 @contextmanager
 def local_fleet(root: Path, *, replicas: int = 2, gateways: int = 1) -> Iterator[LocalFleet]:

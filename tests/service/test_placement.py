@@ -252,7 +252,7 @@ def test_sigterm_stops_the_workers_too(placement: Placement) -> None:
 
 
 def test_workers_live_on_while_redis_is_away(placement: Placement, redis_url: str) -> None:
-    placement.settings["LEASE_GRACE_S"] = "0.5"
+    placement.settings["LEASE_GRACE_S"] = "3"
     placement.start()
     pids = [worker.pid for worker in placement.wait_until_settled(2).workers]
     address = redis_url.removeprefix("redis://").removesuffix("/0")
@@ -262,7 +262,7 @@ def test_workers_live_on_while_redis_is_away(placement: Placement, redis_url: st
     with ExitStack() as stack:
         server.suspend()
         stack.callback(server.resume)
-        time.sleep(6.0)  # a lease is 3 s by Redis' own clock: all of them end unseen
+        time.sleep(8.0)  # a lease is 3 s by Redis' own clock: all of them end unseen
     assert [worker.pid for worker in placement.wait_until_settled(2).workers] == pids
 
 
