@@ -90,7 +90,7 @@ def started(model: Model, prompt: list[int], **changes: Any) -> tuple[Engine, Kv
 
 def until(engine: Engine, is_so: Callable[[], bool]) -> None:
     """Poll until something is so, without a step."""
-    for _ in range(10_000):
+    for _ in range(60_000):
         engine.poll()
         if is_so():
             return

@@ -81,7 +81,7 @@ def test_who_awaits_blocks_keeps_its_place_and_runs_when_they_are_decided(served
     served.add(admitted("a", [1] * 9), [(0, 1)], awaited_tokens=8)
     assert turns(served, 3) == [] and served.is_stuck
     assert served.awaited(now_s=0.0) is not None
-    served.add(admitted("b", [2] * 9, arrival_s=2.0), [(0, 2)])
+    served.add(admitted("b", [2] * 9, arrival_s=1000.0), [(0, 2)])
     served.offer([1], ())
     assert turns(served, 12) == [1, 2]
     assert served.awaited(now_s=9.0) is None
@@ -89,7 +89,7 @@ def test_who_awaits_blocks_keeps_its_place_and_runs_when_they_are_decided(served
 
 def test_others_pass_who_awaits_and_a_missing_answer_costs_one_deadline(served: ServedEngine) -> None:
     served.add(admitted("a", [1] * 9), [(0, 1)], awaited_tokens=8)
-    served.add(admitted("b", [2] * 9, arrival_s=2.0), [(0, 2)])
+    served.add(admitted("b", [2] * 9, arrival_s=1000.0), [(0, 2)])
     assert turns(served, 6) == [2]
     told = served.awaited(now_s=0.0)
     assert told is not None and [handle for handle, _ in told.order] == [1]
