@@ -115,7 +115,7 @@ class Machine:
 
     def scrape(self, port: int) -> dict[str, float]:
         """Samples by name and labels."""
-        with urllib.request.urlopen(f"http://{self.address}:{port}/metrics", timeout=5) as response:
+        with urllib.request.urlopen(f"http://{self.address}:{port}/metrics", timeout=60) as response:
             lines = [
                 line.split() for line in response.read().decode().splitlines() if line[:1] not in ("#", "")
             ]

@@ -166,7 +166,9 @@ class Emulator:
         if not library.exists():
             wrapper = self._build / f"{source}-{digest}.cc"
             wrapper.parent.mkdir(parents=True, exist_ok=True)
-            wrapper.write_text(text, encoding="utf-8")
+            partial = wrapper.with_suffix(f".{os.getpid()}.cc")
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(wrapper)  # another process may compile it at this moment
             includes = [f"-I{folder}" for folder in (self._sources, SOURCES, _EMULATOR)]
             compiled = self._build / f"{source}-{digest}.o"
             _build([*_KERNEL_OPTIONS, *includes, "-c", str(wrapper)], compiled)
