@@ -207,7 +207,7 @@ def test_what_a_worker_started_is_not_adopted_as_a_worker(placement: Placement) 
     placement.start()
     worker = placement.wait_until_settled(2).workers[0]
     environ = psutil.Process(worker.pid).environ()
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=environ) as helper:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env=environ) as helper:
         placement.kill()
         placement.start()
         state = placement.wait_until_settled(2)
