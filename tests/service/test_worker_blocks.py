@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from tests.service.processes import service
-from tests.service.test_worker import KEYS, FakeGateway, checkpoint  # noqa: F401  (a fixture)
+from tests.service.test_worker import KEYS, STARTS_WITHIN_S, FakeGateway, checkpoint  # noqa: F401  (a fixture)
 from tests.service.test_worker_engine_process import engine_of
 from trireme.bus.connection import open_redis
 from trireme.bus.registry import Registry
@@ -28,7 +28,7 @@ from trireme.kvcache.store_client import StoreClient
 from trireme.wire.bus.v1.facts_pb2 import AdmittedRequest, ProcessRecord, RequestKind
 from trireme.wire.inference.v1 import inference_pb2 as inference
 
-pytestmark = pytest.mark.fleet
+pytestmark = [pytest.mark.fleet, pytest.mark.timeout(600)]
 
 WITHIN_S = 90.0
 BLOCK = 16
@@ -106,7 +106,7 @@ class Node:
 
     async def living(self, name: str, process: subprocess.Popen[bytes]) -> ProcessRecord:
         """A process's registration, once it is ready."""
-        async with asyncio.timeout(WITHIN_S):
+        async with asyncio.timeout(STARTS_WITHIN_S):
             while True:
                 assert process.poll() is None, f"{name} ended: {self.log(name)}"
                 for record in await self.registry.living(name):

@@ -30,6 +30,8 @@ from trireme.wire.worker.v1 import worker_pb2 as pb
 from trireme.wire.worker.v1 import worker_pb2_grpc as rpc
 from trireme.worker.engine_client import EXIT_ENGINE_BROKEN
 
+pytestmark = pytest.mark.timeout(600)
+
 WITHIN_S = 60.0
 
 

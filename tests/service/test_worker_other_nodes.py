@@ -11,7 +11,7 @@ from tests.service.test_worker import FakeGateway
 from tests.service.test_worker_blocks import ANSWER, BLOCK, WITHIN_S, node_of, until_stored
 from trireme.kvcache.store_client import StoreClient
 
-pytestmark = pytest.mark.fleet
+pytestmark = [pytest.mark.fleet, pytest.mark.timeout(600)]
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "checkpoints" / "trireme-py-16m"
 HISTORY = 1904
