@@ -11,6 +11,7 @@ from openai import AsyncOpenAI, OpenAIError
 
 from tests.fleet.conftest import Fleet, stopped
 from trireme.bus.connection import Keys, open_redis
+from trireme.wire.bus.v1.facts_pb2 import ProcessRecord
 
 TOKENS = 600
 
@@ -27,12 +28,12 @@ def client_of(address: str) -> AsyncOpenAI:
     return AsyncOpenAI(base_url=f"http://{address}/v1", api_key="none", max_retries=0, timeout=60)
 
 
-async def driver_of(fleet: Fleet, response_id: str) -> Any:
-    """The process record of the gateway that drives a response; None where it has ended."""
+async def driver_of(fleet: Fleet, gateways: list[ProcessRecord], response_id: str) -> ProcessRecord | None:
+    """Which of these gateways drives a response; None where it has ended."""
     async with open_redis(str(fleet.state["redis_url"])) as redis:
         keys = Keys(str(fleet.state["bus_prefix"]))
         holder = await redis.hget(keys.work_holders("responses"), response_id)
-    return next((record for record in await fleet.living("gateway") if holder == record.id.encode()), None)
+    return next((gateway for gateway in gateways if holder == gateway.id.encode()), None)
 
 
 async def check_that_a_response_outlives_its_gateway(fleet: Fleet) -> None:
@@ -51,7 +52,7 @@ async def check_that_a_response_outlives_its_gateway(fleet: Fleet) -> None:
                     break
             response_id = seen[0].response.id
             with stopped(*(gateway.pid for gateway in gateways)):
-                victim = await driver_of(fleet, response_id)
+                victim = await driver_of(fleet, gateways, response_id)
                 if victim is not None:
                     os.kill(victim.pid, signal.SIGKILL)
     survivor = next(address for address in fleet.http if address != victim.http_address)
