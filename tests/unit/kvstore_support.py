@@ -97,7 +97,7 @@ def write(arena: Arena, store: TieredStore, block: Block, data: bytes) -> None:
 
 
 async def load(
-    store: TieredStore, numbers: Iterable[int], *, namespace: str = NAMESPACE, deadline_s: float = 10.0
+    store: TieredStore, numbers: Iterable[int], *, namespace: str = NAMESPACE, deadline_s: float = 60.0
 ) -> list[bytes]:
     """Acquire, copy and release as a worker does; the payloads up to the first miss."""
     hashes = b"".join(map(block_hash, numbers))
