@@ -7,7 +7,11 @@ other servers do not get: it asks /health and /v1/models, then streams /v1/compl
 far in each chunk. Both send texts of the same distribution, each text once, so that no prefix is found
 again; they take turns, the first of each pair changes, and the table has medians over the turns. Times are
 as each tool takes them: TTFT from sending to the first text, TPOT from there to the last text over the
-tokens after the first (guidellm calls it inter-token latency).
+tokens after the first (guidellm calls it inter-token latency). The gateway's own means over each turn stand
+beside them, so that a tool that measures otherwise can be told from one that leaves the fleet less to compute
+with. The tools have the last core and the fleet the others, unless they are to run `--together`. Cores share
+caches and memory, and may be threads of one core, so `trireme bench` also runs beside a busy loop of the
+lowest priority, which makes its core as busy as guidellm does.
 """
 
 from __future__ import annotations
@@ -18,14 +22,18 @@ import json
 import keyword
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.fleet import MODEL, REPOSITORY, fleet_document, running, write_result
 
@@ -47,6 +55,45 @@ class Figures:
     ttft_ms: float
     tpot_ms: float
     e2e_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One run of a tool: what it tells, and what the gateway told of the same requests."""
+
+    told: Figures
+    gateway_ttft_ms: float
+    gateway_e2e_ms: float
+    tool_cpu_s: float
+    """Of the tool's processes, their start included."""
+
+
+class GatewayClock:
+    """Means of the gateway's histograms from one look to the next."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._seen = self._look()
+
+    def means_ms(self) -> dict[str, float]:
+        """Since the last look, by histogram."""
+        before, self._seen = self._seen, self._look()
+        return {
+            name: 1000 * (total - before[name][0]) / max(1.0, count - before[name][1])
+            for name, (total, count) in self._seen.items()
+        }
+
+    def _look(self) -> dict[str, tuple[float, float]]:
+        with urllib.request.urlopen(f"{self._url}/metrics", timeout=30) as page:
+            families = text_string_to_metric_families(page.read().decode())
+            values = {sample.name: sample.value for family in families for sample in family.samples}
+        return {
+            name: (
+                values[f"trireme_gateway_{name}_seconds_sum"],
+                values[f"trireme_gateway_{name}_seconds_count"],
+            )
+            for name in ("ttft", "e2e")
+        }
 
 
 def write_prompts(path: Path, rng: random.Random, *, requests: int, answer_tokens: int) -> None:
@@ -119,10 +166,32 @@ def by_trireme(url: str, prompts: Path, arguments: argparse.Namespace, streams: 
     )
 
 
+def by_busy_trireme(url: str, prompts: Path, arguments: argparse.Namespace, streams: int) -> Figures:
+    """As `by_trireme`, while whatever it leaves of its core is taken."""
+    with subprocess.Popen(["nice", "-n", "19", sys.executable, "-c", "while True: pass"]) as loop:
+        try:
+            return by_trireme(url, prompts, arguments, streams)
+        finally:
+            loop.kill()
+
+
 TOOLS: dict[str, Callable[[str, Path, argparse.Namespace, int], Figures]] = {
     "guidellm": by_guidellm,
     "trireme bench": by_trireme,
+    "trireme bench, core busy": by_busy_trireme,
 }
+
+
+COMPARED = (
+    *("requests_per_s", "answer_tokens_per_s", "ttft_ms", "tpot_ms", "e2e_ms"),
+    *("gateway_ttft_ms", "gateway_e2e_ms"),
+)
+
+
+def children_cpu_s() -> float:
+    """Processor time of all children that ended, and of theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def version() -> str:
@@ -139,48 +208,74 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8], help="requests in flight")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--together", action="store_true", help="fleet and tools share all cores")
     arguments = parser.parse_args()
     if not (ENVIRONMENT / "bin" / "guidellm").exists():
         sys.exit("guidellm is not installed: run make bench-load-generator")
     rng = random.Random(0)
-    seen: dict[int, dict[str, list[Figures]]] = {n: {tool: [] for tool in TOOLS} for n in arguments.streams}
+    seen: dict[int, dict[str, list[Turn]]] = {n: {tool: [] for tool in TOOLS} for n in arguments.streams}
+    cores = sorted(os.sched_getaffinity(0))
+    apart = len(cores) > 1 and not arguments.together
+    os.sched_setaffinity(0, cores[:-1] if apart else cores)  # The fleet's processes inherit it.
     with (
         tempfile.TemporaryDirectory() as scratch,
         running(fleet_document(workers=arguments.workers)) as fleet,
     ):
         url, prompts = f"http://{fleet.http[0]}", Path(scratch) / "prompts.jsonl"
+        os.sched_setaffinity(0, cores[-1:] if apart else cores)
         write_prompts(prompts, rng, requests=arguments.requests, answer_tokens=arguments.answer_tokens)
         by_trireme(url, prompts, arguments, max(arguments.streams))  # Warms the fleet up.
+        clock = GatewayClock(url)
         for turn in range(arguments.turns):
             for streams in arguments.streams:
                 for tool in list(TOOLS)[:: -1 if turn % 2 else 1]:
                     write_prompts(
                         prompts, rng, requests=arguments.requests, answer_tokens=arguments.answer_tokens
                     )
-                    found = TOOLS[tool](url, prompts, arguments, streams)
+                    before_cpu_s = children_cpu_s()
+                    told = TOOLS[tool](url, prompts, arguments, streams)
+                    cpu_s, means_ms = children_cpu_s() - before_cpu_s, clock.means_ms()
+                    found = Turn(
+                        told,
+                        gateway_ttft_ms=means_ms["ttft"],
+                        gateway_e2e_ms=means_ms["e2e"],
+                        tool_cpu_s=cpu_s,
+                    )
                     seen[streams][tool].append(found)
                     print(f"{streams} streams, {tool}: {found}", flush=True)
     shown = {}
     for streams, tools in seen.items():
         medians = {tool: _medians(turns) for tool, turns in tools.items()}
-        ratios = {
-            name: round(medians["guidellm"][name] / medians["trireme bench"][name], 4)
-            for name in ("requests_per_s", "answer_tokens_per_s", "ttft_ms", "tpot_ms", "e2e_ms")
-        }
-        shown[f"{streams} streams"] = {**medians, "guidellm over trireme bench": ratios}
-        print(f"{streams} streams, guidellm over trireme bench: {ratios}")
+        rows = dict(medians)
+        for other in list(TOOLS)[1:]:
+            rows[f"guidellm over {other}"] = {
+                name: round(medians["guidellm"][name] / medians[other][name], 4) for name in COMPARED
+            }
+        shown[f"{streams} streams"] = rows
+        for name, row in rows.items():
+            print(f"{streams} streams, {name}: {row}")
     turns = {
         str(n): {tool: [asdict(one) for one in found] for tool, found in t.items()} for n, t in seen.items()
     }
     path = write_result(
         "load_generator",
         {"guidellm": version(), "load": vars(arguments), "medians": shown, "turns": turns},
+        case="together" if arguments.together else "",
     )
     print(f"written to {path.relative_to(REPOSITORY)}")
 
 
-def _medians(turns: list[Figures]) -> dict[str, float]:
-    rows = [asdict(turn) for turn in turns]
+def _medians(turns: list[Turn]) -> dict[str, float]:
+    rows = [
+        {
+            **asdict(turn.told),
+            "gateway_ttft_ms": turn.gateway_ttft_ms,
+            "gateway_e2e_ms": turn.gateway_e2e_ms,
+            "tool_cpu_s": turn.tool_cpu_s,
+            "beside_the_gateway_ms": turn.told.e2e_ms - turn.gateway_e2e_ms,
+        }
+        for turn in turns
+    ]
     return {name: round(statistics.median(row[name] for row in rows), 3) for name in rows[0]}
 
 
