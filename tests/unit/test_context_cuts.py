@@ -35,7 +35,7 @@ from trireme.kvcache.block_codec import payload_checksum
 from trireme.kvcache.block_identity import HashChain, Supply, hash_chain, truncated_prefix
 from trireme.kvcache.supplied_blocks import supplied_blocks
 from trireme.loading.whole import load_model
-from trireme.models.model import LayerKv, Model
+from trireme.models.model import LayerKv, Model, forward_then_score
 from trireme.policies.kv_truncation import MAX_ROTATIONS, TruncationRule, plan_truncation
 
 BLOCK, HEAD, WINDOW = 8, 8, 64
@@ -63,6 +63,16 @@ class Watched:
     ) -> Tensor:
         assert int(positions.max()) < self._window
         return self._model.forward(tokens, positions, kv, batch)
+
+    def forward_scored(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        kv: Sequence[LayerKv],
+        batch: AttentionBatch,
+        scored: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        return forward_then_score(self, tokens, positions, kv, batch, scored)
 
 
 @pytest.fixture(scope="module")

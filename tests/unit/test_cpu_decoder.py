@@ -51,6 +51,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "head_dim": 16,
         "mlp_only_layers": [1],
     },
+    "Gemma": {"head_dim": 32},
+    "Gemma2": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 37,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "Gemma3": {
+        "head_dim": 48,
+        "sliding_window": 29,
+        "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
+    },
 }
 
 
@@ -60,29 +73,23 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     import transformers
 
     torch.manual_seed(3)
-    config = getattr(transformers, f"{request.param}Config")(**SIZES, **FAMILIES[request.param])
+    name = "Gemma3TextConfig" if request.param == "Gemma3" else f"{request.param}Config"
+    config = getattr(transformers, name)(**SIZES, **FAMILIES[request.param])
     kind = getattr(transformers, f"{request.param}ForCausalLM")
     theirs = kind(config)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
+            elif "norm" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+            elif "q_proj" in name or "k_proj" in name:
+                parameter.mul_(4.0)  # scores that a cap bends
     directory: Path = tmp_path_factory.mktemp(request.param)
     theirs.bfloat16().save_pretrained(directory)
     ours = load_model(directory)
     assert isinstance(ours, Decoder) and ours._native is not None
     return kind.from_pretrained(directory, dtype=torch.float32).eval(), ours
-
-
-@pytest.mark.parametrize("kind", ["Gemma", "Gemma2", "Gemma3"])
-def test_what_the_call_does_not_compute_is_left_to_the_operators(kind: str, tmp_path: Path) -> None:
-    import transformers
-
-    name = "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config"
-    config = getattr(transformers, name)(**SIZES, head_dim=16)
-    getattr(transformers, f"{kind}ForCausalLM")(config).bfloat16().save_pretrained(tmp_path)
-    ours = load_model(tmp_path)
-    assert isinstance(ours, Decoder) and ours._native is None
 
 
 @pytest.fixture(autouse=True)
@@ -110,9 +117,22 @@ class Cache:
         self.lengths: dict[int, int] = {}
         self._free = list(np.random.default_rng(7).permutation(NUM_BLOCKS))
 
-    @torch.inference_mode()
     def step(self, parts: Sequence[tuple[int, Sequence[int]]], *, gated: bool = False) -> dict[int, Tensor]:
         """Tokens of sequences, one alone first; the final hidden states of each."""
+        parts = sorted(parts, key=lambda part: len(part[1]) > 1)
+        with torch.inference_mode():
+            hidden = self.model.forward(*self._inputs(parts, gated=gated))
+        states = torch.split(hidden, [len(tokens) for _, tokens in parts])
+        return {sequence: state for (sequence, _), state in zip(parts, states, strict=True)}
+
+    @torch.inference_mode()
+    def scored_step(
+        self, parts: Sequence[tuple[int, Sequence[int]]], scored: Tensor | None, *, gated: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The final hidden states of all tokens, and the scores behind some of them."""
+        return self.model.forward_scored(*self._inputs(parts, gated=gated), scored)
+
+    def _inputs(self, parts: Sequence[tuple[int, Sequence[int]]], *, gated: bool) -> Any:
         parts = sorted(parts, key=lambda part: len(part[1]) > 1)
         for sequence, tokens in parts:
             self.lengths[sequence] = self.lengths.get(sequence, 0) + len(tokens)
@@ -137,9 +157,7 @@ class Cache:
         ]
         flat = torch.tensor([token for _, tokens in parts for token in tokens])
         kv = Walked(self.kv) if gated else self.kv
-        hidden = self.model.forward(flat, torch.cat(positions), kv, batch)  # type: ignore[arg-type]
-        states = torch.split(hidden, [len(tokens) for _, tokens in parts])
-        return {sequence: state for (sequence, _), state in zip(parts, states, strict=True)}
+        return flat, torch.cat(positions), kv, batch
 
 
 class Walked:
@@ -173,6 +191,25 @@ def test_logits_are_those_of_transformers(pair: tuple[Any, Decoder]) -> None:
     logits = ours.logits(torch.cat(states))
     assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-4)
     assert (logits - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_scores_of_the_same_call_are_those_of_a_call_of_their_own(
+    pair: tuple[Any, Decoder], gated: bool
+) -> None:
+    _, ours = pair
+    parts = [(0, [5]), (1, tokens_of(1, 30)), (2, tokens_of(2, 9))]
+    expected = Cache(ours).step(parts)
+    hidden = torch.cat([expected[number] for number in range(3)])
+    for rows in ([0, 30, 39], [7], [], None):
+        scored = None if rows is None else torch.tensor(rows, dtype=torch.int64)
+        states, scores = Cache(ours).scored_step(parts, scored, gated=gated)
+        with torch.inference_mode():
+            apart = ours.logits(hidden if scored is None else hidden[scored])
+        assert torch.equal(states, hidden)
+        # A cap is a tanh, and PyTorch has another.
+        assert torch.allclose(scores, apart, rtol=1e-6, atol=1e-6) and scores.shape == apart.shape
+        assert ours.config.logit_cap is not None or torch.equal(scores, apart)
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)

@@ -47,7 +47,7 @@ from trireme.errors import (
 from trireme.kernels.attention_batch import AttentionBatch
 from trireme.kvcache.block_identity import block_hashes
 from trireme.loading.whole import load_model
-from trireme.models.model import LayerKv, Model
+from trireme.models.model import LayerKv, Model, forward_then_score
 from trireme.models.null import NullModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -117,6 +117,16 @@ class Wrapped:
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.model.logits(hidden)
+
+    def forward_scored(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        kv: Sequence[LayerKv],
+        batch: AttentionBatch,
+        scored: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        return forward_then_score(self, tokens, positions, kv, batch, scored)
 
 
 def sampled(seed: int, max_tokens: int = 12, **changes: Any) -> SamplingParams:

@@ -37,7 +37,7 @@ from trireme.engine.speculation.proposals import Proposal
 from trireme.errors import InvalidConfiguration
 from trireme.kernels.attention_batch import AttentionBatch
 from trireme.kvcache.block_identity import block_hashes
-from trireme.models.model import LayerKv, Model
+from trireme.models.model import LayerKv, Model, forward_then_score
 from trireme.policies.speculation import Mark, SpeculationSettings
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -310,6 +310,16 @@ class Touchy:
             for cache in (keys, values):
                 cache.view(-1, *cache.shape[2:])[batch.slots[hit]] = math.nan
         return hidden.masked_fill(hit[:, None], math.nan)
+
+    def forward_scored(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        kv: Sequence[LayerKv],
+        batch: AttentionBatch,
+        scored: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        return forward_then_score(self, tokens, positions, kv, batch, scored)
 
 
 class Stubborn:

@@ -127,13 +127,12 @@ def _forward(model: Model, cache: KvCache, parts: list[Part], drafts: Drafts) ->
     )
     layers = cache.layers_for([sequence for sequence, _ in parts])
     inputs = torch.tensor((token_ids, positions), dtype=torch.int64).to(device, non_blocking=True)
-    hidden = model.forward(inputs[0], inputs[1], layers, batch)
-    logits = None
-    if sampling:
-        # A batch of decoding sequences alone samples every row, in order.
-        is_every_row = len(last_rows) == len(token_ids)
-        rows = hidden if is_every_row else hidden[torch.tensor(last_rows, device=device)]
-        logits = model.logits(rows)
+    if not sampling:
+        return Computed(parts, model.forward(inputs[0], inputs[1], layers, batch), sampling, None, drafts)
+    # A batch of decoding sequences alone samples every row, in order.
+    is_every_row = len(last_rows) == len(token_ids)
+    scored = None if is_every_row else torch.tensor(last_rows, device=device)
+    hidden, logits = model.forward_scored(inputs[0], inputs[1], layers, batch, scored)
     return Computed(parts, hidden, sampling, logits, drafts)
 
 

@@ -83,9 +83,10 @@ class CpuLibrary:
     linear: Callable[[Any, int, int], int]
     """Takes the address of a `NativeCall`, the level and the threads; returns 0, or what went wrong. Runs
     without the interpreter's lock."""
-    decoder_layers: Callable[[Any, Any, int, int, Any, int, int], int]
+    decoder_layers: Callable[[Any, Any, int, int, Any, Any, int, int], int]
     """Takes the addresses of a shape and of layers (`decoder_cpu`), the first and one past the last of them
-    to run, the address of a step, the level and the threads; as `linear`."""
+    to run, the addresses of the head that follows, or None, and of a step, the level and the threads; as
+    `linear`."""
     read: Callable[[int, int, int], int]
     """Takes an address, a number of bytes and the threads, reads them, and returns their sum as 64-bit words:
     nothing that uses all of the bytes can be faster."""
@@ -110,7 +111,7 @@ def cpu_library() -> CpuLibrary | None:
     native.trireme_linear.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
     native.trireme_decoder_layers.argtypes = (
         *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
-        *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int),
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int),
     )
     native.trireme_read.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
     native.trireme_read.restype = ctypes.c_uint64

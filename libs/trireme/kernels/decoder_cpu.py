@@ -1,4 +1,4 @@
-"""The layers of a Llama-type model on x86 CPUs in one native call (`csrc/cpu/decoder_layers.h`).
+"""A Llama-type model, Gemma among them, on x86 CPUs in one native call (`csrc/cpu/decoder_layers.h`).
 
 A small model's step in PyTorch is mostly the cost of calling operators. Here it is the products and the
 memory they read. A row's result is the same, to the last bit, whatever else is in the batch and however its
@@ -24,9 +24,20 @@ from trireme.kernels.low_bit_cpu import PackedLinear
 
 _KV_TYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 """As in decoder_layers.h; what an 8-bit one holds is told by `kv_forms`."""
+_ACTIVATIONS: Final = {"silu": 0, "gelu_new": 1}
+_NO_ROWS: Final = torch.empty(0, dtype=torch.int64)
 _MOST_HEAD_DIM: Final = 1024
 _SIZES: Final = ("hidden", "inner", "heads", "kv_heads", "head_dim", "block_size")
-_PLACES: Final = ("query_lens", "context_lens", "tables", "k_caches", "v_caches")
+_PLACES: Final = (
+    "query_lens",
+    "context_lens",
+    "tables",
+    "k_caches",
+    "v_caches",
+    "states",
+    "scored",
+    "scores",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +75,29 @@ class LayerWeights:
     """(hidden,)."""
     qk_norm: Tensor | None
     """(heads + kv_heads, head_dim)."""
+    post_attention_norm: Tensor | None
+    """(hidden,): of what attention gives, before it joins the residual stream."""
+    post_mlp_norm: Tensor | None
+    """The same for the feed-forward, which then is a dense one."""
     qkv_bias: Tensor | None
     out_bias: Tensor | None
+    cosines: Tensor
+    """(positions, ..., head_dim)."""
+    sines: Tensor
+    """The same, negated in the first half."""
     window: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadWeights:
+    """What follows the last layer."""
+
+    norm: Tensor
+    """(hidden,)."""
+    scores: PackedLinear | None
+    """(vocabulary, hidden); None: scores are not computed here."""
+    cap: float | None
+    """Scores become cap * tanh(score / cap); None: they stay."""
 
 
 class _Mixture(ctypes.Structure):
@@ -85,6 +116,7 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("qkv", "out", "gate_up", "down", "mixture")),
         *((name, ctypes.c_void_p) for name in ("input_norm", "mlp_norm", "qk_norm")),
         *((name, ctypes.c_void_p) for name in ("qkv_bias", "out_bias", "gate_up_bias", "down_bias")),
+        *((name, ctypes.c_void_p) for name in ("post_attention_norm", "post_mlp_norm", "cosines", "sines")),
         ("window", ctypes.c_int64),
     )
 
@@ -96,17 +128,25 @@ class _Shape(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _SIZES),
         ("eps", ctypes.c_float),
         ("scale", ctypes.c_float),
+        ("cap", ctypes.c_float),
         ("kv_type", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
     )
+
+
+class _Head(ctypes.Structure):
+    """`DecoderHead`."""
+
+    _fields_ = (("norm", ctypes.c_void_p), ("weight", ctypes.c_void_p), ("cap", ctypes.c_float))
 
 
 class _Step(ctypes.Structure):
     """`DecoderStep`."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "positions", "cosines", "sines", "slots")),
+        *((name, ctypes.c_void_p) for name in ("x", "positions", "slots")),
         *((name, ctypes.c_void_p) for name in _PLACES),
-        *((name, ctypes.c_int64) for name in ("rows", "sequences", "table_width")),
+        *((name, ctypes.c_int64) for name in ("rows", "sequences", "table_width", "num_scored")),
         ("trees", ctypes.c_void_p),
     )
 
@@ -117,37 +157,45 @@ class _Tree(ctypes.Structure):
     _fields_ = (("parents", ctypes.c_void_p), ("tokens", ctypes.c_int64))
 
 
-class DecoderLayers:
-    """All layers of one model.
+class NativeDecoder:
+    """All layers of one model, and its head.
 
     Args:
-        layers: their weights, which `takes` takes.
+        layers, head: their weights, which `takes` takes.
         heads, kv_heads, head_dim: of the attention.
         eps: of the norms.
         scale: factor on the dot products.
-        cosines, sines: (positions, head_dim) float32, sines negated in the first half.
+        cap: scores of attention become cap * tanh(score / cap); None: they stay.
+        activation: of the gates: silu or gelu_new.
     """
 
     def __init__(
         self,
         layers: Sequence[LayerWeights],
+        head: HeadWeights,
         *,
         heads: int,
         kv_heads: int,
         head_dim: int,
         eps: float,
         scale: float,
-        cosines: Tensor,
-        sines: Tensor,
+        cap: float | None = None,
+        activation: str = "silu",
     ) -> None:
         library = cpu_library()
         assert library is not None, "takes() says so"
         self._run = library.decoder_layers
         self._level = library.level
-        self._kept: list[object] = [tuple(layers), cosines, sines]  # the library reads in them
+        self._kept: list[object] = [tuple(layers), head]  # the library reads in them
         self._layers = (_Layer * len(layers))(*[_native(layer, self._kept) for layer in layers])
         self._num_layers = len(layers)
-        self._cosines, self._sines = cosines.data_ptr(), sines.data_ptr()
+        self._head = _Head(
+            norm=_address(head.norm),
+            weight=None if head.scores is None else ctypes.addressof(head.scores.native),
+            cap=head.cap or 0.0,
+        )
+        self.vocabulary = 0 if head.scores is None else head.scores.shape[0]
+        """Tokens that are scored; 0: none are."""
         self._shape = _Shape(
             hidden=layers[0].qkv.shape[1],
             inner=max([_inner(layer.feed_forward) for layer in layers]),
@@ -156,20 +204,33 @@ class DecoderLayers:
             head_dim=head_dim,
             eps=eps,
             scale=scale,
+            cap=cap or 0.0,
+            activation=_ACTIVATIONS[activation],
         )
         self._pointers = ctypes.c_void_p * self._num_layers
 
     def forward(
-        self, x: Tensor, positions: Tensor, kv: Sequence[tuple[Tensor, Tensor]], batch: AttentionBatch
-    ) -> None:
-        """Take the residual stream through all layers, in place; keys and values go to the cache.
+        self,
+        x: Tensor,
+        positions: Tensor,
+        kv: Sequence[tuple[Tensor, Tensor]],
+        batch: AttentionBatch,
+        *,
+        scored: Tensor | None = _NO_ROWS,
+    ) -> tuple[Tensor, Tensor]:
+        """Take embeddings through the model; keys and values go to the cache.
 
         Args:
-            x: (tokens, hidden) float32, contiguous.
+            x: (tokens, hidden) float32, contiguous; overwritten.
             positions: (tokens,) int64.
             kv: per layer, caches (blocks, block_size, kv_heads, row) of a form of `kv_forms`. What is
                 no list or tuple is walked layer by layer, as each is computed.
             batch: the tokens' sequences.
+            scored: (rows,) int64: the tokens of which the next is scored, where there is a head for that;
+                None: all of them.
+
+        Returns:
+            The final states (tokens, hidden), normalised, and the scores (rows, vocabulary).
 
         Raises:
             MemoryError: there is too little for the step.
@@ -177,24 +238,29 @@ class DecoderLayers:
         query_lens = np.asarray(batch.query_lens, dtype=np.int64)
         context_lens = np.asarray(batch.context_lens, dtype=np.int64)
         tables = np.ascontiguousarray(batch.block_tables, dtype=np.int64)
-        shape, threads = self._shape, torch.get_num_threads()
+        shape, threads, rows = self._shape, torch.get_num_threads(), x.shape[0]
         shape.block_size = batch.block_size
+        num_scored = 0 if not self.vocabulary else rows if scored is None else scored.shape[0]
+        states = torch.empty_like(x)
+        scores = x.new_empty((num_scored, self.vocabulary))
         keys, values = self._pointers(), self._pointers()
         trees = _native_trees(batch)
         step = _Step(
             x.data_ptr(),
             positions.data_ptr(),
-            self._cosines,
-            self._sines,
             batch.slots.data_ptr(),
             query_lens.ctypes.data,
             context_lens.ctypes.data,
             tables.ctypes.data,
             ctypes.addressof(keys),
             ctypes.addressof(values),
-            x.shape[0],
+            states.data_ptr(),
+            None if scored is None else scored.data_ptr(),
+            scores.data_ptr(),
+            rows,
             len(query_lens),
             tables.shape[1],
+            num_scored,
             None if trees is None else ctypes.addressof(trees[0]),
         )
         first = 0
@@ -203,27 +269,34 @@ class DecoderLayers:
             if index == 0:
                 shape.kv_type = _KV_TYPES[k_cache.dtype]
             keys[index], values[index] = k_cache.data_ptr(), v_cache.data_ptr()
-            if not is_there or index == self._num_layers - 1:
+            is_last = index == self._num_layers - 1
+            if not is_there or is_last:
                 outcome = self._run(
                     ctypes.addressof(shape),
                     ctypes.addressof(self._layers),
                     first,
                     index + 1,
+                    ctypes.addressof(self._head) if is_last else None,
                     ctypes.addressof(step),
                     self._level,
                     threads,
                 )
                 if outcome:
-                    raise MemoryError(f"no memory for a step of {x.shape[0]} tokens")
+                    raise MemoryError(f"no memory for a step of {rows} tokens")
                 first = index + 1
+        return states, scores
 
 
-def takes(layers: Sequence[LayerWeights], head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether `DecoderLayers` runs here for such layers and activations of `dtype`: of float32 it does."""
+def takes(layers: Sequence[LayerWeights], head_dim: int, dtype: torch.dtype, activation: str) -> bool:
+    """Whether `NativeDecoder` runs here for such layers, for activations of `dtype`, which is float32,
+    and gates of `activation`: silu, or gelu_new where there is no mixture."""
     products = [product for layer in layers for product in _products(layer)]
+    is_dense = all(isinstance(layer.feed_forward, DenseWeights) for layer in layers)
     return (
         bool(products)
         and dtype == torch.float32
+        and activation in _ACTIVATIONS
+        and (is_dense or activation == "silu")
         and head_dim % 16 == 0
         and head_dim <= _MOST_HEAD_DIM
         and all(width % 8 == 0 for product in products for width in product.shape)
@@ -270,6 +343,10 @@ def _native(layer: LayerWeights, kept: list[object]) -> _Layer:
         qk_norm=_address(layer.qk_norm),
         qkv_bias=_address(layer.qkv_bias),
         out_bias=_address(layer.out_bias),
+        post_attention_norm=_address(layer.post_attention_norm),
+        post_mlp_norm=_address(layer.post_mlp_norm),
+        cosines=_address(layer.cosines),
+        sines=_address(layer.sines),
         window=layer.window or 0,
     )
     inner = layer.feed_forward

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from trireme.kernels import decoder_cpu, ops
 from trireme.kernels.attention_batch import AttentionBatch
+from trireme.kernels.low_bit_cpu import PackedLinear
 from trireme.kernels.ops import LinearWeight
 from trireme.models.config import ModelConfig, RopeConfig
 from trireme.models.decoder_layer import DecoderLayer, native_layer, read_layer
-from trireme.models.model import LayerKv
+from trireme.models.model import LayerKv, forward_then_score
 from trireme.models.rope import RopeTable
 from trireme.models.weights import ModelWeights
 
@@ -53,7 +54,7 @@ class Decoder:
         is_one_rope = self._local_rope is self._rope
         # Cached keys are turned alike in all layers, which is wrong where these have two rules.
         self.key_rotation = self._rope.key_rotation if is_one_rope else None
-        self._native = self._native_layers()
+        self._native = self._native_decoder()
         self.step_bytes = ops.weight_bytes(head) + sum(layer.step_bytes for layer in layers)
 
     @classmethod
@@ -82,9 +83,7 @@ class Decoder:
         config = self.config
         eps, scale = config.norm_eps, self._scale
         if self._native is not None and decoder_cpu.takes_kv(kv[0][0].dtype):
-            x = self._embed(tokens)
-            self._native.forward(x, positions, kv, batch)
-            return ops.rms_norm(x, self._final_norm, eps)
+            return self._native.forward(self._embed(tokens), positions, kv, batch)[0]
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         rotated = heads + kv_heads
         rotation = self._rope.at(positions)
@@ -136,26 +135,47 @@ class Decoder:
             rotary_dim=config.rotary_dim,
         )
 
-    def _native_layers(self) -> decoder_cpu.DecoderLayers | None:
+    def _native_decoder(self) -> decoder_cpu.NativeDecoder | None:
         """All layers in one call, where the CPU's library takes them."""
         config = self.config
-        if config.attention_cap is not None or self._local_rope is not self._rope:
-            return None
-        layers = [native_layer(layer) for layer in self._layers]
+        rotation, local_rotation = self._rope.tables, self._local_rope.tables
+        layers = [
+            native_layer(layer, rotation if layer.window is None else local_rotation)
+            for layer in self._layers
+        ]
         found = [layer for layer in layers if layer is not None]
-        if len(found) < len(layers) or not decoder_cpu.takes(found, config.head_dim, self.dtype):
+        if len(found) < len(layers) or not decoder_cpu.takes(
+            found, config.head_dim, self.dtype, config.activation
+        ):
             return None
-        cosines, sines = self._rope.tables
-        return decoder_cpu.DecoderLayers(
+        return decoder_cpu.NativeDecoder(
             found,
+            decoder_cpu.HeadWeights(
+                norm=self._final_norm,
+                scores=self._head if isinstance(self._head, PackedLinear) else None,
+                cap=config.logit_cap,
+            ),
             heads=config.num_heads,
             kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             eps=config.norm_eps,
             scale=self._scale,
-            cosines=cosines,
-            sines=sines,
+            cap=config.attention_cap,
+            activation=config.activation,
         )
+
+    def forward_scored(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        kv: Sequence[LayerKv],
+        batch: AttentionBatch,
+        scored: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        native = self._native
+        if native is not None and native.vocabulary and decoder_cpu.takes_kv(kv[0][0].dtype):
+            return native.forward(self._embed(tokens), positions, kv, batch, scored=scored)
+        return forward_then_score(self, tokens, positions, kv, batch, scored)
 
     def logits(self, hidden: Tensor) -> Tensor:
         scores = ops.linear(hidden, self._head).float()

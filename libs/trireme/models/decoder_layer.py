@@ -101,11 +101,13 @@ def _rotary_order(config: ModelConfig) -> Tensor | None:
     return order.view(-1)
 
 
-def native_layer(layer: DecoderLayer) -> LayerWeights | None:
-    """The layer for `kernels.decoder_cpu`; None: not all of its products are packed for it, or it has a norm
-    that is not computed there."""
-    if layer.post_attention_norm is not None or layer.post_mlp_norm is not None:
-        return None
+def native_layer(layer: DecoderLayer, rotation: tuple[Tensor, Tensor]) -> LayerWeights | None:
+    """The layer for `kernels.decoder_cpu`; None: not all of its products are packed for it, or it is a
+    mixture with a norm behind.
+
+    Args:
+        rotation: cosines and signed sines of its positions.
+    """
     if not (isinstance(layer.qkv, PackedLinear) and isinstance(layer.out, PackedLinear)):
         return None
     feed_forward = layer.feed_forward
@@ -113,9 +115,10 @@ def native_layer(layer: DecoderLayer) -> LayerWeights | None:
     if isinstance(feed_forward, DenseFeedForward):
         native = _native_dense(feed_forward)
     else:
-        native = _native_experts(feed_forward)
+        native = _native_experts(feed_forward) if layer.post_mlp_norm is None else None
     if native is None:
         return None
+    cosines, sines = rotation
     return LayerWeights(
         qkv=layer.qkv,
         out=layer.out,
@@ -123,16 +126,18 @@ def native_layer(layer: DecoderLayer) -> LayerWeights | None:
         input_norm=layer.input_norm,
         mlp_norm=layer.mlp_norm,
         qk_norm=layer.qk_norm,
+        post_attention_norm=layer.post_attention_norm,
+        post_mlp_norm=layer.post_mlp_norm,
         qkv_bias=layer.qkv_bias,
         out_bias=layer.out_bias,
+        cosines=cosines,
+        sines=sines,
         window=layer.window,
     )
 
 
 def _native_dense(dense: DenseFeedForward) -> DenseWeights | None:
-    if dense.activation != "silu" or not (
-        isinstance(dense.gate_up, PackedLinear) and isinstance(dense.down, PackedLinear)
-    ):
+    if not (isinstance(dense.gate_up, PackedLinear) and isinstance(dense.down, PackedLinear)):
         return None
     return DenseWeights(
         gate_up=dense.gate_up,

@@ -13,7 +13,7 @@ from trireme.kernels import ops
 from trireme.kernels.attention_batch import AttentionBatch
 from trireme.kernels.ops import LinearWeight
 from trireme.models.config import ModelConfig
-from trireme.models.model import LayerKv
+from trireme.models.model import LayerKv, forward_then_score
 from trireme.models.weights import ModelWeights
 
 
@@ -142,3 +142,13 @@ class Gpt2:
 
     def logits(self, hidden: Tensor) -> Tensor:
         return ops.linear(hidden, self._head).float()
+
+    def forward_scored(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        kv: Sequence[LayerKv],
+        batch: AttentionBatch,
+        scored: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        return forward_then_score(self, tokens, positions, kv, batch, scored)

@@ -59,3 +59,34 @@ class Model(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of all tokens, (rows, vocab) float32, for rows of hidden states (rows, hidden)."""
+
+    def forward_scored(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        kv: Sequence[LayerKv],
+        batch: AttentionBatch,
+        scored: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`forward`, and `logits` of some of its rows, in one go where that is faster.
+
+        Args:
+            tokens, positions, kv, batch: as of `forward`.
+            scored: (rows,) int64: those rows; None: all of them.
+
+        Returns:
+            What `forward` and `logits` return.
+        """
+
+
+def forward_then_score(
+    model: Model,
+    tokens: Tensor,
+    positions: Tensor,
+    kv: Sequence[LayerKv],
+    batch: AttentionBatch,
+    scored: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`Model.forward_scored` of a model that does one after the other."""
+    hidden = model.forward(tokens, positions, kv, batch)
+    return hidden, model.logits(hidden if scored is None else hidden[scored])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trireme.kernels.attention_batch import AttentionBatch
 from trireme.models.config import Family, ModelConfig
-from trireme.models.model import LayerKv
+from trireme.models.model import LayerKv, forward_then_score
 
 
 class NullModel:
@@ -50,3 +50,13 @@ class NullModel:
         if self._answers is not None:
             return self._answers.index_select(0, hidden.view(-1))
         return torch.zeros(hidden.shape[0], self.config.vocab_size).scatter_(1, hidden, 1.0)
+
+    def forward_scored(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        kv: Sequence[LayerKv],
+        batch: AttentionBatch,
+        scored: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        return forward_then_score(self, tokens, positions, kv, batch, scored)

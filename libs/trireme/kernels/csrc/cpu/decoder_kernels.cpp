@@ -74,6 +74,23 @@ inline __m256 exponential(__m256 x) {
     return _mm256_andnot_ps(is_small, _mm256_mul_ps(sum, _mm256_castsi256_ps(bits)));
 }
 
+// The hyperbolic tangent within 3 units in the last place; NaN stays NaN. Near 0, where the exponential's form
+// cancels, it is Lambert's continued fraction, cut at the ninth term.
+inline __m256 hyperbolic_tangent(__m256 x) {
+    const __m256 sign = _mm256_and_ps(x, _mm256_set1_ps(-0.0f)), magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
+    const __m256 one = _mm256_set1_ps(1.0f);
+    const __m256 shrunk = exponential(_mm256_mul_ps(magnitude, _mm256_set1_ps(-2.0f)));
+    const __m256 far = _mm256_div_ps(_mm256_sub_ps(one, shrunk), _mm256_add_ps(one, shrunk));
+    const __m256 square = _mm256_mul_ps(magnitude, magnitude);
+    const __m256 upper =
+        _mm256_fmadd_ps(_mm256_add_ps(square, _mm256_set1_ps(105.0f)), square, _mm256_set1_ps(945.0f));
+    const __m256 lower = _mm256_fmadd_ps(_mm256_fmadd_ps(square, _mm256_set1_ps(15.0f), _mm256_set1_ps(420.0f)), square,
+                                         _mm256_set1_ps(945.0f));
+    const __m256 near = _mm256_mul_ps(magnitude, _mm256_div_ps(upper, lower));
+    const __m256 is_near = _mm256_cmp_ps(magnitude, _mm256_set1_ps(0.5f), _CMP_LT_OQ);
+    return _mm256_or_ps(_mm256_blendv_ps(far, near, is_near), sign);
+}
+
 // What the codes of a row are worth.
 inline float row_scale(const float*, int64_t) { return 1.0f; }
 inline float row_scale(const uint16_t*, int64_t) { return 1.0f; }
@@ -147,8 +164,8 @@ inline void place_rows_as(const DecoderShape& shape, const DecoderLayer& layer, 
     float room[1024];
     for (int64_t row = first; row < last; ++row) {
         float* heads = fused + row * row_width;
-        const float* cosine = step.cosines + step.positions[row] * width;
-        const float* sine = step.sines + step.positions[row] * width;
+        const float* cosine = layer.cosines + step.positions[row] * width;
+        const float* sine = layer.sines + step.positions[row] * width;
         for (int64_t head = 0; head < rotated_heads; ++head) {
             float* at = heads + head * width;
             if (layer.qk_norm) normalise_rows(at, layer.qk_norm + head * width, shape.eps, width, 1, at);
@@ -398,8 +415,11 @@ inline void attend_as(const DecoderShape& shape, const AttentionPiece& piece, fl
     };
     over_keys(keys, score);
     for (int64_t row = 0; row < piece.count; ++row) {
+        const int64_t count = views.position(row) + 1 - views.first_key(row);
         for (int64_t head = 0; head < piece.shared; ++head) {
-            weigh(scores + (row * piece.shared + head) * room, views.position(row) + 1 - views.first_key(row));
+            float* of_row = scores + (row * piece.shared + head) * room;
+            if (shape.cap > 0.0f) cap_values(of_row, count, shape.cap);
+            weigh(of_row, count);
             float* out = piece.out + row * piece.out_stride + head * width;
             for (int64_t i = 0; i < width; i += 8) store_reals(out + i, _mm256_setzero_ps());
         }
@@ -407,18 +427,69 @@ inline void attend_as(const DecoderShape& shape, const AttentionPiece& piece, fl
     over_keys(values, gather);
 }
 
+inline __m256 norm_factor(const float* row, float eps, int64_t width) {
+    __m256 squares = _mm256_setzero_ps();
+    for (int64_t i = 0; i < width; i += 8) {
+        squares = _mm256_fmadd_ps(load_reals(row + i), load_reals(row + i), squares);
+    }
+    return _mm256_set1_ps(1.0f / std::sqrt(sum_lanes(squares) / static_cast<float>(width) + eps));
+}
+
+// x / (1 + e^-x); and GELU by its tanh, which is x / (1 + e^-2u) of u = sqrt(2 / pi) * (x + 0.044715 x^3).
+inline __m256 silu(__m256 x) {
+    const __m256 one = _mm256_set1_ps(1.0f);
+    return _mm256_div_ps(x, _mm256_add_ps(one, exponential(_mm256_xor_ps(x, _mm256_set1_ps(-0.0f)))));
+}
+inline __m256 gelu_tanh(__m256 x) {
+    const __m256 one = _mm256_set1_ps(1.0f), square = _mm256_mul_ps(x, x);
+    const __m256 bent = _mm256_mul_ps(x, _mm256_fmadd_ps(square, _mm256_set1_ps(0.044715f), one));
+    const __m256 turned = _mm256_mul_ps(bent, _mm256_set1_ps(-1.5957691216f));
+    return _mm256_div_ps(x, _mm256_add_ps(one, exponential(turned)));
+}
+
+template <__m256 (*kActivate)(__m256)>
+inline void gate_rows_by(const float* gate_up, int64_t inner, int64_t rows, float* out) {
+    for (int64_t row = 0; row < rows; ++row, gate_up += 2 * inner, out += inner) {
+        for (int64_t i = 0; i < inner; i += 8) {
+            const __m256 open = kActivate(load_reals(gate_up + i));
+            store_reals(out + i, _mm256_mul_ps(open, load_reals(gate_up + inner + i)));
+        }
+    }
+}
+
 }  // namespace
 
 void normalise_rows(const float* x, const float* weight, float eps, int64_t width, int64_t rows, float* out) {
     for (int64_t row = 0; row < rows; ++row, x += width, out += width) {
-        __m256 squares = _mm256_setzero_ps();
-        for (int64_t i = 0; i < width; i += 8) squares = _mm256_fmadd_ps(load_reals(x + i), load_reals(x + i), squares);
-        const float mean = sum_lanes(squares) / static_cast<float>(width);
-        const __m256 factor = _mm256_set1_ps(1.0f / std::sqrt(mean + eps));
+        const __m256 factor = norm_factor(x, eps, width);
         for (int64_t i = 0; i < width; i += 8) {
             store_reals(out + i, _mm256_mul_ps(_mm256_mul_ps(load_reals(x + i), factor), load_reals(weight + i)));
         }
     }
+}
+
+void add_normalised_rows(const float* x, const float* weight, float eps, int64_t width, int64_t rows, float* out) {
+    for (int64_t row = 0; row < rows; ++row, x += width, out += width) {
+        const __m256 factor = norm_factor(x, eps, width);
+        for (int64_t i = 0; i < width; i += 8) {
+            const __m256 normed = _mm256_mul_ps(_mm256_mul_ps(load_reals(x + i), factor), load_reals(weight + i));
+            store_reals(out + i, _mm256_add_ps(load_reals(out + i), normed));
+        }
+    }
+}
+
+void cap_values(float* x, int64_t count, float cap) {
+    const __m256 most = _mm256_set1_ps(cap);
+    const auto capped = [&](__m256 values) {
+        return _mm256_mul_ps(most, hyperbolic_tangent(_mm256_div_ps(values, most)));
+    };
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) store_reals(x + i, capped(load_reals(x + i)));
+    if (i == count) return;
+    float rest[8] = {};
+    __builtin_memcpy(rest, x + i, (count - i) * sizeof(float));
+    store_reals(rest, capped(load_reals(rest)));
+    __builtin_memcpy(x + i, rest, (count - i) * sizeof(float));
 }
 
 void place_rows(const DecoderShape& shape, const DecoderLayer& layer, const DecoderStep& step, float* fused,
@@ -488,15 +559,9 @@ void choose_experts(const Mixture& mixture, const float* x, int64_t hidden, floa
     }
 }
 
-void gate_rows(const float* gate_up, int64_t inner, int64_t rows, float* out) {
-    const __m256 one = _mm256_set1_ps(1.0f), sign = _mm256_set1_ps(-0.0f);
-    for (int64_t row = 0; row < rows; ++row, gate_up += 2 * inner, out += inner) {
-        for (int64_t i = 0; i < inner; i += 8) {
-            const __m256 gate = load_reals(gate_up + i);
-            const __m256 open = _mm256_div_ps(gate, _mm256_add_ps(one, exponential(_mm256_xor_ps(gate, sign))));
-            store_reals(out + i, _mm256_mul_ps(open, load_reals(gate_up + inner + i)));
-        }
-    }
+void gate_rows(int32_t activation, const float* gate_up, int64_t inner, int64_t rows, float* out) {
+    if (activation == kSilu) return gate_rows_by<silu>(gate_up, inner, rows, out);
+    gate_rows_by<gelu_tanh>(gate_up, inner, rows, out);
 }
 
 }  // namespace trireme

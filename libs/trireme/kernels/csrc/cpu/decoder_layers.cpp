@@ -18,7 +18,7 @@ struct Job {
     const DecoderShape& shape;
     const DecoderLayer* layer;
     const DecoderStep& step;
-    float* normed;   // (rows, hidden)
+    float* normed;   // (rows, hidden); also what is to be normalised before it joins x
     float* fused;    // (rows, (heads + 2 * kv_heads) * head_dim)
     float* seen;     // (rows, heads * head_dim)
     float* gate_up;  // (rows, 2 * inner)
@@ -51,7 +51,15 @@ void place_piece(void* context, int64_t index) {
 void gate_piece(void* context, int64_t index) {
     Job& job = *static_cast<Job*>(context);
     const int64_t first = job.first_row(index), inner = job.shape.inner;
-    gate_rows(job.gate_up + first * 2 * inner, inner, job.last_row(index) - first, job.gated + first * inner);
+    gate_rows(job.shape.activation, job.gate_up + first * 2 * inner, inner, job.last_row(index) - first,
+              job.gated + first * inner);
+}
+
+void add_piece(void* context, int64_t index) {
+    Job& job = *static_cast<Job*>(context);
+    const int64_t first = job.first_row(index), width = job.shape.hidden;
+    add_normalised_rows(job.normed + first * width, job.norm, job.shape.eps, width, job.last_row(index) - first,
+                        job.step.x + first * width);
 }
 
 // Which rows of which sequence; pieces are counted sequence by sequence, the latest rows, which see most, first.
@@ -106,6 +114,25 @@ void attend_piece(void* context, int64_t index) {
     attend(shape, piece, reinterpret_cast<float*>(room));
 }
 
+struct CapJob {
+    float* scores;  // (rows, width)
+    int64_t width;
+    float cap;
+};
+
+void cap_piece(void* context, int64_t index) {
+    const CapJob& job = *static_cast<CapJob*>(context);
+    cap_values(job.scores + index * job.width, job.width, job.cap);
+}
+
+void over_rows(Piece piece, Job& job, int64_t width, int threads) {
+    const int64_t rows = job.step.rows;
+    if (rows == 0) return;
+    const int used = rows * width < kFewElements ? 1 : threads;
+    job.rows_per_piece = (rows + 4 * used - 1) / (4 * used);
+    run_pieces(piece, &job, (rows + job.rows_per_piece - 1) / job.rows_per_piece, used);
+}
+
 int64_t rounded(int64_t elements) { return (elements + 15) / 16 * 16; }
 
 }  // namespace
@@ -127,11 +154,6 @@ int run_layers(const DecoderShape& shape, const DecoderLayer* layers, int64_t fi
         *parts[i] = at;
         at += sizes[i];
     }
-    const auto over_rows = [&](Piece piece, int64_t width) {
-        const int used = rows * width < kFewElements ? 1 : threads;
-        job.rows_per_piece = (rows + 4 * used - 1) / (4 * used);
-        run_pieces(piece, &job, (rows + job.rows_per_piece - 1) / job.rows_per_piece, used);
-    };
     int64_t tiles = 0, keys = 0;
     for (int64_t sequence = 0; sequence < step.sequences; ++sequence) {
         tiles += (step.query_lens[sequence] + kQueryRows - 1) / kQueryRows;
@@ -142,22 +164,31 @@ int run_layers(const DecoderShape& shape, const DecoderLayer* layers, int64_t fi
                              const float* residual, float* out) {
         return multiply(Call{weight, x, bias, residual, out, rows, inputs, kFloat32}, kernels, threads);
     };
+    // A product that joins the residual stream: as it is, or normalised by `norm`.
+    const auto join = [&](const Weight* weight, const float* from, int64_t inputs, const float* bias, const float* norm) {
+        if (!norm) return product(weight, from, inputs, bias, step.x, step.x);
+        const int outcome = product(weight, from, inputs, bias, nullptr, job.normed);
+        if (outcome) return outcome;
+        job.norm = norm;
+        over_rows(add_piece, job, shape.hidden, threads);
+        return static_cast<int>(kDone);
+    };
     for (int64_t index = first; index < last; ++index) {
         const DecoderLayer& layer = layers[index];
         job.layer = &layer;
         job.k_cache = step.k_caches[index];
         job.v_cache = step.v_caches[index];
         job.norm = layer.input_norm;
-        over_rows(normalise_piece, shape.hidden);
+        over_rows(normalise_piece, job, shape.hidden, threads);
         int outcome = product(layer.qkv, job.normed, shape.hidden, layer.qkv_bias, nullptr, job.fused);
         if (outcome) return outcome;
-        over_rows(place_piece, job.row_width());
+        over_rows(place_piece, job, job.row_width(), threads);
         run_pieces(attend_piece, &job, tiles * shape.kv_heads, attention_threads);
         if (job.is_out_of_memory.load(std::memory_order_relaxed)) return kNoMemory;
-        outcome = product(layer.out, job.seen, shape.heads * shape.head_dim, layer.out_bias, step.x, step.x);
+        outcome = join(layer.out, job.seen, shape.heads * shape.head_dim, layer.out_bias, layer.post_attention_norm);
         if (outcome) return outcome;
         job.norm = layer.mlp_norm;
-        over_rows(normalise_piece, shape.hidden);
+        over_rows(normalise_piece, job, shape.hidden, threads);
         if (layer.mixture) {
             outcome = run_mixture(*layer.mixture, job.normed, shape.hidden, rows, step.x, kernels, threads);
             if (outcome) return outcome;
@@ -165,10 +196,34 @@ int run_layers(const DecoderShape& shape, const DecoderLayer* layers, int64_t fi
         }
         outcome = product(layer.gate_up, job.normed, shape.hidden, layer.gate_up_bias, nullptr, job.gate_up);
         if (outcome) return outcome;
-        over_rows(gate_piece, shape.inner);
-        outcome = product(layer.down, job.gated, shape.inner, layer.down_bias, step.x, step.x);
+        over_rows(gate_piece, job, shape.inner, threads);
+        outcome = join(layer.down, job.gated, shape.inner, layer.down_bias, layer.post_mlp_norm);
         if (outcome) return outcome;
     }
+    return kDone;
+}
+
+int run_head(const DecoderShape& shape, const DecoderHead& head, const DecoderStep& step, const Kernels& kernels,
+             int threads) {
+    const int64_t width = shape.hidden;
+    Job job{shape, nullptr, step, step.states, nullptr, nullptr, nullptr, nullptr, head.norm, nullptr, nullptr, 0, 0};
+    over_rows(normalise_piece, job, width, threads);
+    if (!head.weight || !step.num_scored) return kDone;
+    const float* states = step.states;
+    if (step.scored) {
+        float* gathered = reinterpret_cast<float*>(buffers.at_least(step.num_scored * width * 4));
+        if (!gathered) return kNoMemory;
+        for (int64_t i = 0; i < step.num_scored; ++i) {
+            __builtin_memcpy(gathered + i * width, step.states + step.scored[i] * width, width * sizeof(float));
+        }
+        states = gathered;
+    }
+    const Call call{head.weight, states, nullptr, nullptr, step.scores, step.num_scored, width, kFloat32};
+    const int outcome = multiply(call, kernels, threads);
+    if (outcome || head.cap == 0.0f) return outcome;
+    const int64_t vocabulary = head.weight->outputs;
+    CapJob capping{step.scores, vocabulary, head.cap};
+    run_pieces(cap_piece, &capping, step.num_scored, step.num_scored * vocabulary < kFewElements ? 1 : threads);
     return kDone;
 }
 

@@ -44,12 +44,14 @@ TRIREME_EXPORT int trireme_linear(const trireme::Call* call, int level, int thre
     return kernels ? trireme::multiply(*call, *kernels, threads) : trireme::kNoKernels;
 }
 
-// Take step.x through layers [first, last). Returns as trireme_linear.
+// Take step.x through layers [first, last), and then through the head unless it is null. Returns as trireme_linear.
 TRIREME_EXPORT int trireme_decoder_layers(const trireme::DecoderShape* shape, const trireme::DecoderLayer* layers,
-                                          int64_t first, int64_t last, const trireme::DecoderStep* step, int level,
-                                          int threads) {
+                                          int64_t first, int64_t last, const trireme::DecoderHead* head,
+                                          const trireme::DecoderStep* step, int level, int threads) {
     const trireme::Kernels* kernels = trireme::kernels_of(level);
-    return kernels ? trireme::run_layers(*shape, layers, first, last, *step, *kernels, threads) : trireme::kNoKernels;
+    if (!kernels) return trireme::kNoKernels;
+    const int outcome = trireme::run_layers(*shape, layers, first, last, *step, *kernels, threads);
+    return outcome || !head ? outcome : trireme::run_head(*shape, *head, *step, *kernels, threads);
 }
 
 // Read `bytes` bytes, a multiple of 8, on up to `threads` threads and do nothing with them: their sum.

@@ -50,7 +50,7 @@ void gate_piece(void* context, int64_t index) {
     Job& job = *static_cast<Job*>(context);
     const int64_t first = index * kRowsPerPiece, inner = job.mixture.inner;
     const int64_t count = least(kRowsPerPiece, job.count - first);
-    gate_rows(job.gate_up + first * 2 * inner, inner, count, job.gated + first * inner);
+    gate_rows(kSilu, job.gate_up + first * 2 * inner, inner, count, job.gated + first * inner);
 }
 
 int64_t pieces_of(int64_t rows) { return (rows + kRowsPerPiece - 1) / kRowsPerPiece; }
