@@ -20,7 +20,9 @@ from torch import Tensor
 from tests.unit.engine_support import prompt_of, reference_model, save
 from tests.unit.test_models_parity import all_logits
 from trireme.errors import InvalidCheckpoint, InvalidConfiguration
+from trireme.kernels import ops
 from trireme.loading.whole import load_model, load_whole
+from trireme.quant.device_layouts import DIRECT, pack_for_device
 from trireme.quant.foreign import ForeignCheckpoint
 from trireme.quant.foreign_schemes import parse_scheme
 from trireme.quant.quantization import dequantize
@@ -74,11 +76,21 @@ class Drawn:
     """Random codes of one matrix, and the weights that they mean by definition: (code - zero) * scale."""
 
     def __init__(
-        self, outputs: int, inputs: int, group: int, *, seed: int = 0, symmetric: bool = False
+        self,
+        outputs: int,
+        inputs: int,
+        group: int,
+        *,
+        seed: int = 0,
+        symmetric: bool = False,
+        reordered: int | None = None,
     ) -> None:
+        """`reordered`: which order of input channels; None: groups are neighbours."""
         rng = np.random.default_rng(seed)
         groups = inputs // group
-        self.group = group
+        self.group_of: Matrix = np.arange(inputs) // group
+        if reordered is not None:
+            self.group_of = np.random.default_rng((reordered, inputs)).permutation(self.group_of)
         self.codes: Matrix = rng.integers(0, 16, (outputs, inputs))
         lowest = 1  # what the first version of GPTQ can store
         self.zeros: Matrix = (
@@ -89,17 +101,15 @@ class Drawn:
     @property
     def weight(self) -> NDArray[np.float64]:
         """(outputs, inputs)."""
-        zeros = np.repeat(self.zeros, self.group, axis=1)
-        scales = np.repeat(self.scales.astype(np.float64), self.group, axis=1)
-        return (self.codes - zeros) * scales
+        scales = self.scales.astype(np.float64)
+        return (self.codes - self.zeros[:, self.group_of]) * scales[:, self.group_of]
 
     def gptq(self, name: str, *, shift: int = 1) -> dict[str, Tensor]:
-        inputs = self.codes.shape[1]
         return {
             f"{name}.qweight": words_along_rows(self.codes).T.contiguous(),
             f"{name}.qzeros": words_along_rows(self.zeros.T - shift),
             f"{name}.scales": torch.from_numpy(self.scales.T.copy()),
-            f"{name}.g_idx": torch.arange(inputs, dtype=torch.int32) // self.group,
+            f"{name}.g_idx": torch.from_numpy(self.group_of).int(),
         }
 
     def awq(self, name: str) -> dict[str, Tensor]:
@@ -119,6 +129,8 @@ class Drawn:
         }
         if has_zeros:
             parts[f"{name}.weight_zero_point"] = words_along_rows(self.zeros.T).T.contiguous()
+        if not np.array_equal(self.group_of, np.sort(self.group_of)):
+            parts[f"{name}.weight_g_idx"] = torch.from_numpy(self.group_of).int()
         return parts
 
 
@@ -188,16 +200,55 @@ def test_scales_may_be_bfloat16_and_zero(tmp_path: Path) -> None:
     assert (found.scales > 0).all() and not dequantize(found)[3, 32:].any()
 
 
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("case", CASES)
+def test_reordered_channels_mean_the_same_weights(case: str, group: int, tmp_path: Path) -> None:
+    pack, scheme, symmetric = CASES[case]
+    if case == "awq":
+        pytest.skip("awq has no order")
+    drawn = Drawn(24, 256, group, seed=group, symmetric=symmetric, reordered=1)
+    drawn.scales[3, 0] = 0.0
+    checkpoint = ForeignCheckpoint(written(tmp_path, pack(drawn, NAME), scheme(group)))
+    found = checkpoint.weight(f"{NAME}.weight")
+    assert np.array_equal(dequantize(found, torch.float64).numpy(), drawn.weight)
+    x = torch.from_numpy(np.random.default_rng(2).standard_normal((9, 256)))
+    expected = x @ torch.from_numpy(drawn.weight).T
+    for dtype, limit in ((torch.float32, 2e-4), (torch.bfloat16, 2e-2)):
+        packed = ops.pack_quantized(found, device=torch.device("cpu"), dtype=dtype)
+        product = ops.linear(x.to(dtype), packed).double()
+        assert float((product - expected).norm() / expected.norm()) < limit
+    with pytest.raises(InvalidCheckpoint, match="order of input channels"):
+        pack_for_device(found, DIRECT)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("inputs", "group"), [(256, 128), (192, 64), (96, 32)])
+def test_whole_rows_are_groups_of_one_scale(inputs: int, group: int, symmetric: bool, tmp_path: Path) -> None:
+    drawn = Drawn(24, inputs, inputs, symmetric=symmetric)
+    scheme = GPTQ | {"group_size": -1, "sym": symmetric, "desc_act": True}
+    found = ForeignCheckpoint(written(tmp_path, drawn.gptq(NAME), scheme)).weight(f"{NAME}.weight")
+    assert found.form.name == f"int4_g{group}" + ("" if symmetric else "_zeros")
+    assert np.array_equal(dequantize(found, torch.float64).numpy(), drawn.weight)
+
+
+MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    **{case: (case, {}, {}) for case in CASES},
+    "whole rows": ("gptq", {"group": None}, {"group_size": -1}),
+    "reordered": ("gptq", {"reordered": 1}, {"desc_act": True}),
+    "reordered, each its own way": ("gptq-symmetric", {"reordered": None}, {}),
+}
+"""A case, and how its matrices and its scheme differ."""
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_model_answers_on_them_as_transformers_does_on_the_weights_that_they_mean(
-    case: str, tmp_path: Path
+    name: str, tmp_path: Path
 ) -> None:
     import importlib
 
     hf: Any = importlib.import_module("transformers")
+    case, drawing, changes = MODELS[name]
     pack, scheme, symmetric = CASES[case]
     torch.manual_seed(11)
     config = hf.LlamaConfig(
@@ -213,17 +264,22 @@ def test_a_model_answers_on_them_as_transformers_does_on_the_weights_that_they_m
     reference = hf.LlamaForCausalLM(config).eval()
     directory = save(reference, tmp_path)
     tensors, state = load_file(directory / "model.safetensors"), reference.state_dict()
-    for seed, name in enumerate(sorted(tensors)):
-        if not any(f"{kind}.weight" in name for kind in LINEAR):
+    for seed, weight in enumerate(sorted(tensors)):
+        if not any(f"{kind}.weight" in weight for kind in LINEAR):
             continue
-        outputs, inputs = tensors.pop(name).shape
-        drawn = Drawn(outputs, inputs, 32, seed=seed, symmetric=symmetric)
-        tensors |= {key: part.contiguous() for key, part in pack(drawn, name.removesuffix(".weight")).items()}
-        state[name] = torch.from_numpy(drawn.weight).float()
+        outputs, inputs = tensors.pop(weight).shape
+        group = inputs if "group" in drawing else 32
+        reordered = (drawing["reordered"] or seed) if "reordered" in drawing else None
+        drawn = Drawn(outputs, inputs, group, seed=seed, symmetric=symmetric, reordered=reordered)
+        packed = pack(drawn, weight.removesuffix(".weight"))
+        tensors |= {key: part.contiguous() for key, part in packed.items()}
+        state[weight] = torch.from_numpy(drawn.weight).float()
     reference.load_state_dict(state)
     save_file(tensors, directory / "model.safetensors")
     written_config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(written_config | {"quantization_config": scheme(32)}))
+    (directory / "config.json").write_text(
+        json.dumps(written_config | {"quantization_config": scheme(32) | changes})
+    )
 
     token_ids = prompt_of(1, 50)
     with torch.inference_mode():
@@ -244,7 +300,8 @@ def test_a_model_answers_on_them_as_transformers_does_on_the_weights_that_they_m
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quant_method is 'bitsandbytes'"),
         (GPTQ | {"bits": 3}, "bits is 3; only 4"),
         (GPTQ | {"bits": 4.0}, "bits is 4.0"),
-        (GPTQ | {"group_size": -1}, "group_size is -1; groups of 32, 64, 128"),
+        (GPTQ | {"group_size": -2}, "group_size is -2; groups of 32, 64, 128"),
+        (AWQ | {"group_size": -1}, "group_size is -1; groups of 32, 64, 128"),
         (GPTQ | {"group_size": 256}, "group_size is 256"),
         (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
         (GPTQ | {"is_marlin_format": True}, "is_marlin_format"),
@@ -269,7 +326,8 @@ def test_what_is_not_read_is_refused_by_field(scheme: object, words: str) -> Non
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: t[f"{NAME}.g_idx"].copy_(t[f"{NAME}.g_idx"].flip(0)), "g_idx reorders input channels"),
+        (lambda t: t[f"{NAME}.g_idx"][:5].fill_(1), "g_idx must name 2 groups of 32 input channels each"),
+        (lambda t: t[f"{NAME}.g_idx"].sub_(1), "g_idx must name 2 groups"),
         (lambda t: t.pop(f"{NAME}.qzeros"), "qzeros is in none"),
         (lambda t: t.update({f"{NAME}.scales": t[f"{NAME}.scales"][:1].contiguous()}), "scales is .* shape"),
         (lambda t: t.update({f"{NAME}.qweight": t[f"{NAME}.qweight"].float()}), "qweight is torch.float32"),

@@ -56,6 +56,7 @@ class NativeWeight(ctypes.Structure):
         ("power", ctypes.c_int8 * 16),
         ("mantissa", ctypes.c_uint8 * 16),
         ("unit", ctypes.c_float),
+        ("input_order", ctypes.c_void_p),
     )
 
 

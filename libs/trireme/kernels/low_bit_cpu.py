@@ -48,13 +48,16 @@ class PackedLinear:
     """float32: (M padded to 16,), or (tiles, groups, 16)."""
     zeros: Tensor | None = None
     """uint8 of the shape of `scales`; only in formats that have zero points."""
+    input_order: Tensor | None = None
+    """(K,) int32: the input of each column of codes; None: they are in order."""
     native: NativeWeight = field(repr=False)
     """All this as the library sees it; valid as long as the tensors are."""
 
     @property
     def nbytes(self) -> int:
         """Bytes that one product reads."""
-        return sum(part.nbytes for part in (self.words, self.scales, self.zeros) if part is not None)
+        parts = (self.words, self.scales, self.zeros, self.input_order)
+        return sum(part.nbytes for part in parts if part is not None)
 
 
 def takes(form: WeightFormat | None, dtype: torch.dtype) -> bool:
@@ -102,6 +105,7 @@ def pack(weight: QuantizedWeight) -> PackedLinear:
             mantissa=(ctypes.c_uint8 * 16)(*parts),
             unit=unit,
         ),
+        None if weight.input_order is None else weight.input_order.int(),
     )
 
 
@@ -186,12 +190,22 @@ def _packed(
     scales: Tensor,
     zeros: Tensor | None,
     native: NativeWeight,
+    input_order: Tensor | None = None,
 ) -> PackedLinear:
     native.words = words.data_ptr()
     native.scales = scales.data_ptr()
     native.zeros = None if zeros is None else zeros.data_ptr()
+    native.input_order = None if input_order is None else input_order.data_ptr()
     native.outputs, native.inputs = shape
-    return PackedLinear(form=form, shape=shape, words=words, scales=scales, zeros=zeros, native=native)
+    return PackedLinear(
+        form=form,
+        shape=shape,
+        words=words,
+        scales=scales,
+        zeros=zeros,
+        input_order=input_order,
+        native=native,
+    )
 
 
 def _checked(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> Tensor:

@@ -125,7 +125,8 @@ def pack_quantized(weight: QuantizedWeight, *, device: torch.device, dtype: torc
         device: where the result goes.
         dtype: of the activations: float32, bfloat16 or float16.
     """
-    if not takes_quantized(weight.form, device, dtype):
+    is_in_order = weight.input_order is None or device.type == "cpu"
+    if not is_in_order or not takes_quantized(weight.form, device, dtype):
         return pack_weight(dequantize(weight, dtype).to(device))
     if device.type == "cpu":
         return low_bit_cpu.pack(weight)

@@ -16,7 +16,7 @@ from trireme.kernels import ops
 from trireme.kernels.ops import LinearWeight
 from trireme.models.checkpoint import Checkpoint
 from trireme.quant.few_bit_weights import FewBitWeights
-from trireme.quant.quantization import QuantizedWeight, concatenate, dequantize, select_rows
+from trireme.quant.quantization import QuantizedWeight, concatenate, dequantize, have_one_order, select_rows
 
 Part = tuple[str, int]
 """A weight's name, and its outputs."""
@@ -91,14 +91,15 @@ class ModelWeights:
         Raises:
             InvalidCheckpoint: one is missing or has another shape; names it.
         """
-        if all(self._is_in_few_bits(name) for name, _ in parts):
-            quantized = concatenate([self._quantized(name, (rows, inputs)) for name, rows in parts])
+        quantized = self._one_quantized(parts, inputs)
+        if quantized is not None:
             if row_order is not None:
                 quantized = select_rows(quantized, row_order)
             self.stored_bytes += quantized.stored_bytes
-            if not ops.takes_quantized(quantized.form, self.device, self.dtype):
+            packed = ops.pack_quantized(quantized, device=self.device, dtype=self.dtype)
+            if isinstance(packed, Tensor):
                 self.expanded_bytes += quantized.codes.numel() * self.dtype.itemsize
-            return ops.pack_quantized(quantized, device=self.device, dtype=self.dtype)
+            return packed
         matrices = [self._matrix(name, (rows, inputs), is_transposed=is_transposed) for name, rows in parts]
         matrix = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
         if row_order is not None:
@@ -117,6 +118,13 @@ class ModelWeights:
         if self._is_in_few_bits(embedding_name) or ops.takes_bf16(self.device, self.dtype):
             return self.linear([(embedding_name, rows)], inputs)
         return ops.pack_weight(embedding)
+
+    def _one_quantized(self, parts: Sequence[Part], inputs: int) -> QuantizedWeight | None:
+        """All parts in few bits as one; None: one is not, or they order their inputs differently."""
+        if not all(self._is_in_few_bits(name) for name, _ in parts):
+            return None
+        quantized = [self._quantized(name, (rows, inputs)) for name, rows in parts]
+        return concatenate(quantized) if have_one_order(quantized) else None
 
     def _matrix(self, name: str, shape: tuple[int, int], *, is_transposed: bool) -> Tensor:
         """(outputs, inputs) on the CPU."""

@@ -44,10 +44,13 @@ def pack_for_device(weight: QuantizedWeight, layout: str) -> PackedWeight:
     """Bring a matrix into a device's layout. Shard first, then pack: tiles cannot be cut.
 
     Raises:
-        InvalidCheckpoint: the layout is unknown or does not take the weight's format.
+        InvalidCheckpoint: the layout is unknown or does not take the weight's format, or its input channels
+            are not in order.
     """
     form = weight.form
     _check_layout(layout, form)
+    if weight.input_order is not None:
+        raise InvalidCheckpoint(f"{layout} has no place for an order of input channels")
     rows, columns = weight.codes.shape
     if layout == INTERLEAVED:
         words = pack_interleaved(weight.codes, form.bits)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from trireme.errors import InvalidCheckpoint
 from trireme.quant.foreign_schemes import KEY, Method, parse_scheme
-from trireme.quant.formats import WeightFormat
+from trireme.quant.formats import GROUP_SIZES, WeightFormat, weight_format
 from trireme.quant.quantization import QuantizedWeight
 from trireme.quant.weight_files import CONFIG, open_weights, read_object, read_tensor, tensor_files
 
@@ -57,11 +57,8 @@ class ForeignCheckpoint:
         if not stems:
             raise InvalidCheckpoint(f"{directory}: no tensor ends in {suffix}, though {CONFIG} has {KEY}")
         self._stems = {f"{stem}.weight": stem for stem in stems}
-
-    @property
-    def form(self) -> WeightFormat:
+        self.form = self._whole_row_form() if self.scheme.has_whole_rows else self.scheme.form
         """The format of all quantized weights."""
-        return self.scheme.form
 
     def __contains__(self, name: object) -> bool:
         return name in self._stems
@@ -71,17 +68,19 @@ class ForeignCheckpoint:
 
         Raises:
             InvalidCheckpoint: there is none of that name, its tensors have other shapes or types than the
-                method asks for, its input channels are reordered (`desc_act`, `actorder`), a scale is no
-                scale, or a zero point cannot be had with 4 bits.
+                method asks for, its groups are not of one size, a scale is no scale, or a zero point cannot
+                be had with 4 bits.
         """
         stem = self._stems.get(name)
         if stem is None:
             raise InvalidCheckpoint(f"{self.directory}: {name} is no quantized weight of it")
         if self.scheme.method is Method.COMPRESSED_TENSORS:
             codes, scales, zeros = self._compressed(stem)
+            index = f"{stem}.weight_g_idx"
         else:
             codes, scales, zeros = self._grouped_by_rows(stem)
-        return self._as_ours(name, codes, scales, zeros)
+            index = f"{stem}.g_idx"
+        return self._as_ours(name, codes, scales, zeros, self._order(index, codes.shape[1]))
 
     def close(self) -> None:
         """Unmap the files; what was read stays valid."""
@@ -100,8 +99,6 @@ class ForeignCheckpoint:
         scales = self._part(f"{stem}.scales", *_SCALE_TYPES, shape=(groups, outputs))
         words = self._part(f"{stem}.qzeros", torch.int32, shape=(groups, -(-outputs // _PER_WORD)))
         zeros = _unpacked(words, _IN_ORDER if is_gptq else _AWQ_ORDER)[:, :outputs]
-        if is_gptq:
-            self._check_order(f"{stem}.g_idx", codes.shape[1])
         return codes, scales.T, zeros.T + self.scheme.zero_shift
 
     def _compressed(self, stem: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,7 +109,6 @@ class ForeignCheckpoint:
         packed = self._part(f"{stem}.weight_packed", torch.int32, shape=(outputs, words))
         codes = _unpacked(packed, _IN_ORDER)[:, :inputs]
         scales = self._part(f"{stem}.weight_scale", *_SCALE_TYPES, shape=(outputs, groups))
-        self._check_order(f"{stem}.weight_g_idx", inputs)
         if not self.form.has_zeros:
             return codes, scales, torch.full((outputs, groups), _SYMMETRIC_ZERO, dtype=torch.uint8)
         name = f"{stem}.weight_zero_point"
@@ -123,7 +119,9 @@ class ForeignCheckpoint:
         zeros = _unpacked(self._part(name, torch.int32, shape=(rows, groups)).T, _IN_ORDER).T
         return codes, scales, zeros[:outputs]
 
-    def _as_ours(self, name: str, codes: Tensor, scales: Tensor, zeros: Tensor) -> QuantizedWeight:
+    def _as_ours(
+        self, name: str, codes: Tensor, scales: Tensor, zeros: Tensor, order: Tensor | None
+    ) -> QuantizedWeight:
         scales = scales.float()
         if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
             raise InvalidCheckpoint(f"{self.directory}: scales of {name} must be finite and not negative")
@@ -139,6 +137,11 @@ class ForeignCheckpoint:
                     else "symmetric codes have 8: say that sym is false"
                 )
             )
+        if order is not None:
+            codes = codes.index_select(1, order)
+        if self.scheme.has_whole_rows:
+            groups = self.form.groups(codes.shape[1])
+            scales, zeros = scales.expand(-1, groups), zeros.expand(-1, groups)
         codes, zeros = codes.contiguous(), zeros.to(torch.uint8).contiguous()
         is_nothing = scales == 0
         if bool(is_nothing.any()):
@@ -152,28 +155,46 @@ class ForeignCheckpoint:
             codes=codes,
             scales=scales.contiguous(),
             zeros=zeros if self.form.has_zeros else None,
+            input_order=order,
         )
 
+    def _whole_row_form(self) -> WeightFormat:
+        """The largest groups that fill the rows of all weights: a row's scale stands for each of them."""
+        widths = set()
+        for stem in self._stems.values():
+            shape = self._part(f"{stem}.qweight", torch.int32).shape
+            widths.add(shape[0] * _PER_WORD)
+        suffix = "_zeros" if self.scheme.form.has_zeros else ""
+        fitting = [size for size in GROUP_SIZES if all(width % size == 0 for width in widths)]
+        return weight_format(f"int4_g{max(fitting)}{suffix}") if fitting else self.scheme.form
+
     def _groups(self, stem: str, inputs: int) -> int:
+        """Scales of one row, as they are stored."""
         size = self.form.group_size
         assert size is not None
         if inputs % size:
             raise InvalidCheckpoint(
                 f"{self.directory}: {stem} has {inputs} input channels, no multiple of its group size {size}"
             )
-        return inputs // size
+        return 1 if self.scheme.has_whole_rows else inputs // size
 
-    def _check_order(self, name: str, inputs: int) -> None:
-        """Groups must be neighbours: codes whose channels are reordered would need reordered activations."""
-        if name not in self._files:
-            return
-        order = self._part(name, torch.int32, torch.int64, shape=(inputs,))
+    def _order(self, name: str, inputs: int) -> Tensor | None:
+        """Input channels group by group, where those of a group are not neighbours (`desc_act`, actorder
+        group); None: they are."""
+        if name not in self._files or self.scheme.has_whole_rows:
+            return None
+        groups = self._part(name, torch.int32, torch.int64, shape=(inputs,)).long()
         assert self.form.group_size is not None
-        if not torch.equal(order.long(), torch.arange(inputs) // self.form.group_size):
+        in_order = torch.arange(inputs) // self.form.group_size
+        if torch.equal(groups, in_order):
+            return None
+        order = groups.argsort(stable=True)
+        if not torch.equal(groups[order], in_order):
             raise InvalidCheckpoint(
-                f"{self.directory}: {name} reorders input channels (desc_act, actorder group), which is not "
-                "read here; quantize without it"
+                f"{self.directory}: {name} must name {inputs // self.form.group_size} groups of "
+                f"{self.form.group_size} input channels each"
             )
+        return order
 
     def _part(self, name: str, *dtypes: torch.dtype, shape: Sequence[int] | None = None) -> Tensor:
         file = self._files.get(name)

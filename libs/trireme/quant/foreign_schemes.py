@@ -32,7 +32,10 @@ class ForeignScheme:
 
     method: Method
     form: WeightFormat
-    """What they become here, without loss."""
+    """What they become here, without loss. Where whole rows share a scale, groups as large as all rows have
+    take its place: this is the smallest."""
+    has_whole_rows: bool = False
+    """All input channels of a row share one scale."""
     zero_shift: int = 0
     """To be added to stored zero points: 1 in GPTQ's first version."""
 
@@ -115,9 +118,12 @@ def _gptq(fields: _Fields) -> ForeignScheme:
     fields.must_be_empty("is_marlin_format")
     version = fields.one_of("checkpoint_format", None, "gptq", "gptq_v2")
     is_symmetric = fields.one_of("sym", None, True, False) is True
+    size = fields.raw.get("group_size")
+    has_whole_rows = type(size) is int and size == -1
     return ForeignScheme(
         method=Method.GPTQ,
-        form=fields.int4(fields.raw.get("group_size"), has_zeros=not is_symmetric),
+        form=fields.int4(min(GROUP_SIZES) if has_whole_rows else size, has_zeros=not is_symmetric),
+        has_whole_rows=has_whole_rows,
         zero_shift=0 if version == "gptq_v2" else 1,
     )
 

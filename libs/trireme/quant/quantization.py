@@ -32,12 +32,15 @@ class QuantizedWeight:
     signed scales not zero."""
     zeros: Tensor | None = None
     """(M, K / group_size) uint8, below 2**bits; only in formats that have zero points."""
+    input_order: Tensor | None = None
+    """(K,) int64: the input channel that each column of codes belongs to; None: they are in order."""
 
     @property
     def stored_bytes(self) -> int:
         """Of packed codes, scales and packed zero points, as they lie in files."""
         num_codes = self.codes.numel() + (0 if self.zeros is None else self.zeros.numel())
-        return num_codes * self.form.bits // 8 + self.scales.nbytes
+        order_bytes = 0 if self.input_order is None else self.input_order.nbytes
+        return num_codes * self.form.bits // 8 + self.scales.nbytes + order_bytes
 
 
 def quantize(weight: Tensor, form: WeightFormat, *, name: str = "weight") -> QuantizedWeight:
@@ -110,14 +113,18 @@ def dequantize_rows(weight: QuantizedWeight, rows: slice) -> Tensor:
             zero = weight.zeros[rows].double()[..., None]
         values = grouped.double() - zero
     scale = weight.scales[rows].double().view(-1, groups, 1)
-    return (values * scale).view(-1, in_channels)
+    found = (values * scale).view(-1, in_channels)
+    if weight.input_order is None:
+        return found
+    return torch.empty_like(found).index_copy_(1, weight.input_order, found)
 
 
 def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """Put matrices of one format and width below each other; codes, scales and zero points are theirs.
+    """Put matrices of one format, width and order of inputs below each other; codes, scales and zero points
+    are theirs.
 
     Raises:
-        InvalidCheckpoint: formats or widths differ.
+        InvalidCheckpoint: formats, widths or orders differ.
     """
     first = weights[0]
     for weight in weights[1:]:
@@ -128,12 +135,25 @@ def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
             )
     if len(weights) == 1:
         return first
+    if not have_one_order(weights):
+        raise InvalidCheckpoint("matrices whose input channels are ordered differently cannot be one")
     zeros = [weight.zeros for weight in weights if weight.zeros is not None]
     return QuantizedWeight(
         form=first.form,
         codes=torch.cat([weight.codes for weight in weights]),
         scales=torch.cat([weight.scales for weight in weights]),
         zeros=torch.cat(zeros) if zeros else None,
+        input_order=first.input_order,
+    )
+
+
+def have_one_order(weights: Sequence[QuantizedWeight]) -> bool:
+    """Whether columns of codes belong to the same input channels in all."""
+    first = weights[0].input_order
+    if first is None:
+        return all(weight.input_order is None for weight in weights)
+    return all(
+        weight.input_order is not None and torch.equal(weight.input_order, first) for weight in weights
     )
 
 
@@ -144,6 +164,7 @@ def select_rows(weight: QuantizedWeight, rows: Tensor) -> QuantizedWeight:
         codes=weight.codes.index_select(0, rows),
         scales=weight.scales.index_select(0, rows),
         zeros=None if weight.zeros is None else weight.zeros.index_select(0, rows),
+        input_order=weight.input_order,
     )
 
 

@@ -28,6 +28,7 @@ struct Weight {
     int8_t power[16];    // minifloats: by the upper 4 bits of a code, the signed power of two
     uint8_t mantissa[16];  // and what the mantissa has besides the code's other bits
     float unit;          // what 1 of the decoded integers is worth before the scale
+    const int32_t* input_order;  // (inputs): the input of each column, or null: they are in order
 };
 
 enum Type : int32_t { kFloat32, kHalfFloat };  // kHalfFloat: bfloat16
@@ -43,7 +44,7 @@ struct Call {
     int32_t type;  // of all four
 };
 
-static_assert(sizeof(Weight) == 88 && sizeof(Call) == 64, "cpu_library.py has these sizes too");
+static_assert(sizeof(Weight) == 96 && sizeof(Call) == 64, "cpu_library.py has these sizes too");
 
 // The activations of a call as the kernels read them; rows are `stride` elements apart and padded to whole
 // blocks with 0.

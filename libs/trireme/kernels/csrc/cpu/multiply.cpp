@@ -1,5 +1,6 @@
 #include "multiply.h"
 
+#include "input_order.h"
 #include "room.h"
 #include "thread_pool.h"
 
@@ -11,6 +12,7 @@ constexpr int64_t kFewProducts = 64 * 1024;  // less than this is done before an
 constexpr int64_t kRowsPerPiece = 8;         // of activations to prepare
 
 thread_local Room activation_room;
+thread_local Room order_room;
 
 int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -41,10 +43,12 @@ void multiply_piece(void* context, int64_t index) {
 
 }  // namespace
 
-int multiply(const Call& call, const Kernels& kernels, int threads) {
-    const Weight& weight = *call.weight;
-    const int64_t blocks = blocks_of(weight.inputs), rows = call.rows, tiles = tiles_of(weight.outputs);
+int multiply(const Call& asked, const Kernels& kernels, int threads) {
+    const Weight& weight = *asked.weight;
+    const int64_t blocks = blocks_of(weight.inputs), rows = asked.rows, tiles = tiles_of(weight.outputs);
     if (rows == 0) return kDone;
+    const Call call = in_order(asked, order_room);
+    if (!call.x) return kNoMemory;
     Job job{call, kernels, {}, 0, 0};
     Activations& x = job.activations;
     x.stride = blocks * kBlock + 32;  // rows of a power of two would share their places in the caches
