@@ -12,7 +12,7 @@
 
 namespace trireme {
 
-// Mirrored by ctypes in decoder_cpu.py, as the three below.
+// Mirrored by ctypes in decoder_cpu.py, as the four below.
 struct DecoderLayer {
     const Weight* qkv;      // queries, keys, values
     const Weight* out;
