@@ -107,7 +107,7 @@ def test_a_lower_level_may_be_named(unloaded: None, monkeypatch: pytest.MonkeyPa
 
 
 def test_python_and_the_library_agree_on_sizes() -> None:
-    assert ctypes.sizeof(NativeWeight) == 88
+    assert ctypes.sizeof(NativeWeight) == 96
     assert ctypes.sizeof(NativeCall) == 64
     text = (cpu_build.SOURCES / "linear.h").read_text(encoding="utf-8")
-    assert "static_assert(sizeof(Weight) == 88 && sizeof(Call) == 64" in text
+    assert "static_assert(sizeof(Weight) == 96 && sizeof(Call) == 64" in text
