@@ -201,11 +201,9 @@ def test_scales_may_be_bfloat16_and_zero(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "awq"])
 def test_reordered_channels_mean_the_same_weights(case: str, group: int, tmp_path: Path) -> None:
     pack, scheme, symmetric = CASES[case]
-    if case == "awq":
-        pytest.skip("awq has no order")
     drawn = Drawn(24, 256, group, seed=group, symmetric=symmetric, reordered=1)
     drawn.scales[3, 0] = 0.0
     checkpoint = ForeignCheckpoint(written(tmp_path, pack(drawn, NAME), scheme(group)))
