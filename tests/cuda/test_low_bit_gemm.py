@@ -10,13 +10,15 @@ from tests.cuda.conftest import TYPES
 from trireme.errors import InvalidCheckpoint
 from trireme.kernels.cuda_emulator import Emulator
 from trireme.kernels.cuda_launch import ShapeMismatch
-from trireme.kernels.cuda_linear import TOKEN_TILES, gemm_kernel, low_bit_linear, splits_for
+from trireme.kernels.cuda_linear import TOKEN_TILES, gemm_kernel, low_bit_linear, splits_for, takes
 from trireme.quant.device_layouts import DIRECT, INTERLEAVED, PackedWeight, pack_for_device
-from trireme.quant.formats import weight_format
+from trireme.quant.formats import WeightFormat, weight_format
 from trireme.quant.quantization import QuantizedWeight, dequantize, quantize
 
 FORMATS = (
     "fp6_e3m2",
+    "fp6_e2m3",
+    "fp5_e2m2",
     "int8_ch",
     "int4_g32",
     "int4_g64",
@@ -78,7 +80,9 @@ def test_inputs_need_not_fill_a_tile(emulator: Emulator, kind: str, name: str) -
 
 
 @pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("name", ["fp6_e3m2", "int8_ch", "int4_g32", "int4_g32_zeros"])
+@pytest.mark.parametrize(
+    "name", ["fp6_e3m2", "fp6_e2m3", "fp5_e2m2", "int8_ch", "int4_g32", "int4_g32_zeros"]
+)
 def test_every_code_comes_out_exactly(emulator: Emulator, kind: str, name: str) -> None:
     """One-hot tokens read single weights: all codes, at all places of a tile."""
     form = weight_format(name)
@@ -114,9 +118,10 @@ def test_a_tokens_bits_do_not_depend_on_the_others(emulator: Emulator, name: str
         assert torch.equal(low_bit_linear(emulator, x[tokens], packed, splits=splits), together[tokens])
 
 
-def test_large_activations_and_scales_of_any_size_do_not_overflow(emulator: Emulator) -> None:
+@pytest.mark.parametrize("name", ["fp6_e3m2", "fp6_e2m3", "fp5_e2m2"])
+def test_large_activations_and_scales_of_any_size_do_not_overflow(emulator: Emulator, name: str) -> None:
     values = torch.randn(64, 128) * torch.logspace(-6, 4, 64)[:, None]
-    quantized = quantize(values, weight_format("fp6_e3m2"))
+    quantized = quantize(values, weight_format(name))
     packed, weight = pack_for_device(quantized, DIRECT), dequantize(quantized, torch.float64)
     x = torch.randn(3, 128, dtype=torch.bfloat16) * 1e4
     assert_close(low_bit_linear(emulator, x, packed), x, weight)
@@ -141,5 +146,7 @@ def test_what_the_kernel_does_not_take_is_refused(emulator: Emulator) -> None:
     e2m3 = quantize(torch.randn(64, 64), weight_format("fp6_e2m3"))
     with pytest.raises(InvalidCheckpoint, match="layout interleaved_v1 has no CUDA kernel"):
         low_bit_linear(emulator, torch.ones(2, 64).half(), pack_for_device(e2m3, INTERLEAVED))
-    with pytest.raises(InvalidCheckpoint, match="there is no CUDA kernel for fp6_e2m3"):
-        gemm_kernel("f16", e2m3.form, 8)
+    int3 = WeightFormat(name="int3_ch", bits=3)
+    assert not takes(int3)
+    with pytest.raises(InvalidCheckpoint, match="there is no CUDA kernel for int3_ch"):
+        gemm_kernel("f16", int3, 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
@@ -13,17 +14,26 @@ from trireme.errors import InvalidCheckpoint
 from trireme.kernels.cuda_launch import Geometry, Kernel, Launcher, ShapeMismatch, ceil_div, check, type_name
 from trireme.quant.device_layouts import DIRECT, PackedWeight
 from trireme.quant.formats import WeightFormat
-from trireme.quant.minifloat import FP6_E3M2
+from trireme.quant.minifloat import FP5_E2M2, FP6_E2M3, FP6_E3M2, Minifloat
 
 TOKEN_TILES: Final = (8, 16, 32)
 """Tokens that one block works on."""
 _STAGES: Final = {8: 4, 16: 3, 32: 2}
-_WARPS: Final = 4
+WARPS: Final = 4
+"""Of a block."""
 _TILE: Final = 64
 _MOST_COUNTERS: Final = 1 << 14
 _TILES_OF_A_WARP: Final = 2
 """A split leaves each warp at least as many tiles of 64 columns."""
 _BLOCKS_A_MULTIPROCESSOR: Final = 2
+_CODE_NAMES: Final[Mapping[Minifloat | int, str]] = {
+    FP6_E3M2: "Fp6E3M2",
+    FP6_E2M3: "Fp6E2M3",
+    FP5_E2M2: "Fp5E2M2",
+    8: "Int8",
+    4: "Int4",
+}
+"""By the values that codes stand for, or the bits of integers."""
 
 
 def low_bit_linear(
@@ -41,7 +51,8 @@ def low_bit_linear(
 
     Args:
         x: (tokens, inputs) float16 or bfloat16; tokens may be strided; inputs a multiple of 8.
-        weight: (outputs, inputs) in layout `direct_v1`, its tensors on x's device.
+        weight: (outputs, inputs) in layout `direct_v1`, its tensors on x's device; its words may be in pinned
+            host memory, of which each tile of tokens reads all.
         bias: (outputs,) of x's type.
         residual: (tokens, outputs) of x's type, contiguous.
         splits: parts that the inputs are cut into, for different blocks; None: what keeps the device busy.
@@ -72,8 +83,8 @@ def low_bit_linear(
         gemm_kernel(type_name(x, "x"), weight.form, tile),
         Geometry(
             grid=(row_tiles, token_tiles, num_splits),
-            threads=32 * _WARPS,
-            shared_bytes=_WARPS * _STAGES[tile] * (512 * weight.form.bits + 144 * tile),
+            threads=32 * WARPS,
+            shared_bytes=stage_bytes(weight.form.bits, tile),
         ),
         [
             weight.words,
@@ -103,12 +114,12 @@ def splits_for(outputs: int, inputs: int, *, multiprocessors: int) -> int:
     """Parts to cut the inputs into: a function of the weight alone, so results do not depend on the batch."""
     row_tiles, column_tiles = ceil_div(outputs, _TILE), ceil_div(inputs, _TILE)
     wanted = ceil_div(_BLOCKS_A_MULTIPROCESSOR * multiprocessors, row_tiles)
-    return max(1, min(wanted, column_tiles // (_WARPS * _TILES_OF_A_WARP)))
+    return max(1, min(wanted, column_tiles // (WARPS * _TILES_OF_A_WARP)))
 
 
 def takes(form: WeightFormat) -> bool:
     """Whether there is a kernel for weights of a format."""
-    return form.minifloat == FP6_E3M2 or (form.minifloat is None and form.bits in (4, 8))
+    return (form.minifloat or form.bits) in _CODE_NAMES
 
 
 def gemm_kernel(kind: str, form: WeightFormat, tile: int) -> Kernel:
@@ -117,12 +128,28 @@ def gemm_kernel(kind: str, form: WeightFormat, tile: int) -> Kernel:
     Raises:
         InvalidCheckpoint: there is no kernel for the format.
     """
-    if not takes(form):
-        raise InvalidCheckpoint(f"there is no CUDA kernel for {form.name}; use fp6_e3m2, int8_ch or int4")
-    codes = "Fp6" if form.minifloat else f"Int{form.bits}"
+    codes = code_name(form)
     return Kernel(
         source="low_bit_gemm", name=f"low_bit_gemm<{kind}, {codes}<{kind}>, {form.group_size or 0}, {tile}>"
     )
+
+
+def code_name(form: WeightFormat) -> str:
+    """A format as `csrc/cuda/weight_codes.cuh` calls it.
+
+    Raises:
+        InvalidCheckpoint: there is no kernel for the format.
+    """
+    found = _CODE_NAMES.get(form.minifloat or form.bits)
+    if found is None:
+        raise InvalidCheckpoint(f"there is no CUDA kernel for {form.name}; use fp6, fp5, int8_ch or int4")
+    return found
+
+
+def stage_bytes(bits: int, tile: int) -> int:
+    """Shared memory of a block's stages, for weights of so many bits and blocks of `tile` tokens."""
+    is_wide = bits == 16
+    return WARPS * (2 if is_wide else _STAGES[tile]) * (512 * bits + (128 if is_wide else 144) * tile)
 
 
 @functools.lru_cache(maxsize=8)
@@ -143,7 +170,9 @@ def _check(x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tenso
         )
     padded = tuple(ceil_div(size, _TILE) * _TILE for size in weight.shape)
     words = padded[0] * padded[1] * weight.form.bits // 32
-    check(weight.words, "weight.words", shape=(words,), dtype=torch.int32, device=x.device)
+    is_pinned = weight.words.device.type == "cpu" and weight.words.is_pinned()
+    words_device = weight.words.device if is_pinned else x.device
+    check(weight.words, "weight.words", shape=(words,), dtype=torch.int32, device=words_device)
     group = weight.form.group_size
     per_scale = (padded[0],) if group is None else (padded[0], ceil_div(padded[1], group))
     check(weight.scales, "weight.scales", shape=per_scale, dtype=torch.float32, device=x.device)

@@ -9,18 +9,17 @@ import torch
 from torch import Tensor
 
 from trireme.errors import InvalidCheckpoint
-from trireme.quant.direct_layout import pack_direct, unpack_direct
+from trireme.quant.direct_layout import pack_direct, takes, unpack_direct
 from trireme.quant.formats import WeightFormat
 from trireme.quant.fragment_order import padded
 from trireme.quant.integer_layout import pack_integers, unpack_integers
 from trireme.quant.interleaved_layout import pack_interleaved, unpack_interleaved
-from trireme.quant.minifloat import FP6_E3M2
 from trireme.quant.quantization import QuantizedWeight
 
 INTERLEAVED: Final = "interleaved_v1"
 """fp6 and fp5, in the order of the FP6-LLM kernels."""
 DIRECT: Final = "direct_v1"
-"""fp6_e3m2 and integers, decoded by shift and mask."""
+"""Decoded by shift and mask."""
 LAYOUTS: Final = (INTERLEAVED, DIRECT)
 
 
@@ -55,7 +54,7 @@ def pack_for_device(weight: QuantizedWeight, layout: str) -> PackedWeight:
     if layout == INTERLEAVED:
         words = pack_interleaved(weight.codes, form.bits)
     elif form.minifloat is not None:
-        words = pack_direct(weight.codes)
+        words = pack_direct(weight.codes, form.minifloat)
     else:
         fill = 0 if form.has_zeros else 1 << (form.bits - 1)
         words = pack_integers(weight.codes, form.bits, fill=fill)
@@ -87,7 +86,7 @@ def unpack_from_device(weight: PackedWeight) -> QuantizedWeight:
     if weight.layout == INTERLEAVED:
         codes = unpack_interleaved(weight.words, form.bits, shape)
     elif form.minifloat is not None:
-        codes = unpack_direct(weight.words, shape)
+        codes = unpack_direct(weight.words, form.minifloat, shape)
     else:
         codes = unpack_integers(weight.words, form.bits, shape)
     kept = tuple(slice(size) for size in _scales_shape(shape, form))
@@ -113,6 +112,8 @@ def _padded_to(tensor: Tensor, shape: tuple[int, ...], *, fill: int) -> Tensor:
 def _check_layout(layout: str, form: WeightFormat) -> None:
     if layout not in LAYOUTS:
         raise InvalidCheckpoint(f"layout {layout!r} is unknown; use one of {', '.join(LAYOUTS)}")
-    is_taken = form.minifloat is not None if layout == INTERLEAVED else form.minifloat in (None, FP6_E3M2)
+    is_taken = layout == DIRECT
+    if form.minifloat is not None:
+        is_taken = layout == INTERLEAVED or takes(form.minifloat)
     if not is_taken:
         raise InvalidCheckpoint(f"layout {layout} does not take {form.name}")

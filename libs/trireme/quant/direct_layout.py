@@ -1,66 +1,99 @@
-"""A layout of fp6_e3m2 that one shift and one mask bring to where float16 has its bits.
+"""A layout of floats of 5 and 6 bits that a shift and a mask bring to where float16 has its bits.
 
-Two elements share a register, 16 bits apart. Sign and top exponent bit of 16 elements fill one word, the
-other four bits of 8 elements another; in both, a register's bits lie a fixed shift from bits 15, 12 and 11 to
-8. The half that results is the code's value times 2**-12, which the scale makes good.
+Two elements share a register, 16 bits apart. A code's lowest four bits lie in one array of words, its others
+in another; in both, a register's bits lie a fixed shift from their places in float16. That gives the code's
+value times 2**-12 (3 exponent bits) or 2**-14 (2), which the scale makes good.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from trireme.quant.fragment_order import LANES, from_lanes, to_lanes
+from trireme.quant.minifloat import FP5_E2M2, FP6_E2M3, FP6_E3M2, Minifloat
 
-SIGN_BITS: Final = (15, 14, 13, 9, 8, 7, 3, 2)
-TOP_EXPONENT_BITS: Final = (12, 11, 10, 6, 5, 4, 0, 1)
-"""Bits of the first word, by 4 * (block % 2) + register. One shift serves both, except for the last register:
-the two bits that are left for it do not lie 3 apart."""
 NIBBLE_BITS: Final = (8, 12, 4, 0)
-"""Lowest bit of the other four, by register."""
+"""Lowest bit of a code's lowest four, by register."""
 
 
-def pack_direct(codes: Tensor) -> Tensor:
-    """Lay a matrix of fp6_e3m2 codes out.
+@dataclass(frozen=True, slots=True)
+class TopBits:
+    """Where the other bits of a code are."""
+
+    blocks: int
+    """Of 16 rows, whose elements share a word."""
+    bits: tuple[tuple[int, ...], ...]
+    """Of each of them, the sign first, its bit by 4 * (block % blocks) + register."""
+
+
+_TOP_BITS: Final = {
+    # One shift serves both bits, except for the last register: what is left for it does not lie 3 apart.
+    FP6_E3M2: TopBits(2, ((15, 14, 13, 9, 8, 7, 3, 2), (12, 11, 10, 6, 5, 4, 0, 1))),
+    FP6_E2M3: TopBits(2, ((15, 14, 13, 12, 7, 6, 5, 4), (11, 10, 9, 8, 3, 2, 1, 0))),
+    FP5_E2M2: TopBits(4, (tuple(range(15, -1, -1)),)),
+}
+
+
+def takes(form: Minifloat) -> bool:
+    """Whether codes of a form can be laid out."""
+    return form in _TOP_BITS
+
+
+def pack_direct(codes: Tensor, form: Minifloat) -> Tensor:
+    """Lay a matrix of codes out.
 
     Args:
-        codes: (M, K) uint8 below 64.
+        codes: (M, K) uint8.
+        form: one that `takes` says yes to.
 
     Returns:
-        (words,) int32, the bits of unsigned words: first all slices' signs and top exponent bits, two words
-        a lane, then all slices' other bits, four words a lane.
+        (words,) int32, the bits of unsigned words: first all slices' upper bits, as many words a lane as a
+        code has of them, then all slices' lower bits, four words a lane.
     """
-    owned = to_lanes(codes).long().view(-1, LANES, 2, 16)  # (slices, lanes, pairs of blocks, elements)
-    sign_at, exponent_at, nibble_at = _positions()
-    top = ((owned >> 5) << sign_at | (owned >> 4 & 1) << exponent_at).sum(-1)
-    nibbles = ((owned & 0xF) << nibble_at).view(-1, LANES, 4, 8).sum(-1)
-    return torch.cat([part.transpose(1, 2).reshape(-1) for part in (top, nibbles)]).to(torch.int32)
-
-
-def unpack_direct(words: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Undo `pack_direct`, exactly: (M, K) uint8 of `shape`."""
-    unsigned = words.long() & 0xFFFFFFFF
-    slices = len(words) // (6 * LANES)
-    top, nibbles = unsigned[: 2 * slices * LANES], unsigned[2 * slices * LANES :]
-    sign_at, exponent_at, nibble_at = _positions()
-    top = top.view(slices, 2, LANES).transpose(1, 2)[..., None]
-    nibbles = nibbles.view(slices, 4, LANES).transpose(1, 2).reshape(slices, LANES, 2, 2, 1)
-    low = (nibbles >> nibble_at.view(2, 8) & 0xF).reshape(slices, LANES, 2, 16)
-    owned = (top >> sign_at & 1) << 5 | (top >> exponent_at & 1) << 4 | low
-    return from_lanes(owned.reshape(slices, LANES, 32).to(torch.uint8), shape)
-
-
-def _positions() -> tuple[Tensor, Tensor, Tensor]:
-    """The lowest bits of sign, top exponent bit and nibble of the 16 elements of two blocks."""
-    element = torch.arange(16)
-    # An element is a_v of its block: v = 2 * register + pair; fragment registers count row halves first.
-    register, pair = element % 8 // 2, element % 2
-    both = element // 8 * 4 + register
-    half = 16 * pair
-    return (
-        torch.tensor(SIGN_BITS)[both] + half,
-        torch.tensor(TOP_EXPONENT_BITS)[both] + half,
-        torch.tensor(NIBBLE_BITS)[register] + half,
+    top = _TOP_BITS[form]
+    owned = to_lanes(codes).long().view(-1, LANES, 4 // top.blocks, 8 * top.blocks)
+    # (slices, lanes, words, elements)
+    upper = sum(
+        ((owned >> shift & 1) << at).sum(-1)
+        for shift, at in zip(_shifts(form), _upper_places(top), strict=True)
     )
+    assert isinstance(upper, Tensor)
+    lower = ((owned & 0xF).view(-1, LANES, 4, 8) << _lower_places()).sum(-1)
+    return torch.cat([part.transpose(1, 2).reshape(-1) for part in (upper, lower)]).to(torch.int32)
+
+
+def unpack_direct(words: Tensor, form: Minifloat, shape: tuple[int, int]) -> Tensor:
+    """Undo `pack_direct`, exactly: (M, K) uint8 of `shape`."""
+    top = _TOP_BITS[form]
+    unsigned = words.long() & 0xFFFFFFFF
+    upper_words = 4 // top.blocks
+    slices = len(words) // ((upper_words + 4) * LANES)
+    upper, lower = unsigned[: upper_words * slices * LANES], unsigned[upper_words * slices * LANES :]
+    upper = upper.view(slices, upper_words, LANES).transpose(1, 2)[..., None]
+    lower = lower.view(slices, 4, LANES).transpose(1, 2)[..., None]
+    codes = (lower >> _lower_places() & 0xF).reshape(slices, LANES, upper_words, 8 * top.blocks)
+    for shift, at in zip(_shifts(form), _upper_places(top), strict=True):
+        codes = codes | (upper >> at & 1) << shift
+    return from_lanes(codes.reshape(slices, LANES, 32).to(torch.uint8), shape)
+
+
+def _shifts(form: Minifloat) -> range:
+    """Of a code's upper bits, the sign first."""
+    return range(form.bits - 1, 3, -1)
+
+
+def _upper_places(top: TopBits) -> list[Tensor]:
+    """Of each upper bit, where it lies in its word, for the elements of the blocks that share one."""
+    element = torch.arange(8 * top.blocks)
+    # An element is a_v of its block: v = 2 * register + pair; fragment registers count row halves first.
+    return [torch.tensor(bits)[element // 2] + 16 * (element % 2) for bits in top.bits]
+
+
+def _lower_places() -> Tensor:
+    """Lowest bits of the nibbles of a block's 8 elements."""
+    element = torch.arange(8)
+    return torch.tensor(NIBBLE_BITS)[element // 2] + 16 * (element % 2)

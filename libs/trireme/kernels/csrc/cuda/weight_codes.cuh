@@ -13,13 +13,28 @@
 
 DEVICE u32 both_halves(u32 half) { return half | half << 16; }
 
-// Sign, 3 exponent and 2 mantissa bits. Shifts and masks make it a float16 of 2**-12 times the value.
-template <class T>
-struct Fp6 {
-    static constexpr int head_words = 2, tail_words = 4, lane_words = head_words + tail_words;
-    static constexpr bool has_zeros = false;
-    static DEVICE float unit(f16) { return 4096.0f; }
+// Floats of a few bits: shifts and masks bring a code to where a float16 has its sign, exponent and mantissa. That
+// float16 is 2**-12 (3 exponent bits) or 2**-14 (2) times the value; no rounding, subnormals included.
+template <u32 EXPONENT_BITS>
+struct MinifloatHalves {
+    static DEVICE float unit(f16) { return EXPONENT_BITS == 3 ? 4096.0f : 16384.0f; }
     static DEVICE float unit(bf16) { return 1.0f; }
+
+    static DEVICE u32 place_in(u32 halves, f16) { return halves; }
+    // bfloat16 has three more exponent bits: 2**-124 or 2**-126 times the value, which float32 sums would lose, so
+    // it is made good.
+    static DEVICE u32 place_in(u32 halves, bf16) {
+        constexpr u32 field = EXPONENT_BITS == 3 ? 0x1F80 : 0x0F80, factor = EXPONENT_BITS == 3 ? 0x7D80 : 0x7E80;
+        const u32 shifted = (halves & 0x80008000u) | (halves & both_halves(field)) >> 3;
+        return prim_fma2(shifted, both_halves(factor), both_halves(0x8000), bf16{});
+    }
+};
+
+// Sign, 3 exponent and 2 mantissa bits.
+template <class T>
+struct Fp6E3M2 : MinifloatHalves<3> {
+    static constexpr int head_words = 2, tail_words = 4, lane_words = head_words + tail_words;
+    static constexpr bool has_zeros = false, has_scales = true;
 
     static DEVICE void decode(const u32 (&words)[lane_words], int block, const u32 (&)[2], u32 (&out)[4]) {
         // Left shifts that bring sign and top exponent bit to bits 15 and 12; the last register's differ.
@@ -34,13 +49,52 @@ struct Fp6 {
             out[i] = place_in((nibbles[i] & 0x0F000F00u) | head, T{});
         }
     }
+};
 
-private:
-    static DEVICE u32 place_in(u32 halves, f16) { return halves; }
-    // bfloat16 has three more exponent bits: 2**-124 times the value. float32 sums would lose it, so it is made good.
-    static DEVICE u32 place_in(u32 halves, bf16) {
-        const u32 shifted = (halves & 0x80008000u) | (halves & 0x1F001F00u) >> 3;
-        return prim_fma2(shifted, both_halves(0x7D80), both_halves(0x8000), bf16{});
+// Sign, 2 exponent and 3 mantissa bits.
+template <class T>
+struct Fp6E2M3 : MinifloatHalves<2> {
+    static constexpr int head_words = 2, tail_words = 4, lane_words = head_words + tail_words;
+    static constexpr bool has_zeros = false, has_scales = true;
+
+    static DEVICE void decode(const u32 (&words)[lane_words], int block, const u32 (&)[2], u32 (&out)[4]) {
+        constexpr int top_shift[8] = {0, 1, 2, 3, 8, 9, 10, 11};  // to bits 15 and 11
+        const u32 top = words[block / 2], low = words[head_words + block];
+        const u32 nibbles[4] = {low >> 1, low >> 5, low << 3, low << 7};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const u32 head = top << top_shift[block % 2 * 4 + i] & 0x88008800u;
+            out[i] = place_in((nibbles[i] & 0x07800780u) | head, T{});
+        }
+    }
+};
+
+// Sign, 2 exponent and 2 mantissa bits.
+template <class T>
+struct Fp5E2M2 : MinifloatHalves<2> {
+    static constexpr int head_words = 1, tail_words = 4, lane_words = head_words + tail_words;
+    static constexpr bool has_zeros = false, has_scales = true;
+
+    static DEVICE void decode(const u32 (&words)[lane_words], int block, const u32 (&)[2], u32 (&out)[4]) {
+        const u32 low = words[head_words + block];
+        const u32 nibbles[4] = {low, low >> 4, low << 4, low << 8};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const u32 sign = words[0] << (4 * block + i) & 0x80008000u;
+            out[i] = place_in((nibbles[i] & 0x0F000F00u) | sign, T{});
+        }
+    }
+};
+
+// The weights themselves, in 16 bits.
+template <class T>
+struct Plain {
+    static constexpr int head_words = 0, tail_words = 16, lane_words = head_words + tail_words;
+    static constexpr bool has_zeros = false, has_scales = false;
+
+    static DEVICE void decode(const u32 (&words)[lane_words], int block, const u32 (&)[2], u32 (&out)[4]) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[i] = words[4 * block + i];
     }
 };
 
@@ -48,7 +102,7 @@ private:
 template <class T>
 struct Int4 {
     static constexpr int head_words = 0, tail_words = 4, lane_words = head_words + tail_words;
-    static constexpr bool has_zeros = true;
+    static constexpr bool has_zeros = true, has_scales = true;
     static DEVICE float unit(T) { return 1.0f; }
 
     // A zero point as decode takes it: -(1024 + zero) in float16, -(128 + zero) in bfloat16, in both halves.
@@ -75,7 +129,7 @@ private:
 template <class T>
 struct Int8 {
     static constexpr int head_words = 0, tail_words = 8, lane_words = head_words + tail_words;
-    static constexpr bool has_zeros = false;
+    static constexpr bool has_zeros = false, has_scales = true;
     static DEVICE float unit(T) { return 1.0f; }
 
     static DEVICE void decode(const u32 (&words)[lane_words], int block, const u32 (&)[2], u32 (&out)[4]) {
