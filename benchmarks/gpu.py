@@ -23,11 +23,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.fleet import write_result
-from benchmarks.gpu_checks import FORMATS, FULL, SMALL, check, mixed_states, random_batch, sampling_rows
-from trireme.kernels import cuda_elementwise, cuda_kv, cuda_ops, reference
+from benchmarks.gpu_checks import (
+    EXPERT_FORMATS,
+    FORMATS,
+    FULL,
+    SMALL,
+    check,
+    mixed_states,
+    random_batch,
+    sampling_rows,
+)
+from trireme.kernels import cuda_elementwise, cuda_experts, cuda_host_memory, cuda_kv, cuda_ops, reference
 from trireme.kernels.attention_batch import AttentionBatch
 from trireme.kernels.cuda_attention import paged_attention
 from trireme.kernels.cuda_emulator import Emulator
+from trireme.kernels.cuda_expert_weights import PackedExperts
 from trireme.kernels.cuda_launch import Launcher
 from trireme.kernels.cuda_linear import low_bit_linear
 from trireme.kernels.cuda_sampling import sample
@@ -128,6 +138,104 @@ def random_weight(name: str, outputs: int, inputs: int, device: torch.device) ->
         scales=torch.rand(per_scale, device=device),
         zeros=torch.full(per_scale, 7, dtype=torch.uint8, device=device) if form.has_zeros else None,
     )
+
+
+def measure_mixtures(launcher: Launcher, device: torch.device, timer: Timer) -> dict[str, object]:
+    """All experts of a layer in one launch each, against a loop over them by cuBLAS.
+
+    The loop is told which experts were chosen, so that it waits for nothing. The floor is one read of them.
+    """
+    figures: dict[str, object] = {}
+    for num_experts, chosen, hidden, inner in ((8, 2, 4096, 14336), (128, 8, 2048, 768)):
+        gate_up = torch.randn(num_experts, 2 * inner, hidden, dtype=torch.bfloat16, device=device) / 64
+        down = torch.randn(num_experts, hidden, inner, dtype=torch.bfloat16, device=device) / 64
+        for name in EXPERT_FORMATS:
+            if name is None:
+                packed = cuda_ops.pack_experts(list(gate_up), list(down))
+            else:
+                shapes = ((2 * inner, hidden), (hidden, inner))
+                parts = [
+                    [random_weight(name, *shape, device) for _ in range(num_experts)] for shape in shapes
+                ]
+                packed = cuda_ops.pack_experts(parts[0], parts[1])
+            assert packed is not None
+            for tokens in (1, 16, 128):
+                figures[f"{name or 'bf16'} {num_experts}x{hidden}x{inner} {tokens}"] = _time_mixture(
+                    launcher, timer, packed, gate_up, down, tokens=tokens, chosen=chosen
+                )
+    return figures
+
+
+def _time_mixture(
+    launcher: Launcher,
+    timer: Timer,
+    packed: tuple[PackedExperts, PackedExperts],
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    tokens: int,
+    chosen: int,
+) -> dict[str, float]:
+    copies, (num_experts, _, hidden) = 8, gate_up.shape
+    x, residual = torch.randn(2, tokens, hidden, dtype=gate_up.dtype, device=gate_up.device)
+    logits = torch.randn(copies, tokens, num_experts, dtype=gate_up.dtype, device=gate_up.device)
+
+    def choose(index: int) -> tuple[Tensor, Tensor]:
+        return cuda_experts.choose_experts(launcher, logits[index], num_chosen=chosen, renormalises=True)
+
+    choices = [choose(index) for index in range(copies)]
+    groups = [
+        [(expert, *(experts == expert).nonzero(as_tuple=True)) for expert in experts.unique().tolist()]
+        for _, experts in choices
+    ]
+
+    def loop(index: int) -> Tensor:
+        shares, out = choices[index][0], residual.clone()
+        for expert, rows, places in groups[index]:
+            made = reference.swiglu(F.linear(x[rows], gate_up[expert]))
+            out.index_add_(0, rows, F.linear(made, down[expert]) * shares[rows, places, None])
+        return out
+
+    return timer.compare(
+        lambda i: cuda_experts.mixture_add(launcher, x, *choose(i), *packed, residual),
+        loop,
+        copies=copies,
+        moved_bytes=(packed[0].nbytes + packed[1].nbytes) * sum(map(len, groups)) / copies / num_experts,
+    )
+
+
+def measure_host_memory(launcher: Launcher, device: torch.device, timer: Timer) -> dict[str, object]:
+    """Weights in pinned memory, read in place, against copying them first; the floor is one copy of them."""
+    outputs, inputs, vocab, width = 8192, 8192, 131_072, 4096
+    weight = torch.randn(outputs, inputs, dtype=torch.bfloat16).pin_memory()
+    table = torch.randn(vocab, width, dtype=torch.bfloat16).pin_memory()
+    landing = torch.empty_like(weight, device=device)
+    copy_s = seconds(lambda _: landing.copy_(weight, non_blocking=True), 4)
+    link = Timer(weight.nbytes / copy_s)
+    figures: dict[str, object] = {"link_gb_per_s": round(link.copy_bytes_per_s / 1e9, 1)}
+    for tokens in (1, 8):
+        x = torch.randn(tokens, inputs, dtype=torch.bfloat16, device=device)
+        figures[f"bf16 {outputs}x{inputs} {tokens}"] = link.compare(
+            lambda _, x=x: cuda_host_memory.linear(launcher, x, weight),  # type: ignore[misc]
+            lambda _, x=x: F.linear(x, landing.copy_(weight, non_blocking=True)),  # type: ignore[misc]
+            copies=4,
+            moved_bytes=weight.nbytes,
+        )
+    packed = random_weight("fp6_e2m3", outputs, inputs, device)
+    host = replace(packed, words=packed.words.cpu().pin_memory())
+    x = torch.randn(1, inputs, dtype=torch.bfloat16, device=device)
+    figures[f"fp6_e2m3 {outputs}x{inputs} 1"] = link.compare(
+        lambda _: cuda_host_memory.linear(launcher, x, host), None, copies=4, moved_bytes=host.words.nbytes
+    )
+    for tokens in (1, 512):
+        indices = torch.randint(vocab, (tokens,), device=device)
+        figures[f"embedding of {tokens}"] = link.compare(
+            lambda _, indices=indices: cuda_host_memory.embedding(launcher, table, indices),  # type: ignore[misc]
+            None,
+            copies=4,
+            moved_bytes=2 * tokens * width,
+        )
+    return figures
 
 
 def measure_attention(launcher: Launcher, device: torch.device, timer: Timer) -> dict[str, object]:
@@ -250,6 +358,8 @@ def main() -> None:
     }
     for name, measure in (
         ("products", measure_products),
+        ("mixtures", measure_mixtures),
+        ("host_memory", measure_host_memory),
         ("attention", measure_attention),
         ("elementwise", measure_elementwise),
         ("sampling", measure_sampling),

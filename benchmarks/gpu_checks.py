@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,7 +14,15 @@ from torch import Tensor
 from trireme.engine.sampling import SamplingState
 from trireme.engine.sampling import sample as engine_sample
 from trireme.engine.sampling_params import SamplingParams
-from trireme.kernels import cuda_elementwise, cuda_kv, cuda_ops, kv_forms, reference
+from trireme.kernels import (
+    cuda_elementwise,
+    cuda_experts,
+    cuda_host_memory,
+    cuda_kv,
+    cuda_ops,
+    kv_forms,
+    reference,
+)
 from trireme.kernels.attention_batch import AttentionBatch
 from trireme.kernels.cuda_attention import paged_attention
 from trireme.kernels.cuda_launch import Launcher
@@ -24,7 +32,9 @@ from trireme.quant.device_layouts import PackedWeight
 from trireme.quant.formats import weight_format
 from trireme.quant.quantization import dequantize, quantize
 
-FORMATS = ("fp6_e3m2", "int8_ch", "int4_g32", "int4_g128_zeros")
+FORMATS = ("fp6_e3m2", "fp6_e2m3", "fp5_e2m2", "int8_ch", "int4_g32", "int4_g128_zeros")
+EXPERT_FORMATS = (None, "fp6_e3m2", "int4_g32")
+"""None: the weights in 16 bits."""
 TYPES = (torch.bfloat16, torch.float16)
 
 
@@ -46,9 +56,19 @@ class Sizes:
     """Query heads, key heads, head_dim."""
     contexts: Sequence[int]
     vocab: int
+    experts: tuple[int, int, int, int]
+    """Experts, chosen of a token, hidden, inner."""
 
 
-SMALL = Sizes(weight=(70, 256), tokens=(3,), width=136, heads=(4, 2, 64), contexts=(1, 70), vocab=300)
+SMALL = Sizes(
+    weight=(70, 256),
+    tokens=(3,),
+    width=136,
+    heads=(4, 2, 64),
+    contexts=(1, 70),
+    vocab=300,
+    experts=(4, 2, 64, 96),
+)
 FULL = Sizes(
     weight=(1030, 4096),
     tokens=(1, 8, 17, 100),
@@ -56,6 +76,7 @@ FULL = Sizes(
     heads=(32, 8, 128),
     contexts=(1, 513, 3000, 9000),
     vocab=50_000,
+    experts=(16, 4, 2048, 768),
 )
 
 
@@ -74,6 +95,8 @@ def check(launcher: Launcher, device: torch.device, sizes: Sizes) -> list[Check]
                 x = torch.randn(tokens, sizes.weight[1], dtype=dtype, device=device)
                 out = low_bit_linear(launcher, x, packed)
                 checks.append(Check(f"{name} {kind} {tokens}", _product_error(out, x, exact)))
+        checks += _host_checks(launcher, device, dtype, sizes)
+        checks += _mixture_checks(launcher, device, dtype, sizes)
         for storage in (dtype, torch.int8, torch.uint8):
             error = _attention_error(launcher, device, dtype, storage, sizes)
             checks.append(Check(f"attention {kind} from {storage}", error))
@@ -84,6 +107,81 @@ def check(launcher: Launcher, device: torch.device, sizes: Sizes) -> list[Check]
 def _weight(name: str, shape: tuple[int, int], device: torch.device) -> tuple[PackedWeight, Tensor]:
     quantized = quantize(torch.randn(shape), weight_format(name))
     return cuda_ops.pack_quantized(quantized, device=device), dequantize(quantized, torch.float64).to(device)
+
+
+def on_host(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor where the device's kernels read host memory: pinned, but in the emulator."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def _host_checks(launcher: Launcher, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> list[Check]:
+    """Rows and products of weights in host memory."""
+    kind, (outputs, inputs) = str(dtype).removeprefix("torch."), sizes.weight
+    weight = torch.randn(outputs, inputs).to(dtype)
+    host, exact = on_host(weight, device), weight.double().to(device)
+    indices = torch.randint(outputs, (9,), device=device)
+    found = cuda_host_memory.embedding(launcher, host, indices)
+    checks = [Check(f"host embedding {kind}", float(not torch.equal(found.cpu(), weight[indices.cpu()])))]
+    for tokens in (1, 3, 8):
+        x = torch.randn(tokens, inputs, dtype=dtype, device=device)
+        out = cuda_host_memory.linear(launcher, x, host)
+        checks.append(Check(f"host product {kind} {tokens}", _product_error(out, x, exact)))
+    packed, exact = _weight("fp6_e2m3", sizes.weight, device)
+    x = torch.randn(3, inputs, dtype=dtype, device=device)
+    out = cuda_host_memory.linear(launcher, x, replace(packed, words=on_host(packed.words.cpu(), device)))
+    checks.append(Check(f"host product in fp6_e2m3 {kind}", _product_error(out, x, exact)))
+    return checks
+
+
+def _mixture_checks(
+    launcher: Launcher, device: torch.device, dtype: torch.dtype, sizes: Sizes
+) -> list[Check]:
+    """Gating, and mixtures of experts whose results are rounded where kernels round."""
+    num_experts, chosen, hidden, inner = sizes.experts
+    kind, checks = str(dtype).removeprefix("torch."), []
+    for name in EXPERT_FORMATS:
+        matrices = [
+            torch.randn(num_experts, *shape) * shape[1] ** -0.5
+            for shape in ((2 * inner, hidden), (hidden, inner))
+        ]
+        weights, exact = [], []
+        for part in matrices:
+            if name is None:
+                weights.append([matrix.to(device, dtype) for matrix in part])
+                exact.append([matrix.double() for matrix in weights[-1]])
+            else:
+                quantized = [quantize(matrix, weight_format(name)) for matrix in part]
+                weights.append([cuda_ops.pack_quantized(matrix, device=device) for matrix in quantized])
+                exact.append([dequantize(matrix, torch.float64).to(device) for matrix in quantized])
+        packed = cuda_ops.pack_experts(weights[0], weights[1])
+        assert packed is not None
+        for tokens in sizes.tokens:
+            x, residual = torch.randn(2, tokens, hidden, dtype=dtype, device=device)
+            logits = torch.randn(tokens, num_experts, dtype=dtype, device=device)
+            shares, experts = cuda_experts.choose_experts(
+                launcher, logits, num_chosen=chosen, renormalises=True
+            )
+            order = logits.double().argsort(dim=-1, descending=True, stable=True)[:, :chosen]
+            weight = logits.double().gather(-1, order).softmax(-1)
+            gating = max(_steps(shares, weight, 1.0), float(not torch.equal(order, experts)))
+            checks.append(Check(f"gating {kind} {tokens}", gating))
+            out = cuda_experts.mixture_add(launcher, x, shares, experts, *packed, residual)
+            error = _steps(out, _mixture(x, shares, experts, exact, residual), 4.0)
+            checks.append(Check(f"mixture in {name or kind} of {kind} {tokens}", error))
+    return checks
+
+
+def _mixture(
+    x: Tensor, shares: Tensor, experts: Tensor, exact: Sequence[Sequence[Tensor]], residual: Tensor
+) -> Tensor:
+    """`ops.mixture_add` in float64, rounded to x's type where an expert's result is."""
+    out = residual.double()
+    for expert, (gate_up, down) in enumerate(zip(*exact, strict=True)):
+        rows, places = (experts == expert).nonzero(as_tuple=True)
+        made = (x[rows].double() @ gate_up.t()).to(x.dtype).double()
+        made = reference.swiglu(made).to(x.dtype).double() @ down.t()
+        out.index_add_(0, rows, made.to(x.dtype).double() * shares[rows, places, None].double())
+    return out
 
 
 def _product_error(out: Tensor, x: Tensor, weight: Tensor) -> float:

@@ -28,6 +28,13 @@ from trireme.kernels.cuda_compile import (
     symbol_of,
 )
 from trireme.kernels.cuda_cubin import INSTRUCTION_BYTES, InvalidCubin, function_sizes
+from trireme.kernels.cuda_experts import (
+    GROUP_BY_EXPERT,
+    choosing_kernel,
+    combining_kernel,
+    expert_kernel,
+)
+from trireme.kernels.cuda_host_memory import GATHER_ROWS, gemv_kernel
 from trireme.kernels.cuda_launch import SOURCES, Kernel
 from trireme.kernels.cuda_linear import gemm_kernel
 from trireme.kernels.cuda_sampling import BIAS_LOGITS, PENALISE_LOGITS, SAMPLE, VERIFY_DRAFTS
@@ -66,6 +73,19 @@ BUDGETS = {
     merge_kernel("bf16", 128): Budget(48, 1050),
     gemm("fp6_e3m2", 8, "f16"): Budget(63, 1950),
     gemm("fp6_e3m2", 32): Budget(144, 2100),
+    gemm("fp6_e2m3", 8): Budget(60, 2130),
+    gemm("fp5_e2m2", 8): Budget(60, 1970),
+    expert_kernel("bf16", None, 8): Budget(62, 860),
+    expert_kernel("bf16", None, 32): Budget(145, 1215),
+    expert_kernel("bf16", weight_format("fp6_e3m2"), 8): Budget(62, 1440),
+    expert_kernel("bf16", weight_format("int4_g32"), 32): Budget(201, 1770),
+    choosing_kernel("bf16", 128): Budget(37, 950),
+    choosing_kernel("bf16", 512): Budget(53, 1065),
+    GROUP_BY_EXPERT: Budget(36, 1160),
+    combining_kernel("bf16"): Budget(42, 335),
+    GATHER_ROWS: Budget(33, 240),
+    gemv_kernel("bf16", 1): Budget(40, 265),
+    gemv_kernel("bf16", 8): Budget(70, 1410),
     gemm("int8_ch", 8): Budget(64, 2000),
     gemm("int4_g32", 32): Budget(208, 2400),
     gemm("int4_g128", 8): Budget(88, 2000),

@@ -12,7 +12,7 @@ from torch import Tensor
 from trireme.kernels import cuda_ops, ops
 from trireme.kernels.attention_batch import AttentionBatch
 from trireme.kernels.cuda_emulator import Emulator
-from trireme.quant.formats import weight_format
+from trireme.quant.formats import WeightFormat, weight_format
 from trireme.quant.quantization import dequantize, quantize
 
 OPERATORS = (
@@ -23,6 +23,7 @@ OPERATORS = (
     "activation",
     "linear",
     "linear_add",
+    "choose_experts",
     "append_kv",
     "paged_attention",
 )
@@ -83,7 +84,7 @@ def test_gates_and_products_are_alike(dtype: torch.dtype, width: int) -> None:
     torch.testing.assert_close(cuda_ops.linear_add(gate_up, weight, residual, bias), expected)
 
 
-@pytest.mark.parametrize("name", ["fp6_e3m2", "int4_g32_zeros"])
+@pytest.mark.parametrize("name", ["fp6_e3m2", "fp6_e2m3", "fp5_e2m2", "int4_g32_zeros"])
 def test_products_with_few_bits_are_alike(name: str) -> None:
     weight = quantize(torch.randn(70, 96), weight_format(name))
     assert cuda_ops.takes_quantized(weight.form, torch.device("cuda"), torch.bfloat16)
@@ -95,8 +96,8 @@ def test_products_with_few_bits_are_alike(name: str) -> None:
 
 
 def test_what_has_no_kernel_is_not_taken() -> None:
-    gpu, fp5 = torch.device("cuda"), weight_format("fp5_e2m2")
-    assert not cuda_ops.takes_quantized(fp5, gpu, torch.bfloat16)
+    gpu, int3 = torch.device("cuda"), WeightFormat(name="int3_ch", bits=3)
+    assert not cuda_ops.takes_quantized(int3, gpu, torch.bfloat16)
     assert not cuda_ops.takes_quantized(weight_format("fp6_e3m2"), gpu, torch.float32)
     assert not cuda_ops.takes_quantized(weight_format("fp6_e3m2"), torch.device("cpu"), torch.bfloat16)
 

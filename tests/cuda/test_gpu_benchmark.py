@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from benchmarks.gpu_checks import FORMATS, SMALL, check
+from benchmarks.gpu_checks import EXPERT_FORMATS, FORMATS, SMALL, check
 from trireme.kernels.cuda_emulator import Emulator
+from trireme.kernels.cuda_experts import expert_kernel
 from trireme.kernels.cuda_launch import Argument, Geometry, Kernel
 from trireme.kernels.cuda_linear import gemm_kernel
 from trireme.quant.formats import weight_format
@@ -18,8 +19,12 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled(emulator: Emulator) -> None:
+    types = ("f16", "bf16")
+    emulator.prepare(gemm_kernel(kind, weight_format(name), 8) for kind in types for name in FORMATS)
     emulator.prepare(
-        gemm_kernel(kind, weight_format(name), 8) for kind in ("f16", "bf16") for name in FORMATS
+        expert_kernel(kind, weight_format(name) if name else None, 8)
+        for kind in types
+        for name in EXPERT_FORMATS
     )
 
 
@@ -43,6 +48,7 @@ def test_all_kernels_are_right(emulator: Emulator) -> None:
     assert not [result for result in checks if not result.error < 1.0]
 
 
-def test_a_kernel_that_does_nothing_is_noticed(emulator: Emulator) -> None:
-    checks = check(Forgetful(emulator, "low_bit_gemm"), CPU, SMALL)
+@pytest.mark.parametrize("source", ["low_bit_gemm", "expert_gemm"])
+def test_a_kernel_that_does_nothing_is_noticed(emulator: Emulator, source: str) -> None:
+    checks = check(Forgetful(emulator, source), CPU, SMALL)
     assert [result for result in checks if not result.error < 1.0]

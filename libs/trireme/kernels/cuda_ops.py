@@ -9,15 +9,26 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from trireme.kernels import cuda_attention, cuda_elementwise, cuda_kv, cuda_linear, reference
+from trireme.kernels import (
+    cuda_attention,
+    cuda_elementwise,
+    cuda_expert_weights,
+    cuda_experts,
+    cuda_host_memory,
+    cuda_kv,
+    cuda_linear,
+    reference,
+)
 from trireme.kernels.attention_batch import AttentionBatch
 from trireme.kernels.cuda_compile import LOWEST_CAPABILITY
 from trireme.kernels.cuda_device import CudaDevice
+from trireme.kernels.cuda_expert_weights import ExpertMatrix, PackedExperts
 from trireme.kernels.cuda_launch import CODE_NAMES, TYPE_NAMES, Launcher
 from trireme.quant.device_layouts import DIRECT, PackedWeight, pack_for_device
 from trireme.quant.formats import WeightFormat
@@ -65,6 +76,18 @@ def activation(x: Tensor, kind: str) -> Tensor:
     return reference.activation(x, kind)
 
 
+def host_embedding(table: Tensor, indices: Tensor) -> Tensor:
+    """`ops.embedding` of a table in pinned host memory."""
+    return cuda_host_memory.embedding(launcher_of(indices.device), table, indices)
+
+
+def host_linear(
+    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """`ops.linear` and `ops.linear_add` of a weight in pinned host memory."""
+    return cuda_host_memory.linear(launcher_of(x.device), x, weight, bias, residual)
+
+
 def takes_quantized(form: WeightFormat, device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype in TYPE_NAMES and cuda_linear.takes(form)
 
@@ -92,6 +115,40 @@ def linear_add(
     if isinstance(weight, PackedWeight):
         return cuda_linear.low_bit_linear(launcher_of(x.device), x, weight, bias, residual)
     return reference.linear_add(x, weight, residual, bias)
+
+
+def choose_experts(
+    x: Tensor, router: Tensor, *, num_chosen: int, renormalises: bool
+) -> tuple[Tensor, Tensor]:
+    if x.dtype not in TYPE_NAMES or not cuda_experts.takes(len(router), num_chosen):
+        return reference.choose_experts(x, router, num_chosen=num_chosen, renormalises=renormalises)
+    logits = reference.linear(x, router, None)
+    return cuda_experts.choose_experts(
+        launcher_of(x.device), logits, num_chosen=num_chosen, renormalises=renormalises
+    )
+
+
+def pack_experts(
+    gate_up: Sequence[ExpertMatrix], down: Sequence[ExpertMatrix]
+) -> tuple[PackedExperts, PackedExperts] | None:
+    """All experts' weights, for `mixture_add`; None: there is no kernel for these."""
+    can_stack = cuda_expert_weights.can_stack
+    if len(gate_up) > cuda_experts.MOST_EXPERTS or not can_stack(gate_up) or not can_stack(down):
+        return None
+    return cuda_expert_weights.stack(gate_up), cuda_expert_weights.stack(down)
+
+
+def mixture_add(
+    x: Tensor,
+    shares: Tensor,
+    experts: Tensor,
+    gate_up: PackedExperts,
+    down: PackedExperts,
+    residual: Tensor,
+) -> Tensor:
+    return cuda_experts.mixture_add(
+        launcher_of(x.device), x.contiguous(), shares, experts, gate_up, down, residual.contiguous()
+    )
 
 
 def append_kv(k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trireme.kernels import cuda_ops, low_bit_cpu, onednn, reference
 from trireme.kernels.attention_batch import AttentionBatch
+from trireme.kernels.cuda_expert_weights import PackedExperts
 from trireme.kernels.low_bit_cpu import PackedLinear
 from trireme.quant.device_layouts import PackedWeight
 from trireme.quant.formats import WeightFormat
@@ -23,6 +24,8 @@ from trireme.quant.quantization import QuantizedWeight, dequantize
 LinearWeight = Tensor | PackedLinear | PackedWeight
 """A linear layer's matrix (outputs, inputs) in the form that `linear` takes: a plain tensor, or what
 `pack_weight` or `pack_quantized` made of it."""
+ExpertWeights = tuple[LinearWeight, ...] | PackedExperts
+"""A matrix of each expert, in the form that `mixture_add` takes: what `pack_experts` made of them."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -133,21 +136,57 @@ def pack_quantized(weight: QuantizedWeight, *, device: torch.device, dtype: torc
     return cuda_ops.pack_quantized(weight, device=device)
 
 
-def weight_bytes(weight: LinearWeight) -> int:
-    """Bytes that `linear` reads of a weight."""
+def pack_experts(
+    gate_up: Sequence[LinearWeight], down: Sequence[LinearWeight]
+) -> tuple[ExpertWeights, ExpertWeights]:
+    """Bring the weights of a layer's experts into the form that `mixture_add` is fastest with.
+
+    Args:
+        gate_up: of each expert, (2 * inner, hidden): gate first; packed as `linear` takes them.
+        down: of each expert, (hidden, inner).
+    """
+    device = _device(gate_up[0])
+    if device.type == "cuda" and cuda_ops.is_available(device):
+        matrices = [[each for each in part if not isinstance(each, PackedLinear)] for part in (gate_up, down)]
+        packed = cuda_ops.pack_experts(matrices[0], matrices[1])
+        if packed is not None:
+            return packed
+    return tuple(gate_up), tuple(down)
+
+
+def weight_bytes(weight: LinearWeight | ExpertWeights) -> int:
+    """Bytes of a weight that `linear` reads, or of all experts."""
+    if isinstance(weight, tuple):
+        return sum(map(weight_bytes, weight))
+    if isinstance(weight, PackedExperts):
+        return weight.nbytes
     if isinstance(weight, (PackedLinear, PackedWeight)):
         parts = (weight.words, weight.scales, weight.zeros)
         return sum(part.nbytes for part in parts if part is not None)
     return weight.numel() * weight.element_size()
 
 
+def embedding(table: Tensor, indices: Tensor) -> Tensor:
+    """Rows of a table (rows, width) by indices (tokens,) int64: (tokens, width).
+
+    The table may lie in pinned host memory while the indices are on a GPU: then their rows alone are read, in
+    place.
+    """
+    if table.device != indices.device:
+        return cuda_ops.host_embedding(table, indices)
+    return table.index_select(0, indices)
+
+
 def linear(x: Tensor, weight: LinearWeight, bias: Tensor | None = None) -> Tensor:
     """x (tokens, inputs) times weight (outputs, inputs) transposed, plus bias (outputs,).
 
-    `weight` may be packed (`pack_weight`, `pack_quantized`).
+    `weight` may be packed (`pack_weight`, `pack_quantized`). It may lie in pinned host memory while x is on a
+    GPU: up to 8 tokens read it there, in place, more copy it first.
     """
     if isinstance(weight, PackedLinear):
         return low_bit_cpu.linear(x, weight, bias)
+    if _device(weight) != x.device:
+        return cuda_ops.host_linear(x, weight, bias)
     if isinstance(weight, PackedWeight):
         return cuda_ops.linear(x, weight, bias)
     if weight.is_mkldnn:
@@ -159,6 +198,8 @@ def linear_add(x: Tensor, weight: LinearWeight, residual: Tensor, bias: Tensor |
     """`linear`, plus residual (tokens, outputs), in one pass where that is possible."""
     if isinstance(weight, PackedLinear):
         return low_bit_cpu.linear(x, weight, bias, residual)
+    if _device(weight) != x.device:
+        return cuda_ops.host_linear(x, weight, bias, residual)
     if isinstance(weight, PackedWeight):
         return cuda_ops.linear_add(x, weight, residual, bias)
     if weight.is_mkldnn:
@@ -180,6 +221,8 @@ def choose_experts(
     Returns:
         Shares (tokens, num_chosen) of x's type, computed in float32, and experts, int64 of the same shape.
     """
+    if x.is_cuda and cuda_ops.is_available(x.device):
+        return cuda_ops.choose_experts(x, router, num_chosen=num_chosen, renormalises=renormalises)
     return reference.choose_experts(x, router, num_chosen=num_chosen, renormalises=renormalises)
 
 
@@ -187,8 +230,8 @@ def mixture_add(
     x: Tensor,
     shares: Tensor,
     experts: Tensor,
-    gate_up: Sequence[LinearWeight],
-    down: Sequence[LinearWeight],
+    gate_up: ExpertWeights,
+    down: ExpertWeights,
     residual: Tensor,
 ) -> Tensor:
     """What a token's experts make of it, weighted, plus residual; each expert's weights are read once.
@@ -196,12 +239,14 @@ def mixture_add(
     Args:
         x, residual: (tokens, hidden).
         shares, experts: (tokens, chosen), of `choose_experts`.
-        gate_up: of each expert, (2 * inner, hidden): gate first.
-        down: of each expert, (hidden, inner).
+        gate_up, down: of `pack_experts`.
 
     Returns:
         A new tensor of the shape and type of x.
     """
+    if isinstance(gate_up, PackedExperts) and isinstance(down, PackedExperts):
+        return cuda_ops.mixture_add(x, shares, experts, gate_up, down, residual)
+    assert isinstance(gate_up, tuple) and isinstance(down, tuple)
     out = residual.clone()
     for expert in sorted(set(experts.flatten().tolist())):
         rows, places = (experts == expert).nonzero(as_tuple=True)
@@ -261,3 +306,7 @@ def paged_attention(
 def soft_cap(x: Tensor, cap: float) -> Tensor:
     """cap * tanh(x / cap), in place."""
     return x.div_(cap).tanh_().mul_(cap)
+
+
+def _device(weight: LinearWeight) -> torch.device:
+    return weight.words.device if isinstance(weight, (PackedLinear, PackedWeight)) else weight.device

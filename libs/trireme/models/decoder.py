@@ -117,7 +117,7 @@ class Decoder:
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """(tokens, hidden)."""
-        x = self._embedding.index_select(0, tokens)
+        x = ops.embedding(self._embedding, tokens)
         if self.config.embedding_scale == 1.0:
             return x
         # Rounded to the type first, as the models were trained.

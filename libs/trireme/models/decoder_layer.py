@@ -148,6 +148,8 @@ def _native_dense(dense: DenseFeedForward) -> DenseWeights | None:
 
 
 def _native_experts(mixture: MixtureFeedForward) -> ExpertWeights | None:
+    if not (isinstance(mixture.gate_up, tuple) and isinstance(mixture.down, tuple)):
+        return None
     gate_up = tuple([weight for weight in mixture.gate_up if isinstance(weight, PackedLinear)])
     down = tuple([weight for weight in mixture.down if isinstance(weight, PackedLinear)])
     if len(gate_up) + len(down) < 2 * len(mixture.gate_up):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trireme.kernels import ops
-from trireme.kernels.ops import LinearWeight
+from trireme.kernels.ops import ExpertWeights, LinearWeight
 from trireme.models.config import ModelConfig
 from trireme.models.weights import ModelWeights, Part
 
@@ -52,9 +52,9 @@ class MixtureFeedForward:
 
     router: Tensor
     """(experts, hidden)."""
-    gate_up: tuple[LinearWeight, ...]
+    gate_up: ExpertWeights
     """Of each expert, (2 * inner, hidden)."""
-    down: tuple[LinearWeight, ...]
+    down: ExpertWeights
     num_chosen: int
     renormalises: bool
     """The chosen experts' shares sum to 1."""
@@ -62,8 +62,8 @@ class MixtureFeedForward:
     @property
     def step_bytes(self) -> int:
         """Bytes of weights that one token reads."""
-        experts = sum(map(ops.weight_bytes, (*self.gate_up, *self.down)))
-        return experts * self.num_chosen // len(self.gate_up) + ops.weight_bytes(self.router)
+        experts = ops.weight_bytes(self.gate_up) + ops.weight_bytes(self.down)
+        return experts * self.num_chosen // len(self.router) + ops.weight_bytes(self.router)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """(tokens, hidden) both."""
@@ -98,10 +98,14 @@ def read_feed_forward(weights: ModelWeights, at: str, index: int) -> FeedForward
         return weights.linear(named, inputs)
 
     experts = range(mixture.num_experts)
+    gate_ups, downs = ops.pack_experts(
+        [matrix(expert, ((gate, inner), (up, inner)), hidden) for expert in experts],
+        [matrix(expert, ((down, hidden),), inner) for expert in experts],
+    )
     return MixtureFeedForward(
         router=weights.tensor(f"{at}{base}.gate.weight", (mixture.num_experts, hidden)),
-        gate_up=tuple([matrix(expert, ((gate, inner), (up, inner)), hidden) for expert in experts]),
-        down=tuple([matrix(expert, ((down, hidden),), inner) for expert in experts]),
+        gate_up=gate_ups,
+        down=downs,
         num_chosen=mixture.num_chosen,
         renormalises=mixture.renormalises,
     )
