@@ -29,16 +29,16 @@ def _compiled(emulator: Emulator) -> None:
 
 
 class Forgetful:
-    """A launcher that does not run one kernel."""
+    """A launcher that does not run some kernels."""
 
     multiprocessors = 4
 
-    def __init__(self, emulator: Emulator, forgotten: str) -> None:
+    def __init__(self, emulator: Emulator, forgotten: Sequence[str]) -> None:
         self._emulator = emulator
         self._forgotten = forgotten
 
     def launch(self, kernel: Kernel, geometry: Geometry, arguments: Sequence[Argument]) -> None:
-        if kernel.source != self._forgotten:
+        if kernel.source not in self._forgotten:
             self._emulator.launch(kernel, geometry, arguments)
 
 
@@ -48,7 +48,8 @@ def test_all_kernels_are_right(emulator: Emulator) -> None:
     assert not [result for result in checks if not result.error < 1.0]
 
 
-@pytest.mark.parametrize("source", ["low_bit_gemm", "expert_gemm"])
-def test_a_kernel_that_does_nothing_is_noticed(emulator: Emulator, source: str) -> None:
-    checks = check(Forgetful(emulator, source), CPU, SMALL)
-    assert [result for result in checks if not result.error < 1.0]
+def test_kernels_that_do_nothing_are_noticed(emulator: Emulator) -> None:
+    checks = check(Forgetful(emulator, ("low_bit_gemm", "expert_gemm", "host_gemv")), CPU, SMALL)
+    wrong = [result.name for result in checks if not result.error < 1.0]
+    for name in ("int8_ch", "mixture in", "host product"):
+        assert any(each.startswith(name) for each in wrong), name
