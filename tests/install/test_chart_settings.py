@@ -267,8 +267,9 @@ def test_certificates_are_mounted_where_the_services_look_for_them() -> None:
         volumes = {volume["name"]: volume for volume in pod.spec["volumes"]}
         files = {variables[f"TRIREME_TLS_{name}"] for name in ("CERT", "KEY", "CA")}
         assert {Path(file).name for file in files} == {"tls.crt", "tls.key", "ca.crt"}
+        own = {"gateway": "inner-gateway", "kvstore": "inner-kvstore"}.get(service_of(container), "inner")
         for file in files:
-            assert volumes[mounts[str(Path(file).parent)]]["secret"]["secretName"] == "inner"
+            assert volumes[mounts[str(Path(file).parent)]]["secret"]["secretName"] == own
         if service_of(container) == "gateway":
             assert volumes[mounts[str(settings.tls_cert.parent)]]["secret"]["secretName"] == "front"
             assert settings.tls_key.parent == settings.tls_cert.parent
@@ -279,6 +280,13 @@ def test_certificates_are_mounted_where_the_services_look_for_them() -> None:
         assert not [entry for entry in container["env"] if entry["name"].startswith("TRIREME_TLS_")]
         if service_of(container) == "gateway":
             assert settings.certificates() is None
+
+
+def test_a_service_without_a_certificate_is_refused_where_others_have_one() -> None:
+    with pytest.raises(Exception, match=r"tls\.secrets has no Secret for"):
+        render_values({"gateway": {"allowAnonymous": True}, "tls": {"secrets": {"worker": "own"}}})
+    with pytest.raises(Exception, match="wrker"):
+        render_values({"gateway": {"allowAnonymous": True}, "tls": {"secrets": {"wrker": "own"}}})
 
 
 def test_the_schema_knows_a_worker_groups_keys() -> None:

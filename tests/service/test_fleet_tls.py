@@ -8,7 +8,7 @@ import socket
 import ssl
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,26 @@ from redis.asyncio import Redis
 from tests.conftest import free_port
 from tests.service.gateway_fleet import CHECKPOINT
 from tests.service.processes import service
+from tests.service.reflected_methods import reflected_methods
 from trireme.bus.connection import Keys, open_redis
 from trireme.bus.registry import Registry
 from trireme.client import ClientTls, Sampling, Summary, TriremeClient
 from trireme.errors import TriremeError
+from trireme.runtime.service_rights import RIGHTS
 from trireme.runtime.tenant_keys import key_digest, new_key
 from trireme.wire.bus.v1.facts_pb2 import ProcessRecord
+from trireme.wire.placement.v1.placement_pb2 import DrainRequest
+from trireme.wire.placement.v1.placement_pb2_grpc import PlacementStub
+from trireme.wire.power.v1.power_pb2 import GetLedgerRequest
+from trireme.wire.power.v1.power_pb2_grpc import PowerStub
 
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(400)]
 
 WITHIN_S = 240.0
 NAME = "trireme"
+SERVICES = ("scheduler", "worker", "kvstore", "gateway", "power", "placement")
+INNER = tuple(name for name in SERVICES if name != "gateway")
+USERS = (*SERVICES, "tester")
 RULES = (
     "resetkeys ~test:* resetchannels -@all "
     "+@read +@write +@scripting +@connection +@transaction +time -@dangerous"
@@ -109,7 +118,7 @@ async def tls_in_front(secrets: Secrets, port: int, behind: int) -> AsyncIterato
 
 
 class World:
-    """Four services, each with a certificate, a Redis user and a password of its own."""
+    """The six services, each with a certificate, a Redis user and a password of its own."""
 
     def __init__(self, folder: Path, secrets: Secrets, redis_port: int) -> None:
         self.folder, self.secrets, self.redis_port = folder, secrets, redis_port
@@ -133,7 +142,7 @@ class World:
         """Until every service has registered and the gateway can answer."""
         async with asyncio.timeout(WITHIN_S), open_redis(self.redis_url("tester")) as redis:
             registry = Registry(redis, Keys("test"))
-            while len(self.records) < 4 or not self.records["gateway"].healthy:
+            while len(self.records) < len(SERVICES) or not self.records["gateway"].healthy:
                 self.records = {record.service: record for record in await registry.living()}
                 await asyncio.sleep(0.1)
 
@@ -165,8 +174,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 async def world(redis_url: str, folder: Path) -> AsyncIterator[World]:
     secrets = Secrets(folder, trustme.CA())
-    for name in ("scheduler", "worker", "kvstore", "gateway", "tester"):
-        secrets.issue(name, NAME)
+    for name in SERVICES:
+        secrets.issue(name, NAME, f"{name}.{NAME}")
+    secrets.issue("operator", NAME, f"operator.{NAME}")
+    secrets.issue("tester", NAME)
+    for name in USERS:
         (folder / f"{name}.password").write_text(f"of-{name}\n")
     secrets.issue("redis", "127.0.0.1")
     secrets.issue("front", "localhost")
@@ -186,7 +198,7 @@ async def world(redis_url: str, folder: Path) -> AsyncIterator[World]:
     fleet = folder / "fleet.yaml"
     front_cert, front_key = secrets.files("front")
     async with tls_in_front(secrets, made.redis_port, behind), Redis.from_url(redis_url) as admin:
-        for name in ("scheduler", "worker", "kvstore", "gateway", "tester"):
+        for name in USERS:
             await admin.execute_command("ACL", "SETUSER", name, "on", f">of-{name}", *RULES.split())
         await admin.execute_command("ACL", "SETUSER", "default", "resetpass", "off")
         with ExitStack() as stack:
@@ -194,6 +206,8 @@ async def world(redis_url: str, folder: Path) -> AsyncIterator[World]:
             made.start(stack, "scheduler")
             made.start(stack, "kvstore", fleet=fleet, **where)
             made.start(stack, "worker", fleet=fleet, index=0)
+            made.start(stack, "power", fleet=fleet)
+            made.start(stack, "placement", fleet=fleet, run_dir=folder, supervise=False)
             made.start(
                 stack,
                 "gateway",
@@ -255,7 +269,7 @@ async def test_services_and_clients_meet_under_tls_alone(world: World) -> None:
     stranger = foreign.issue_cert(NAME)
     theirs = (stranger.cert_chain_pems[0].bytes(), stranger.private_key_pem.bytes())
     ca = world.secrets.ca.read_bytes()
-    for name in ("worker", "scheduler", "kvstore"):
+    for name in INNER:
         address = world.records[name].grpc_address
         assert await health(channel_with(address, ca, own)) == health_pb2.HealthCheckResponse.SERVING
         for refused in (
@@ -295,8 +309,8 @@ async def test_services_and_clients_meet_under_tls_alone(world: World) -> None:
     # New certificates are shown without a restart, also where clients come in, and calls go on.
     inner = {name: world.records[name].grpc_address for name in ("worker", "kvstore")}
     before = {name: serial_shown(address, world.secrets) for name, address in inner.items()}
-    for name in ("worker", "kvstore", "gateway", "scheduler"):
-        world.secrets.issue(name, NAME)
+    for name in SERVICES:
+        world.secrets.issue(name, NAME, f"{name}.{NAME}")
     world.secrets.issue("front", "localhost")
     for name, serial in before.items():
         shown = await asyncio.to_thread(serial_shown, inner[name], world.secrets)
@@ -304,6 +318,63 @@ async def test_services_and_clients_meet_under_tls_alone(world: World) -> None:
     assert (await world.ask()).usage.completion_tokens == 4
     async with aiohttp.ClientSession() as http, http.get(url, ssl=context) as response:
         assert response.status == 401
+
+    await each_service_has_its_own_rights(world)
+    for name in SERVICES:  # The rules of Redis' users suffice for all that was asked above.
+        assert "NOPERM" not in (world.folder / f"{name}.log").read_text(), name
+
+
+async def each_service_has_its_own_rights(world: World) -> None:
+    """By the certificates of the running fleet; ends with the worker drained through placement."""
+
+    def channel(caller: str, to: str) -> grpc.aio.Channel:
+        own = tuple(path.read_bytes() for path in world.secrets.files(caller))
+        return channel_with(world.records[to].grpc_address, world.secrets.ca.read_bytes(), own)
+
+    async def code(caller: str, to: str, method: str) -> grpc.StatusCode:
+        async with channel(caller, to) as opened:
+            call = opened.stream_stream(method)(timeout=WITHIN_S)
+            await call.write(b"")
+            await call.done_writing()
+            with suppress(grpc.aio.AioRpcError):
+                await call.read()
+                call.cancel()
+            return await call.code()
+
+    for to in INNER:
+        async with channel("operator", to) as opened:
+            methods = await reflected_methods(opened)
+        for method in set(methods) - {name for name, may in RIGHTS.items() if may is None}:
+            assert method in RIGHTS, "nobody may call it: write down who may"
+            assert await code("tester", to, method) is grpc.StatusCode.PERMISSION_DENIED, method
+
+    worker, scheduler = "/trireme.wire.worker.v1.Worker/", "/trireme.wire.scheduler.v1.Scheduler/"
+    kvstore = "/trireme.wire.kvstore.v1.KvStore/"
+    for caller, to, method in (
+        ("worker", "scheduler", f"{scheduler}Explain"),
+        ("worker", "worker", f"{worker}Drain"),
+        ("kvstore", "worker", f"{worker}Connect"),
+        ("kvstore", "kvstore", f"{kvstore}Reserve"),
+        ("gateway", "kvstore", f"{kvstore}Acquire"),
+        ("power", "worker", f"{worker}UnloadVariant"),
+    ):
+        assert await code(caller, to, method) is grpc.StatusCode.PERMISSION_DENIED, (caller, method)
+    assert (
+        await code("operator", "scheduler", f"{scheduler}GetQueue") is not grpc.StatusCode.PERMISSION_DENIED
+    )
+
+    async with channel("operator", "power") as opened, asyncio.timeout(WITHIN_S):
+        while not (await PowerStub(opened).GetLedger(GetLedgerRequest())).devices:
+            await asyncio.sleep(0.2)
+    worker_id = world.records["worker"].id
+    async with channel("operator", "placement") as opened:
+        await PlacementStub(opened).Drain(DrainRequest(worker_id=worker_id), timeout=WITHIN_S)
+    async with asyncio.timeout(WITHIN_S), open_redis(world.redis_url("tester")) as redis:
+        registry = Registry(redis, Keys("test"))
+        while any(
+            record.id == worker_id and not record.worker.draining for record in await registry.living()
+        ):
+            await asyncio.sleep(0.1)
 
 
 def metric(record: ProcessRecord, name: str) -> float:

@@ -24,7 +24,7 @@ resources:
   requests: {cpu: {{ .Values.kvstore.resources.cpu }}, memory: {{ $memory }}}
   limits: {memory: {{ $memory }}}
 volumeMounts:
-  {{- include "trireme.mounts" . | nindent 2 }}
+  {{- include "trireme.mounts" (dict "root" . "service" "kvstore") | nindent 2 }}
   - {name: arena, mountPath: /dev/shm}
   - {name: ssd, mountPath: /var/lib/trireme}
 {{- end }}
@@ -35,6 +35,9 @@ volumeMounts:
 {{- end }}
 
 {{- define "trireme.kvstoreVolumes" -}}
+{{- with include "trireme.tlsVolume" (dict "root" . "service" "kvstore") | trim }}
+{{ . }}
+{{- end }}
 - name: arena
   emptyDir:
     medium: Memory

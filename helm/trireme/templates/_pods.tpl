@@ -57,7 +57,7 @@ securityContext: {{- toYaml .root.Values.securityContext | nindent 2 }}
 - name: OTEL_EXPORTER_OTLP_ENDPOINT
   value: {{ . | quote }}
 {{- end }}
-{{- if .root.Values.tls.secret }}
+{{- if include "trireme.tlsSecret" . }}
 - {name: TRIREME_TLS_CERT, value: /etc/trireme-tls/tls.crt}
 - {name: TRIREME_TLS_KEY, value: /etc/trireme-tls/tls.key}
 - {name: TRIREME_TLS_CA, value: /etc/trireme-tls/ca.crt}
@@ -105,16 +105,26 @@ livenessProbe:
   failureThreshold: 6
 {{- end }}
 
+{{/* The Secret with a service's certificate within the fleet, or nothing. Takes root, service. */}}
+{{- define "trireme.tlsSecret" -}}
+{{- $secret := default .root.Values.tls.secret (get .root.Values.tls.secrets .service) }}
+{{- if and .root.Values.tls.secrets (not $secret) }}
+{{- fail (printf "tls.secrets has no Secret for %s: name one there, or in tls.secret one for all others" .service) }}
+{{- end }}
+{{- $secret }}
+{{- end }}
+
+{{/* Takes root, service. */}}
 {{- define "trireme.mounts" -}}
 - name: fleet
   mountPath: /etc/trireme
   readOnly: true
-{{- if .Values.tls.secret }}
-- name: tls
+{{- if include "trireme.tlsSecret" . }}
+- name: tls-{{ .service }}
   mountPath: /etc/trireme-tls
   readOnly: true
 {{- end }}
-{{- if eq .Values.redis.mode "bundled" }}
+{{- if eq .root.Values.redis.mode "bundled" }}
 - name: redis-password
   mountPath: /etc/trireme-redis
   readOnly: true
@@ -123,19 +133,25 @@ livenessProbe:
   mountPath: /tmp
 {{- end }}
 
-{{- define "trireme.volumes" -}}
-- name: fleet
-  configMap:
-    name: {{ include "trireme.fullname" . }}-fleet
-{{- with .Values.tls.secret }}
-- name: tls
+{{/* Takes root, service. */}}
+{{- define "trireme.tlsVolume" -}}
+{{- with include "trireme.tlsSecret" . }}
+- name: tls-{{ $.service }}
   secret:
     secretName: {{ . }}
 {{- end }}
-{{- if eq .Values.redis.mode "bundled" }}
+{{- end }}
+
+{{/* Takes root, service. */}}
+{{- define "trireme.volumes" -}}
+- name: fleet
+  configMap:
+    name: {{ include "trireme.fullname" .root }}-fleet
+{{- include "trireme.tlsVolume" . }}
+{{- if eq .root.Values.redis.mode "bundled" }}
 - name: redis-password
   secret:
-    secretName: {{ include "trireme.redisSecret" . }}
+    secretName: {{ include "trireme.redisSecret" .root }}
     items: [{key: password, path: password}]
 {{- end }}
 - name: tmp

@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from trireme.errors import InvalidRequest, TriremeError
 from trireme.runtime.health import HealthReporter
+from trireme.runtime.service_rights import Check, rights_by_certificate
 from trireme.runtime.status import GRPC_CODE
 from trireme.runtime.tls import Certificates, fleet_certificates
 from trireme.runtime.unnamed_calls import robust_server
@@ -33,7 +34,13 @@ else:
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Ends a call with the status of the TriremeError that its handler raised."""
+    """Ends a call with the status of the TriremeError that its handler raised.
+
+    With `check` each call is checked first, before its message is read.
+    """
+
+    def __init__(self, check: Check | None = None) -> None:
+        self._check = check
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any
@@ -41,13 +48,14 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
+        read = _reader(handler, self._check, handler_call_details.method)
         if handler.response_streaming:
             inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
             make = _STREAM_OUT[handler.request_streaming]
-            return make(_guard_stream(inner, _reader(handler)), None, handler.response_serializer)
+            return make(_guard_stream(inner, read), None, handler.response_serializer)
         inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
         make = _UNARY_OUT[handler.request_streaming]
-        return make(_guard_unary(inner, _reader(handler)), None, handler.response_serializer)
+        return make(_guard_unary(inner, read), None, handler.response_serializer)
 
 
 _STREAM_OUT: dict[bool, Callable[..., Any]] = {
@@ -60,7 +68,10 @@ _UNARY_OUT: dict[bool, Callable[..., Any]] = {
 }
 
 
-def _reader(handler: Any) -> Callable[[Any], Any]:
+Read = Callable[[Any, Context], Any]
+
+
+def _reader(handler: Any, check: Check | None, method: str) -> Read:
     """Makes what the method takes of what came: a message of its bytes, or an iterator of them.
 
     The library's own reading would end a call whose bytes are no message with UNKNOWN.
@@ -77,25 +88,31 @@ def _reader(handler: Any) -> Callable[[Any], Any]:
         async for raw in raws:
             yield read(raw)
 
-    return read_each if handler.request_streaming else read
+    made = read_each if handler.request_streaming else read
+    if check is None:
+        return lambda came, _: made(came)
+
+    def read_if_allowed(came: Any, context: Context) -> Any:
+        check(method, context)
+        return made(came)
+
+    return read_if_allowed
 
 
-def _guard_unary(
-    inner: Callable[..., Awaitable[Any]], read: Callable[[Any], Any]
-) -> Callable[..., Awaitable[Any]]:
+def _guard_unary(inner: Callable[..., Awaitable[Any]], read: Read) -> Callable[..., Awaitable[Any]]:
     async def call(request: Any, context: Context) -> Any:
         try:
-            return await inner(read(request), context)
+            return await inner(read(request, context), context)
         except TriremeError as error:
             await abort(context, error)
 
     return call
 
 
-def _guard_stream(inner: Callable[..., Any], read: Callable[[Any], Any]) -> Callable[..., Any]:
+def _guard_stream(inner: Callable[..., Any], read: Read) -> Callable[..., Any]:
     async def call_writing(request: Any, context: Context) -> None:
         try:
-            await inner(read(request), context)
+            await inner(read(request, context), context)
         except TriremeError as error:
             await abort(context, error)
 
@@ -104,7 +121,7 @@ def _guard_stream(inner: Callable[..., Any], read: Callable[[Any], Any]) -> Call
 
     async def call(request: Any, context: Context) -> AsyncIterator[Any]:
         try:
-            async for response in inner(read(request), context):
+            async for response in inner(read(request, context), context):
                 yield response
         except TriremeError as error:
             await abort(context, error)
@@ -137,14 +154,17 @@ async def grpc_server(
 ) -> AsyncIterator[str]:
     """Serve until the block ends; yields the bound host:port (port 0 picks a free one).
 
-    A server for services asks for the fleet's certificates where there are some; one `for_clients`
-    shows `certificates`, or speaks plaintext.
+    A server for services asks for the fleet's certificates where there are some, and answers each
+    service what `service_rights` lets it call; one `for_clients` shows `certificates`, or speaks
+    plaintext.
 
     On leaving, health says NOT_SERVING first, then calls have `drain_s` to end.
     """
+    shown = certificates if for_clients else fleet_certificates()
+    check = rights_by_certificate(shown.files.name) if shown is not None and not for_clients else None
     server = robust_server(
         grpc.aio.server,
-        interceptors=[ErrorInterceptor(), *interceptors],
+        interceptors=[ErrorInterceptor(check), *interceptors],
         maximum_concurrent_rpcs=max_concurrent_rpcs,
         options=[
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -162,7 +182,6 @@ async def grpc_server(
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     names = [*service_names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
     reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
-    shown = certificates if for_clients else fleet_certificates()
     if shown is None:
         port = server.add_insecure_port(listen)
     else:
