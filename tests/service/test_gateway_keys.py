@@ -15,11 +15,10 @@ import pytest
 import yaml
 from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
-from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from tests.service.gateway_fleet import FakeWorker, Fleet, fleet
+from tests.service.reflected_methods import reflected_methods
 from trireme.client import Delta, Sampling, Summary, TriremeClient
 from trireme.errors import InvalidApiKey, InvalidConfiguration, PermissionDenied
 from trireme.gateway.identity import OPEN_PATHS, gate_of
@@ -38,7 +37,7 @@ def keys_file(path: Path, **more: str) -> Path:
 
     tenants = {
         "acme": tenant(ACME),
-        "rival": tenant(RIVAL),
+        "rival": tenant(RIVAL, weight=2.5),
         "prometheus": tenant(SCRAPER, roles=["metrics"]),
         **{name: tenant(key) for name, key in more.items()},
     }
@@ -91,29 +90,6 @@ def all_routes(app: web.Application) -> list[tuple[str, str]]:
     return sorted(found)
 
 
-async def all_methods(address: str, key: str) -> list[str]:
-    """Every RPC of the server, as its reflection describes it."""
-    async with grpc.aio.insecure_channel(address) as channel:
-        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-        call = stub.ServerReflectionInfo(metadata=(("authorization", f"Bearer {key}"),))
-
-        async def ask(**what: str) -> Any:
-            await call.write(reflection_pb2.ServerReflectionRequest(**what))
-            return await call.read()
-
-        listed = (await ask(list_services="")).list_services_response.service
-        methods = []
-        for service in listed:
-            answer = await ask(file_containing_symbol=service.name)
-            for raw in answer.file_descriptor_response.file_descriptor_proto:
-                file = FileDescriptorProto.FromString(raw)
-                for one in file.service:
-                    if f"{file.package}.{one.name}" == service.name:
-                        methods += [f"/{service.name}/{method.name}" for method in one.method]
-        call.cancel()
-    return methods
-
-
 async def test_every_route_refuses_without_a_key(world: World) -> None:
     routes = all_routes(world.app)
     assert {("POST", "/v1/chat/completions"), ("POST", "/v1/responses")} <= set(routes)
@@ -132,7 +108,8 @@ async def test_every_route_refuses_without_a_key(world: World) -> None:
 
 
 async def test_every_rpc_refuses_without_a_key(world: World) -> None:
-    methods = await all_methods(world.gateway.grpc_address, ACME)
+    async with grpc.aio.insecure_channel(world.gateway.grpc_address) as channel:
+        methods = await reflected_methods(channel, ("authorization", f"Bearer {ACME}"))
     assert "/trireme.wire.inference.v1.Inference/Generate" in methods
     assert any("ServerReflection" in method for method in methods)
     async with grpc.aio.insecure_channel(world.gateway.grpc_address) as channel:
@@ -187,6 +164,7 @@ async def test_equal_ids_of_two_tenants_are_two_requests(world: World) -> None:
         second = asyncio.create_task(ask(rival, "job-1"))
         theirs = await world.worker.next_assignment()
         assert (theirs.request.tenant, theirs.request.request_id) == ("rival", "job-1@rival")
+        assert (mine.request.tenant_weight, theirs.request.tenant_weight) == (1.0, 2.5)
         assert mine.request.kv_salt != theirs.request.kv_salt
         assert not set(blocks(mine.request)) & set(blocks(theirs.request))
 

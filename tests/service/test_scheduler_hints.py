@@ -71,10 +71,12 @@ class Bench:
         tenant: str = "t",
         slo: SloClass.ValueType = SloClass.SLO_CLASS_UNSPECIFIED,
         hashes: int = 2,
-    ) -> None:
+        weight: float = 0.0,
+    ) -> AdmittedRequest:
         request = AdmittedRequest(
             request_id=name,
             tenant=tenant,
+            tenant_weight=weight,
             model="m",
             slo_class=slo,
             session_id=f"session-{name}",
@@ -85,6 +87,7 @@ class Bench:
             admitted_unix_s=self.start_s + len(self.dispatcher._entries) * 1e-3,
         )
         self.dispatcher.hold([Entry(name.encode(), request)])
+        return request
 
     async def told(self, node: str) -> list[Hint]:
         return [each.fact for each in await Stream(self.redis, KEYS.hints(node), Hint).everything()]
@@ -119,6 +122,16 @@ async def test_the_order_told_is_the_fair_one_and_not_that_of_arrival(bench: Ben
         "session-poor",
     )
     assert described.block_hashes == b"poor............" * 2 and not described.runs_here
+
+
+async def test_a_tenant_of_three_times_the_weight_is_served_three_times_as_often(bench: Bench) -> None:
+    names = [f"{tenant}-{number}" for number in range(40) for tenant in ("light", "heavy")]
+    weights = {"light": 0.0, "heavy": 3.0}  # 0 as a gateway of an older version sends it: 1
+    for name in names:
+        tenant = name.partition("-")[0]
+        bench.hold(name, tenant=tenant, weight=weights[tenant])
+    order = [each.tenant for each in bench.dispatcher.upcoming(40, now_s=bench.start_s + 1.0)]
+    assert (order.count("heavy"), order.count("light")) == (30, 10)
 
 
 async def test_only_changes_are_told_and_blocks_only_now_and_then(bench: Bench) -> None:

@@ -31,8 +31,10 @@ def ask(tenant: str = "me", *, tokens: float = 100.0, first_token_s: float = 10.
     return Ask(tenant=tenant, urgency=1, tokens=tokens, first_token_s=first_token_s, **more)  # type: ignore[arg-type]
 
 
-def backlog(tenant: str, tokens: float, *, urgency: int = 1, requests: int = 1) -> Backlog:
-    return Backlog(tenant=tenant, urgency=urgency, requests=requests, tokens=tokens)
+def backlog(
+    tenant: str, tokens: float, *, urgency: int = 1, requests: int = 1, weight: float = 1.0
+) -> Backlog:
+    return Backlog(tenant=tenant, urgency=urgency, requests=requests, tokens=tokens, weight=weight)
 
 
 def view(*backlogs: Backlog, rate: float = 100.0, **more: object) -> QueueView:
@@ -46,6 +48,7 @@ BACKLOGS = st.lists(
         st.sampled_from(["me", "a", "b", "c"]),
         st.floats(0, 1e6),
         urgency=st.integers(0, 2),
+        weight=st.sampled_from([0.5, 1.0, 4.0]),
     ),
     max_size=12,
     unique_by=lambda one: (one.tenant, one.urgency),
@@ -60,11 +63,38 @@ def test_a_tenant_waits_behind_itself_and_takes_turns_with_others() -> None:
     assert decide(ask("new"), queue, max_requests=100).wait_s == 2.5
 
 
-@given(BACKLOGS, st.floats(1, 1e5), st.floats(1, 1e4), st.floats(0.1, 1000))
+def test_a_tenant_of_more_weight_waits_less() -> None:
+    queue = view(backlog("flood", 5000), backlog("big", 5000, weight=3.0))
+    # While 100 tokens of weight 2 are served, 50 of the flood are, and 150 of the other.
+    assert tokens_ahead(ask("new", weight=2.0), queue) == 50 + 150
+    assert tokens_ahead(ask("new", weight=0.5), queue) == 200 + 600
+
+
+@given(st.integers(16, 5000), st.lists(st.floats(0.01, 100), min_size=1, max_size=8))
+def test_parts_of_a_full_queue_follow_the_weights(most: int, weights: list[float]) -> None:
+    parts = [share_of_queue(most, weight=weight, fleet_weight=sum(weights)) for weight in weights]
+    assert sum(parts) <= most + len(parts)  # Everybody may hold one, however little it weighs.
+    for weight, part in zip(weights, parts, strict=True):
+        assert part == max(1, math.floor(most * weight / (sum(weights) + 1.0)))
+        queue = view(fleet_requests=shared_from(most), tenant_requests=part, fleet_weight=sum(weights))
+        refused = decide(ask(weight=weight), queue, max_requests=most)
+        assert refused.refusal is Refusal.TENANT_SHARE
+        if part > 1:
+            queue = replace(queue, tenant_requests=part - 1)
+            assert decide(ask(weight=weight), queue, max_requests=most).refusal is None
+
+
+@given(
+    BACKLOGS,
+    st.floats(1, 1e5),
+    st.floats(1, 1e4),
+    st.floats(0.1, 1000),
+    st.sampled_from([0.25, 1.0, 3.0]),
+)
 def test_nobody_is_admitted_to_wait_longer_than_its_class_may(
-    backlogs: list[Backlog], rate: float, tokens: float, goal_s: float
+    backlogs: list[Backlog], rate: float, tokens: float, goal_s: float, weight: float
 ) -> None:
-    wanted = ask(tokens=tokens, first_token_s=goal_s)
+    wanted = ask(tokens=tokens, first_token_s=goal_s, weight=weight)
     verdict = decide(wanted, view(*backlogs, rate=rate), max_requests=10**6)
     if verdict.refusal is None:
         assert verdict.wait_s <= goal_s
@@ -84,11 +114,11 @@ def test_the_queue_never_holds_more_than_its_bound(
     waiting: int, most: int, tenants: int, data: st.DataObject
 ) -> None:
     held = data.draw(st.integers(0, waiting))
-    queue = view(fleet_requests=waiting, tenant_requests=held, fleet_tenants=tenants)
+    queue = view(fleet_requests=waiting, tenant_requests=held, fleet_weight=float(tenants))
     verdict = decide(ask(), queue, max_requests=most)
     if waiting >= most:
         assert verdict.refusal is Refusal.QUEUE_FULL
-    elif waiting >= shared_from(most) and held >= share_of_queue(most, tenants):
+    elif waiting >= shared_from(most) and held >= share_of_queue(most, weight=1.0, fleet_weight=tenants):
         assert verdict.refusal is Refusal.TENANT_SHARE
     else:
         assert verdict.refusal is None
@@ -102,14 +132,12 @@ def test_a_flood_leaves_places_for_tenants_under_their_share(most: int, floods: 
     while progress:
         progress = False
         for tenant in held:
-            queue = view(
-                fleet_requests=sum(held.values()), fleet_tenants=floods, tenant_requests=held[tenant]
-            )
+            queue = view(fleet_requests=sum(held.values()), fleet_weight=floods, tenant_requests=held[tenant])
             room = shared_from(most) - sum(held.values())
             if decide(ask(tenant), queue, max_requests=most).refusal is None:
                 held[tenant] += max(1, room // (2 * floods))  # as many as may pass at once without the bound
                 progress = True
-    newcomer = view(fleet_requests=sum(held.values()), fleet_tenants=floods + 1)
+    newcomer = view(fleet_requests=sum(held.values()), fleet_weight=floods + 1)
     assert sum(held.values()) < most
     assert decide(ask("new"), newcomer, max_requests=most).refusal is None
 
@@ -118,6 +146,7 @@ def test_a_flood_leaves_places_for_tenants_under_their_share(most: int, floods: 
 def test_whoever_has_less_waiting_is_never_refused_before_whoever_has_more(
     others: list[Backlog], rate: float
 ) -> None:
+    others = [replace(one, weight=1.0) for one in others]
     queue = view(*others, rate=rate)
     own = {name: sum(b.tokens for b in others if b.tenant == name and b.urgency == 1) for name in "abc"}
     light, heavy = min(own, key=own.__getitem__), max(own, key=own.__getitem__)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,6 +56,43 @@ def test_two_tenants_that_always_wait_are_served_alike_whatever_they_send() -> N
         window.discard(found[0])
         counters[found[1].tenant] += sizes[found[1].tenant]
     assert abs(counters["small"] - counters["large"]) <= max(sizes.values())
+
+
+@given(
+    weights=st.lists(st.floats(0.01, 100), min_size=2, max_size=4),
+    sizes=st.lists(st.tuples(st.integers(1, 400), st.integers(1, 100)), min_size=1, max_size=8),
+    chosen=st.randoms(use_true_random=False),
+)
+def test_tenants_that_always_wait_are_served_in_proportion_to_their_weights(
+    weights: list[float], sizes: list[tuple[int, int]], chosen: random.Random
+) -> None:
+    window: FairWindow[int] = FairWindow()
+    tenants = {str(number): weight for number, weight in enumerate(weights)}
+    counters = dict.fromkeys(tenants, 0.0)
+    served = dict.fromkeys(tenants, 0.0)
+    size_of: dict[int, tuple[int, int]] = {}
+
+    def ask(tenant: str) -> None:
+        number = len(size_of)
+        size_of[number] = chosen.choice(sizes)
+        window.add(number, waiting(str(number), tenant=tenant, admitted_s=number), model="m")
+
+    for tenant in tenants:
+        ask(tenant)
+    for _ in range(300):
+        found = window.next(counters=counters, now_s=0.0)
+        assert found is not None
+        window.discard(found[0])
+        tenant, (prompt, answer) = found[1].tenant, size_of[found[0]]
+        counters[tenant] += cost(prompt_tokens=prompt, answer_tokens=answer, tenant_weight=tenants[tenant])
+        served[tenant] += prompt + 2.0 * answer
+        ask(tenant)
+    # Whoever is behind goes next: what each got over its weight differs by a request of one of them.
+    largest = max(prompt + 2.0 * answer for prompt, answer in sizes)
+    for one, weight in tenants.items():
+        for other, others in tenants.items():
+            gap = served[one] / weight - served[other] / others
+            assert gap <= largest / weight * (1 + 1e-9)
 
 
 def test_a_model_without_room_does_not_hold_up_another() -> None:

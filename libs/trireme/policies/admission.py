@@ -2,9 +2,10 @@
 
 Pure. The queue is served by urgency, and within one urgency tenants take turns by tokens
 (`fair_sharing`). So what is served before a newcomer is everything more urgent, its tenant's own
-backlog, and of each other tenant's backlog no more than its own tenant gets: who floods the queue
-waits behind itself. A request whose expected wait exceeds what its class allows is refused at
-once, which costs it nothing but the call; waiting in vain would cost the time as well.
+backlog, and of each other tenant's backlog no more than its own tenant gets, times the other's
+weight over its own: who floods the queue waits behind itself. A request whose expected wait exceeds
+what its class allows is refused at once, which costs it nothing but the call; waiting in vain would
+cost the time as well.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class Backlog:
     requests: int
     tokens: float
     """Expected prompt and answer tokens."""
+    weight: float = 1.0
+    """The tenant's: its part of the fleet over that of a tenant of weight 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +69,8 @@ class QueueView:
     """Since when nobody serves the model, or nothing leaves the queue; 0: it is served."""
     fleet_requests: int = 0
     """Waiting for all models."""
-    fleet_tenants: int = 1
-    """Tenants that wait, for any model."""
+    fleet_weight: float = 1.0
+    """Of the tenants that wait, for any model, and of the one that asks."""
     tenant_requests: int = 0
     """Waiting for all models, of the tenant that asks."""
     level: Level = Level.NORMAL
@@ -87,6 +90,8 @@ class Ask:
     """From its start to its end, expected."""
     remaining_s: float = math.inf
     """Until its own deadline."""
+    weight: float = 1.0
+    """Its tenant's."""
     extras: bool = False
     """Asks for several choices or for log-probabilities."""
 
@@ -105,9 +110,9 @@ class Verdict:
     """Of an admitted one: the largest backlog of its tenant at its urgency that it may join."""
 
 
-def share_of_queue(max_requests: int, tenants: int) -> int:
-    """Requests that one of `tenants` may hold of a nearly full queue; one place is a newcomer's."""
-    return max(1, max_requests // (tenants + 1))
+def share_of_queue(max_requests: int, *, weight: float, fleet_weight: float) -> int:
+    """Requests that a tenant may hold of a nearly full queue; a part of weight 1 is a newcomer's."""
+    return max(1, math.floor(max_requests * weight / (fleet_weight + 1.0)))
 
 
 def shared_from(max_requests: int) -> int:
@@ -125,7 +130,7 @@ def tokens_ahead(ask: Ask, queue: QueueView) -> float:
         if backlog.urgency < ask.urgency:
             ahead += backlog.tokens
         elif backlog.urgency == ask.urgency and backlog.tenant != ask.tenant:
-            ahead += min(backlog.tokens, own + ask.tokens)
+            ahead += min(backlog.tokens, (own + ask.tokens) * backlog.weight / ask.weight)
     return ahead
 
 
@@ -137,7 +142,7 @@ def decide(ask: Ask, queue: QueueView, *, max_requests: int) -> Verdict:
     ahead = tokens_ahead(ask, queue)
     wait_s = ahead / rate
     one_s = max(queue.mean_tokens, 1.0) / rate
-    full = _full(queue, max_requests, wait_s=wait_s, one_s=one_s)
+    full = _full(ask, queue, max_requests, wait_s=wait_s, one_s=one_s)
     if full is not None:
         return full
     browned = _browned_out(ask, queue.level, wait_s)
@@ -183,7 +188,7 @@ def pressure(queue: QueueView, *, first_token_s: Sequence[float]) -> float:
 def _decide_unserved(ask: Ask, queue: QueueView, max_requests: int) -> Verdict:
     # How long it lasts is not known: as long again as it has lasted is the best guess.
     wait_s = queue.outage_s
-    full = _full(queue, max_requests, wait_s=wait_s, one_s=wait_s)
+    full = _full(ask, queue, max_requests, wait_s=wait_s, one_s=wait_s)
     if full is not None:
         return full
     if wait_s > min(ask.first_token_s, ask.remaining_s):
@@ -196,7 +201,7 @@ def _decide_unserved(ask: Ask, queue: QueueView, max_requests: int) -> Verdict:
     return Verdict(refusal=None, reason=f"waits for a worker since {wait_s:.0f} s", wait_s=wait_s)
 
 
-def _full(queue: QueueView, max_requests: int, *, wait_s: float, one_s: float) -> Verdict | None:
+def _full(ask: Ask, queue: QueueView, max_requests: int, *, wait_s: float, one_s: float) -> Verdict | None:
     waiting, held = queue.fleet_requests, queue.tenant_requests
     if waiting >= max_requests:
         return Verdict(
@@ -205,7 +210,7 @@ def _full(queue: QueueView, max_requests: int, *, wait_s: float, one_s: float) -
             wait_s=wait_s,
             retry_after_s=(waiting - max_requests + 1) * one_s,
         )
-    share = share_of_queue(max_requests, queue.fleet_tenants)
+    share = share_of_queue(max_requests, weight=ask.weight, fleet_weight=queue.fleet_weight)
     if waiting >= shared_from(max_requests) and held >= share:
         return Verdict(
             refusal=Refusal.TENANT_SHARE,
@@ -213,7 +218,7 @@ def _full(queue: QueueView, max_requests: int, *, wait_s: float, one_s: float) -
             f"whose share is {share}",
             wait_s=wait_s,
             # Its own requests leave in turn with the other tenants'.
-            retry_after_s=(held - share + 1) * queue.fleet_tenants * one_s,
+            retry_after_s=(held - share + 1) * queue.fleet_weight / ask.weight * one_s,
         )
     return None
 
@@ -230,7 +235,7 @@ def _browned_out(ask: Ask, level: Level, wait_s: float) -> Verdict | None:
 
 def _most_tokens(ask: Ask, queue: QueueView, ahead: float) -> float:
     """The own backlog at which the wait is what the class allows, the others' being as they are."""
-    own, longer = 0.0, 0
+    own, others = 0.0, 0.0
     for backlog in queue.backlogs:
         if backlog.urgency != ask.urgency:
             continue
@@ -238,6 +243,7 @@ def _most_tokens(ask: Ask, queue: QueueView, ahead: float) -> float:
             own += backlog.tokens
     for backlog in queue.backlogs:
         if backlog.urgency == ask.urgency and backlog.tenant != ask.tenant:
-            longer += backlog.tokens > own + ask.tokens
+            weight = backlog.weight / ask.weight
+            others += weight if backlog.tokens > (own + ask.tokens) * weight else 0.0
     spare = ask.first_token_s * queue.tokens_per_s - ahead
-    return own + spare / (1 + longer)
+    return own + spare / (1.0 + others)

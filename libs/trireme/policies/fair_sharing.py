@@ -1,10 +1,12 @@
 """Fair sharing between tenants by virtual token counters.
 
-Pure. Each tenant's counter grows by the weighted tokens it was served; the waiting tenant
-with the smallest counter goes next, so a tenant that floods the fleet waits behind itself.
+Pure. Each tenant's counter grows by the weighted tokens it was served, over the tenant's own
+weight; the waiting tenant with the smallest counter goes next, so a tenant that floods the fleet
+waits behind itself, and tenants that always wait are served in proportion to their weights.
 The order is work conserving: somebody is always next.
 
-Source: Sheng et al., Fairness in Serving Large Language Models, OSDI 2024 (VTC, algorithm 2).
+Source: Sheng et al., Fairness in Serving Large Language Models, OSDI 2024 (VTC, algorithm 2, and its
+weighted variant).
 """
 
 from __future__ import annotations
@@ -33,9 +35,9 @@ class Waiting:
     admitted_s: float
 
 
-def cost(*, prompt_tokens: int, answer_tokens: int) -> float:
-    """Weighted tokens."""
-    return PROMPT_WEIGHT * prompt_tokens + ANSWER_WEIGHT * answer_tokens
+def cost(*, prompt_tokens: int, answer_tokens: int, tenant_weight: float = 1.0) -> float:
+    """Weighted tokens, as they count for a tenant: one of weight 2 is charged half."""
+    return (PROMPT_WEIGHT * prompt_tokens + ANSWER_WEIGHT * answer_tokens) / tenant_weight
 
 
 def lift(counters: Mapping[str, float], *, tenant: str, active: Iterable[str]) -> float:

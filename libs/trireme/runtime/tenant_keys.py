@@ -67,6 +67,8 @@ class Tenant(_Section):
     """Prompt and answer tokens in the whole fleet; 0: as many as there is room for."""
     max_inflight: int = Field(default=0, ge=0, le=1_000_000)
     """Requests at once in each gateway; 0: as many as there is room for."""
+    weight: float = Field(default=1.0, ge=0.01, le=100.0)
+    """Its part of a fleet in which others wait, over the part of a tenant of weight 1."""
 
 
 class KeysFile(_Section):

@@ -11,7 +11,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from redis.asyncio import Redis
@@ -40,6 +40,7 @@ from trireme.policies.drain_rate import DrainRate, Look, observe
 from trireme.policies.retry_hints import RetryHints
 from trireme.policies.routing import UNMEASURED_DECODE_TOKENS_PER_S, UNMEASURED_PREFILL_TOKENS_PER_S
 from trireme.runtime.fleet import Slo, SloGoal
+from trireme.runtime.tenant_keys import Tenant
 from trireme.wire.bus.v1.facts_pb2 import RequestKind, VariantStatus
 
 log = logging.getLogger(__name__)
@@ -81,13 +82,16 @@ class AdmissionControl:
         max_waiting: int,
         retry_after_s: float,
         metrics: Metrics,
+        tenants: Callable[[], Mapping[str, Tenant]] = dict,
     ) -> None:
+        """`tenants`: those whose weights are known now; all others weigh 1."""
         self._redis = redis
         self._keys = keys
         self._records = records
         self._links = links
         self._metrics = metrics
         self._max_waiting = max_waiting
+        self._known_tenants = tenants
         self._goals: tuple[SloGoal, ...] = (slo.interactive, slo.standard, slo.batch)
         self._hints = RetryHints(shortest_s=retry_after_s)
         self._canonical = {model.name: model.variant_of or model.name for model in catalog.all()}
@@ -95,6 +99,7 @@ class AdmissionControl:
         self._unserved_since_s: dict[str, float] = {}
         self._waiting = 0
         self._tenant_requests: dict[str, int] = {}
+        self._waiting_weight = 0.0
         self.trimmed: frozenset[str] = frozenset()
         """Models and variants whose answers are kept short where nobody asked for a length."""
 
@@ -102,6 +107,11 @@ class AdmissionControl:
     def knows_workers(self) -> bool:
         """Some worker of some model was seen."""
         return any(load.statuses for load in self._loads.values())
+
+    def weight_of(self, tenant: str) -> float:
+        """The tenant's part of the fleet over that of a tenant of weight 1."""
+        known = self._known_tenants().get(tenant)
+        return known.weight if known is not None else 1.0
 
     def level(self, model: str) -> Level:
         """What is given up for this model now."""
@@ -122,6 +132,7 @@ class AdmissionControl:
         """Take a look at the queue into account."""
         self._waiting = work.entries
         self._tenant_requests = dict(work.tenant_requests)
+        self._waiting_weight = sum(map(self.weight_of, self._tenant_requests))
         self._note_workers(work, now_s)
         for name, load in self._loads.items():
             served = [asked for asked, model in self._canonical.items() if model == name]
@@ -173,7 +184,11 @@ class AdmissionControl:
             return TenantBounds()
         return TenantBounds(
             shared_from=shared_from(self._max_waiting),
-            requests=share_of_queue(self._max_waiting, self._tenants(caller.tenant)),
+            requests=share_of_queue(
+                self._max_waiting,
+                weight=self.weight_of(caller.tenant),
+                fleet_weight=self._fleet_weight(caller.tenant),
+            ),
             backlog_tokens=min(verdict.most_tokens, float(2**31)),
         )
 
@@ -183,10 +198,15 @@ class AdmissionControl:
         load = self._load(submission.model.name)
         key = (URGENCY[caller.slo_class], caller.tenant)
         known = load.backlogs.get(key) or Backlog(
-            tenant=caller.tenant, urgency=key[0], requests=0, tokens=0.0
+            tenant=caller.tenant,
+            urgency=key[0],
+            requests=0,
+            tokens=0.0,
+            weight=self.weight_of(caller.tenant),
         )
         load.backlogs[key] = replace(known, requests=known.requests + 1, tokens=known.tokens + tokens)
         self._waiting += 1
+        self._waiting_weight = self._fleet_weight(caller.tenant)
         self._tenant_requests[caller.tenant] = self._tenant_requests.get(caller.tenant, 0) + 1
 
     def refused_by_queue(self, submission: Submission, result: AdmissionResult) -> TriremeError:
@@ -196,16 +216,16 @@ class AdmissionControl:
         if result.admission is Admission.FULL:
             reason = f"{waiting} requests wait in the fleet, its limit"
             return self._refused(submission, Refusal.QUEUE_FULL, reason, one_s)
-        tenants = self._tenants(submission.caller.tenant)
+        turn_s = one_s / self._part(submission.caller.tenant)
         if result.admission is Admission.OVER_SHARE:
             reason = f"{waiting} requests wait in the fleet, and this tenant's are its share of them"
-            return self._refused(submission, Refusal.TENANT_SHARE, reason, tenants * one_s)
+            return self._refused(submission, Refusal.TENANT_SHARE, reason, turn_s)
         goal_s = self._goals[URGENCY[submission.caller.slo_class]].ttft_s
         reason = (
             f"{waiting} requests wait in the fleet, so many of them this tenant's that the first token "
             f"would come too late: its class may wait {goal_s:g} s"
         )
-        return self._refused(submission, Refusal.FIRST_TOKEN_GOAL, reason, tenants * one_s)
+        return self._refused(submission, Refusal.FIRST_TOKEN_GOAL, reason, turn_s)
 
     def refused_by_gateway(self, submission: Submission, held: int) -> TriremeError:
         """The error of a request for which this gateway has no place."""
@@ -228,7 +248,7 @@ class AdmissionControl:
         return self._hints.next(
             tenant,
             room_in_s=room_in_s,
-            takes_s=promised * self._tenants(tenant) / rate if rate > 0.0 else 0.0,
+            takes_s=promised / self._part(tenant) / rate if rate > 0.0 else 0.0,
             now_s=time.monotonic(),
             draw=random.random(),
         )
@@ -246,6 +266,7 @@ class AdmissionControl:
             first_token_s=self._goals[urgency].ttft_s,
             serve_s=self._serve_s(load, submission),
             remaining_s=caller.deadline_unix_s - time.time() if caller.deadline_unix_s else math.inf,
+            weight=self.weight_of(caller.tenant),
             extras=sampling.n > 1 or sampling.HasField("logprobs"),
         )
         view = QueueView(
@@ -256,7 +277,7 @@ class AdmissionControl:
             handed_over_tokens=load.drain.mean_tokens * load.handed_over,
             outage_s=self._outage_s(submission.model.name),
             fleet_requests=self._waiting,
-            fleet_tenants=self._tenants(caller.tenant),
+            fleet_weight=self._fleet_weight(caller.tenant),
             tenant_requests=self._tenant_requests.get(caller.tenant, 0),
             level=load.brown_out.level,
         )
@@ -265,9 +286,13 @@ class AdmissionControl:
     def _load(self, name: str) -> _ModelLoad:
         return self._loads[self._canonical[name]]
 
-    def _tenants(self, tenant: str) -> int:
-        """Tenants that wait, this one included."""
-        return len(self._tenant_requests) + (tenant not in self._tenant_requests)
+    def _fleet_weight(self, tenant: str) -> float:
+        """Of the tenants that wait, this one included."""
+        return self._waiting_weight + (0.0 if tenant in self._tenant_requests else self.weight_of(tenant))
+
+    def _part(self, tenant: str) -> float:
+        """Of the fleet, while all who wait now go on waiting."""
+        return self.weight_of(tenant) / self._fleet_weight(tenant)
 
     def _outage_s(self, name: str) -> float:
         since_s = self._unserved_since_s.get(name)
@@ -307,7 +332,11 @@ class AdmissionControl:
             if known is not None:
                 requests, tokens = requests + known.requests, tokens + int(known.tokens)
             found[place] = Backlog(
-                tenant=key.tenant, urgency=key.urgency, requests=requests, tokens=float(tokens)
+                tenant=key.tenant,
+                urgency=key.urgency,
+                requests=requests,
+                tokens=float(tokens),
+                weight=self.weight_of(key.tenant),
             )
         return found
 

@@ -343,6 +343,7 @@ class Generation:
         admitted = AdmittedRequest(
             request_id=caller.fleet_id,
             tenant=caller.tenant,
+            tenant_weight=self.admission.weight_of(caller.tenant),
             model=submission.model.name,
             kind=submission.kind,
             prompt_token_ids=submission.prompt_token_ids,

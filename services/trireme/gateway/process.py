@@ -99,6 +99,7 @@ async def running_gateway(settings: Settings, spans: Spans | None = None) -> Asy
         table = RequestTable(links, metrics, on_lost=recovery.worker_lost, on_unknown=recovery.unknown)
         links.listen(table)
         recovery.watch(table)
+        tenants = partial(getattr, gate.book, "tenants") if gate.book else dict
         admission = AdmissionControl(
             redis,
             keys,
@@ -109,6 +110,7 @@ async def running_gateway(settings: Settings, spans: Spans | None = None) -> Asy
             max_waiting=settings.max_waiting,
             retry_after_s=settings.retry_after_s,
             metrics=metrics,
+            tenants=tenants,
         )
         core = Generation(
             settings=settings,
@@ -122,7 +124,7 @@ async def running_gateway(settings: Settings, spans: Spans | None = None) -> Asy
             metrics=metrics,
             traces=RequestTraces(spans or NoSpans(), keep=settings.kept_timelines),
             admission=admission,
-            quotas=Quotas(redis, keys, partial(getattr, gate.book, "tenants")) if gate.book else None,
+            quotas=Quotas(redis, keys, tenants) if gate.book else None,
         )
         answers = partial(fleet_answers, links)
         health = HealthReporter({SERVICE_NAME: answers, OIP_SERVICE_NAME: answers})

@@ -234,12 +234,14 @@ class Dispatcher:
         return cost(
             prompt_tokens=len(request.prompt_token_ids),
             answer_tokens=int(self._expected_answer(request) * max(1, request.sampling.n)),
+            tenant_weight=request.tenant_weight or 1.0,
         )
 
     def _cost(self, request: AdmittedRequest, choice: Choice) -> float:
         return cost(
             prompt_tokens=len(request.prompt_token_ids) - choice.cached_tokens,
             answer_tokens=int(self._expected_answer(request) * max(1, request.sampling.n)),
+            tenant_weight=request.tenant_weight or 1.0,
         )
 
     async def _hand_over(self, chosen: list[tuple[Entry[AdmittedRequest], Choice]]) -> None:

@@ -173,6 +173,7 @@ class AdmittedRequest(_message.Message):
     TRUNCATION_FIELD_NUMBER: _builtins.int
     KV_JOINTS_FIELD_NUMBER: _builtins.int
     EXPECTED_TOKENS_FIELD_NUMBER: _builtins.int
+    TENANT_WEIGHT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Unique; also the id of this fact within its attempt."""
     tenant: _builtins.str
@@ -205,6 +206,8 @@ class AdmittedRequest(_message.Message):
     """W3C trace context."""
     expected_tokens: _builtins.int
     """Prompt and answer tokens that it will probably cost, by what answers of this model have been; 0: unknown."""
+    tenant_weight: _builtins.float
+    """The tenant's part of the fleet over that of a tenant of weight 1; 0: 1."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt."""
@@ -259,10 +262,11 @@ class AdmittedRequest(_message.Message):
         truncation: Global___Truncation | None = ...,
         kv_joints: _abc.Iterable[Global___KvJoint] | None = ...,
         expected_tokens: _builtins.int = ...,
+        tenant_weight: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "truncation", b"truncation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted_unix_s", b"admitted_unix_s", "attempt", b"attempt", "avoid_worker_ids", b"avoid_worker_ids", "continuations", b"continuations", "crashes", b"crashes", "deadline_unix_s", b"deadline_unix_s", "delivered", b"delivered", "expected_tokens", b"expected_tokens", "gateway_id", b"gateway_id", "kind", b"kind", "kv_joints", b"kv_joints", "kv_salt", b"kv_salt", "model", b"model", "prefix_hashes", b"prefix_hashes", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "slo_class", b"slo_class", "tenant", b"tenant", "traceparent", b"traceparent", "truncation", b"truncation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted_unix_s", b"admitted_unix_s", "attempt", b"attempt", "avoid_worker_ids", b"avoid_worker_ids", "continuations", b"continuations", "crashes", b"crashes", "deadline_unix_s", b"deadline_unix_s", "delivered", b"delivered", "expected_tokens", b"expected_tokens", "gateway_id", b"gateway_id", "kind", b"kind", "kv_joints", b"kv_joints", "kv_salt", b"kv_salt", "model", b"model", "prefix_hashes", b"prefix_hashes", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "slo_class", b"slo_class", "tenant", b"tenant", "tenant_weight", b"tenant_weight", "traceparent", b"traceparent", "truncation", b"truncation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -388,7 +392,7 @@ class Decision(_message.Message):
     reason: _builtins.str
     """One line."""
     tenant_virtual_tokens: _builtins.float
-    """The tenant's virtual token counter when it was chosen, in weighted tokens."""
+    """The tenant's virtual token counter when it was chosen: weighted tokens over the tenant's weight."""
     decided_unix_s: _builtins.float
     """When it was decided."""
     scheduler_id: _builtins.str

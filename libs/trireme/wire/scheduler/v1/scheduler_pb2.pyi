@@ -96,7 +96,7 @@ class TenantQueue(_message.Message):
     waiting: _builtins.int
     """Requests waiting at this replica."""
     virtual_tokens: _builtins.float
-    """Weighted tokens served so far."""
+    """Weighted tokens served so far, over the tenant's weight."""
     def __init__(
         self,
         *,
