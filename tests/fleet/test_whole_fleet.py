@@ -11,6 +11,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import openai
@@ -189,6 +191,75 @@ async def test_scores_and_vectors_equal_the_reference(fleet: Fleet) -> None:
     assert embedded.vectors[0] == pytest.approx(vector, abs=1e-4)
     assert embedded.vectors[1] == pytest.approx(vector, abs=1e-4)
     assert embedded.vectors[2] != pytest.approx(vector, abs=1e-2)
+
+
+async def test_a_prompt_is_scored_as_evaluation_harnesses_ask(fleet: Fleet) -> None:
+    """`echo` with `logprobs`, which sends the prompt's own back: each request is asked for twice, so that
+    the second one finds its prompt cached, and prompts are longer than a chunk."""
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+    source = (REPOSITORY / "libs" / "trireme" / "errors.py").read_text(encoding="utf-8")
+    prompts = [tokenizer.encode(source).ids[:900], tokenizer.encode("import os\nimport sys\n").ids, [7]]
+    tables = []
+    with torch.inference_mode():
+        for prompt in prompts:
+            tables.append(model(torch.tensor([prompt])).logits[0].log_softmax(-1))
+
+    def check(prompt: list[int], table: torch.Tensor, logprobs: Any, *, answer_tokens: int) -> None:
+        assert len(logprobs.tokens) == len(prompt) + answer_tokens
+        assert logprobs.token_logprobs[0] is None and logprobs.top_logprobs[0] is None
+        chosen = table[range(len(prompt) - 1), prompt[1:]].tolist()
+        assert logprobs.token_logprobs[1 : len(prompt)] == pytest.approx(chosen, abs=2e-3)
+        best = table[:-1].max(-1).values.tolist()
+        tops = [max(top.values()) for top in logprobs.top_logprobs[1 : len(prompt)]]
+        assert tops == pytest.approx(best, abs=2e-3)
+        assert logprobs.text_offset == sorted(logprobs.text_offset)
+        assert len(logprobs.text_offset) == len(logprobs.tokens)
+
+    asked: Any = {"model": "py", "prompt": prompts, "echo": True, "logprobs": 2, "temperature": 0, "seed": 1}
+    client = openai.AsyncOpenAI(base_url=f"http://{fleet.http[0]}/v1", api_key="none")
+    for max_tokens in (1, 0, 1):
+        whole = await client.completions.create(**asked, max_tokens=max_tokens)
+        for choice, prompt, table in zip(whole.choices, prompts, tables, strict=True):
+            check(prompt, table, choice.logprobs, answer_tokens=max_tokens)
+            assert choice.finish_reason == "length"
+            assert choice.text.startswith(tokenizer.decode(prompt))
+            if max_tokens:
+                assert choice.logprobs is not None and choice.logprobs.token_logprobs is not None
+                top = table[-1].max().item()
+                assert choice.logprobs.token_logprobs[-1] == pytest.approx(top, abs=2e-3)
+            else:
+                assert choice.text == tokenizer.decode(prompt)
+        assert whole.usage is not None
+        assert whole.usage.completion_tokens == max_tokens * len(prompts)
+        assert whole.usage.prompt_tokens_details is None or not (
+            whole.usage.prompt_tokens_details.cached_tokens
+        )
+    for number, prompt in enumerate(prompts):
+        columns, text = SimpleNamespace(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[]), ""
+        stream = await client.completions.create(
+            **{**asked, "prompt": prompt, "max_tokens": 2 * (number != 1)}, stream=True
+        )
+        async for chunk in stream:
+            (choice_part,) = chunk.choices
+            text += choice_part.text
+            for name in vars(columns) if choice_part.logprobs is not None else ():
+                getattr(columns, name).extend(getattr(choice_part.logprobs, name))
+        check(prompt, tables[number], columns, answer_tokens=2 * (number != 1))
+        assert text.startswith(tokenizer.decode(prompt))
+    await client.close()
+
+    async with TriremeClient(fleet.grpc) as own:
+        sampling = Sampling(max_tokens=0, prompt_logprobs=1)
+        events = [event async for event in own.generate("py", prompts[0], sampling)]
+    (delta,) = [event for event in events if isinstance(event, Delta)]
+    assert delta.token_ids == () and [p.chosen.token_id for p in delta.prompt_logprobs] == prompts[0][1:]
+    found = [position.chosen.logprob for position in delta.prompt_logprobs]
+    assert found == pytest.approx(tables[0][range(len(prompts[0]) - 1), prompts[0][1:]].tolist(), abs=2e-3)
 
 
 async def test_an_encoder_embeds_and_classifies_and_says_that_it_does_not_generate(

@@ -67,6 +67,8 @@ class Delta:
     text: str
     """Text that became complete with these tokens."""
     logprobs: tuple[PositionLogprobs, ...]
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+    """With a choice's first delta, where asked for: of the prompt's tokens but the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,7 @@ def event_from(response: pb.GenerateResponse) -> Event | None:
                 tuple(delta.token_ids),
                 delta.text,
                 tuple(_position(position) for position in delta.logprobs),
+                tuple(_position(position) for position in delta.prompt_logprobs),
             )
         case "accepted":
             accepted = response.accepted

@@ -46,6 +46,8 @@ class Sampling:
     seed: int | None = None
     logprobs: int | None = None
     """Alternatives per token; 0: the chosen token only."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens; then `max_tokens` may be 0."""
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
@@ -66,6 +68,7 @@ class Sampling:
             logit_bias=dict(self.logit_bias),
             seed=self.seed,
             logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
             stop=self.stop,
             stop_token_ids=self.stop_token_ids,
             ignore_eos=self.ignore_eos,

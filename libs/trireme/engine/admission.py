@@ -6,6 +6,7 @@ from collections.abc import Sequence as Seq
 
 from trireme.constraints.guide import Guides
 from trireme.engine.context_window import open_window
+from trireme.engine.prompt_logprobs import PromptLogprobs
 from trireme.engine.request import Mode, SequenceRequest
 from trireme.engine.sampling import SamplingState
 from trireme.engine.sequence import ScoreGroup, Sequence
@@ -34,7 +35,14 @@ def check(
     request.sampling.check_vocabulary(config.vocab_size)
     if request.sampling.constraint is not None and not can_guide:
         raise InvalidRequest("this model has no tokenizer to compile constraints with", param="constraint")
-    longest = 1 if request.mode is Mode.GENERATE else 0
+    params = request.sampling
+    if params.prompt_logprobs is not None and (
+        request.mode is not Mode.GENERATE or request.truncation is not None
+    ):
+        raise InvalidRequest(
+            "prompt_logprobs is for a prompt that is answered and not cut", param="prompt_logprobs"
+        )
+    longest = min(1, params.max_tokens) if request.mode is Mode.GENERATE else 0
     if request.mode is Mode.SCORE:
         if not request.score_continuations:
             raise InvalidRequest("there are no continuations to score", param="score_continuations")
@@ -85,6 +93,9 @@ def sequences_of(
                 sequence.token_ids = window.refilled()
                 sequence.chain = window.stage.chain
             sequence.window = window
+            sequence.has_no_answer = params.max_tokens == 0
+            if params.prompt_logprobs is not None:
+                sequence.prompt_logprobs = PromptLogprobs(params.prompt_logprobs)
             sequence.stop_ids = stop_ids(request, eos_token_ids)
             sequence.state = SamplingState(
                 params,

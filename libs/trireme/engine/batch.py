@@ -100,7 +100,11 @@ def _forward(model: Model, cache: KvCache, parts: list[Part], drafts: Drafts) ->
         else:
             token_ids.extend(sequence.token_ids[start:stop])
             positions.extend(range(start, stop))
-        if sequence.mode is Mode.GENERATE and stop == len(sequence.token_ids) and not sequence.is_replaying:
+        if (
+            sequence.mode is Mode.GENERATE
+            and stop == len(sequence.token_ids)
+            and not (sequence.is_replaying or sequence.has_no_answer)
+        ):
             sampling.append(sequence)
             last_rows.append(len(token_ids) - 1)
         if drafts and (draft := drafts.get(sequence)):

@@ -26,8 +26,10 @@ from trireme.engine.outputs import (
     FinishReason,
     ScoreOutput,
     StepResult,
+    TokenLogprobs,
     TokenOutput,
 )
+from trireme.engine.prompt_logprobs import prompt_logprobs
 from trireme.engine.request import Mode, SequenceRequest
 from trireme.engine.roster import Roster
 from trireme.engine.sampling import Sampled, SamplingState, sample
@@ -236,7 +238,8 @@ class Engine:
 
     def missing_prefix(self, request: SequenceRequest) -> tuple[bytes, ...]:
         """Hashes of the request's blocks that could be reused but are not resident, in order."""
-        if request.mode is Mode.EMBED or not self.settings.prefix_cache:
+        computes_all = request.mode is Mode.EMBED or request.sampling.prompt_logprobs is not None
+        if computes_all or not self.settings.prefix_cache:
             return ()
         token_ids = [*request.prompt_token_ids, *request.delivered_token_ids]
         hashes = request.chain.extend((), token_ids[:-1], self.settings.block_size)
@@ -335,6 +338,8 @@ class Engine:
             self._advance(sequence, count)
             if sequence.is_replaying and sequence.num_computed == len(sequence.token_ids):
                 self._go_on_replaying(sequence)
+            elif sequence.prompt_logprobs is not None:
+                self._absorb_prompt(sequence, batch.hidden[first : first + count], start, report)
             elif sequence.mode is not Mode.GENERATE:
                 self._absorb_hidden(sequence, batch.hidden[first : first + count], start, report)
         if batch.logits is not None:
@@ -429,6 +434,7 @@ class Engine:
                 None,
                 sequence.cached_tokens,
                 None if window is None else window.news_of_dropped(),
+                None if sequence.prompt_logprobs is None else self._take_prompt(sequence),
             )
         )
         sequence.cached_tokens = None
@@ -457,6 +463,42 @@ class Engine:
     def _cut(self, sequence: Sequence) -> None:
         if not cut(self._cache, sequence):
             self._roster.preempt(sequence)
+
+    def _absorb_prompt(
+        self, sequence: Sequence, hidden: torch.Tensor, start: int, report: StepReport
+    ) -> None:
+        """A chunk of a sequence whose prompt's log-probabilities are asked for; as for `_absorb_hidden`."""
+        wanted = sequence.prompt_logprobs
+        assert wanted is not None
+        following = sequence.token_ids[start + 1 : min(start + hidden.shape[0] + 1, sequence.num_prompt)]
+        try:
+            wanted.rows += prompt_logprobs(self.model, hidden, following, num_top=wanted.num_top)
+        except ArithmeticError:
+            self._fail(sequence, _not_a_number(), report)
+        except Exception as error:
+            self._fail(sequence, error, report)
+        else:
+            if sequence.has_no_answer and sequence.num_computed == sequence.num_target:
+                self._end_without_answer(sequence, report)
+
+    def _end_without_answer(self, sequence: Sequence, report: StepReport) -> None:
+        """Only its prompt was asked for."""
+        report.outputs.append(
+            TokenOutput(
+                sequence.sequence_id,
+                0,
+                None,
+                finish_reason=FinishReason.LENGTH,
+                cached_tokens=sequence.cached_tokens,
+                prompt_logprobs=self._take_prompt(sequence),
+            )
+        )
+        self._end(sequence)
+
+    def _take_prompt(self, sequence: Sequence) -> tuple[TokenLogprobs, ...] | None:
+        """The log-probabilities of its prompt, to be told once."""
+        found, sequence.prompt_logprobs = sequence.prompt_logprobs, None
+        return None if found is None else tuple(found.rows)
 
     def _absorb_hidden(
         self, sequence: Sequence, hidden: torch.Tensor, start: int, report: StepReport

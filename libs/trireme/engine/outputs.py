@@ -21,6 +21,10 @@ class FinishReason(enum.StrEnum):
     """The engine failed on this sequence alone."""
 
 
+TokenLogprobs = tuple[float, tuple[tuple[int, float], ...]]
+"""A token's log-probability, and (token id, log-probability) of the likeliest in its place."""
+
+
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
     """News of a generating sequence, or the error that ended any sequence."""
@@ -40,6 +44,8 @@ class TokenOutput:
     """With the sequence's first output: tokens whose KV was found and not computed."""
     dropped_tokens: int | None = None
     """Where it has changed: oldest tokens that have gone since the request came, delivered ones included."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    """With the sequence's first output, where asked for: of the prompt's tokens but the first."""
 
 
 class ScoreOutput(NamedTuple):

@@ -48,6 +48,9 @@ class SamplingParams:
     """Key of the draws, 64 bits."""
     logprobs: int | None = None
     """How many likeliest tokens to report beside the chosen one; None: nothing."""
+    prompt_logprobs: int | None = None
+    """How many likeliest tokens to report beside each of the prompt's; None: nothing. Then `max_tokens` may
+    be 0."""
     ignore_eos: bool = False
     """Go on after the end-of-sequence token."""
     stop_token_ids: tuple[int, ...] = ()
@@ -56,7 +59,7 @@ class SamplingParams:
     """What the answer must look like."""
 
     def __post_init__(self) -> None:
-        self._whole("max_tokens", self.max_tokens, 1, None)
+        self._whole("max_tokens", self.max_tokens, 1 if self.prompt_logprobs is None else 0, None)
         self._whole("min_tokens", self.min_tokens, 0, self.max_tokens)
         self._real("temperature", self.temperature, 0.0, math.inf)
         self._whole("top_k", self.top_k, 0, None)
@@ -72,6 +75,8 @@ class SamplingParams:
         self._whole("seed", self.seed, 0, (1 << 64) - 1)
         if self.logprobs is not None:
             self._whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            self._whole("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         for token_id, bias in self.logit_bias.items():
             self._whole("logit_bias", token_id, 0, None)
             self._real("logit_bias", bias, -100.0, 100.0)

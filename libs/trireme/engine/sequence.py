@@ -9,6 +9,7 @@ from torch import Tensor
 from trireme.engine.block_moves import Load
 from trireme.engine.context_window import ContextWindow
 from trireme.engine.kv_copies import Copy
+from trireme.engine.prompt_logprobs import PromptLogprobs
 from trireme.engine.request import Mode, SequenceRequest
 from trireme.engine.sampling import SamplingState
 from trireme.engine.stored_blocks import StoredBlock
@@ -51,6 +52,10 @@ class Sequence:
     """For SCORE."""
     member: int = 0
     """Which continuation of the group."""
+    has_no_answer: bool = False
+    """It ends with its prompt."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """For GENERATE, where they are asked for and not told yet."""
     hidden_sum: Tensor | None = None
     """For EMBED: (hidden,) float32, over the tokens computed so far."""
 
@@ -88,6 +93,8 @@ class Sequence:
         """It is to be computed from here on: sums over what is computed again start anew."""
         self.num_computed = num_computed
         self.hidden_sum = None
+        if self.prompt_logprobs is not None:
+            self.prompt_logprobs.rows.clear()
         if self.group is not None:
             self.group.logprobs[self.member] = 0.0
 
@@ -158,7 +165,7 @@ class Sequence:
         """Tokens whose KV may be found instead of computed: those whose hidden state nobody needs."""
         match self.mode:
             case Mode.GENERATE:
-                return len(self.token_ids) - 1
+                return len(self.token_ids) - 1 if self.prompt_logprobs is None else 0
             case Mode.SCORE:
                 return self.num_prompt - 1
             case Mode.EMBED:

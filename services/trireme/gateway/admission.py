@@ -267,7 +267,7 @@ class AdmissionControl:
             serve_s=self._serve_s(load, submission),
             remaining_s=caller.deadline_unix_s - time.time() if caller.deadline_unix_s else math.inf,
             weight=self.weight_of(caller.tenant),
-            extras=sampling.n > 1 or sampling.HasField("logprobs"),
+            extras=sampling.n > 1 or sampling.HasField("logprobs") or sampling.HasField("prompt_logprobs"),
         )
         view = QueueView(
             backlogs=tuple(load.backlogs.values()),

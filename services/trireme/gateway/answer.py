@@ -64,6 +64,7 @@ class Answer:
         self._last_token_s = 0.0
         self._taken = [*resume_from, *[0] * len(live.choices)][: len(live.choices)]
         self._finished = [False] * len(live.choices)
+        self._prompt_shown = [taken > 0 for taken in self._taken]
         self._pauses_seen = 0
         self._started = False
         self._closed = False
@@ -161,7 +162,8 @@ class Answer:
                 continue
             taken, have = self._taken[number], len(choice.token_ids)
             lone_tail = bool(choice.ended and choice.tail) and have == taken and not self._skips_tail(number)
-            if have > taken or lone_tail:
+            prompt_logprobs = () if self._prompt_shown[number] else choice.prompt_logprobs
+            if have > taken or lone_tail or (prompt_logprobs and choice.ended):
                 texts = choice.texts[taken:have]
                 if choice.ended and choice.tail:
                     texts = [*texts[:-1], texts[-1] + choice.tail] if texts else [choice.tail]
@@ -173,8 +175,10 @@ class Answer:
                         texts[0] if len(texts) == 1 else "".join(texts),
                         texts,
                         choice.logprobs[taken:have],
+                        prompt_logprobs,
                     )
                 )
+                self._prompt_shown[number] = True
                 tokens += have - taken
                 self._taken[number] = have
             if choice.ended:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,8 @@ class Delta:
     """The same text by token."""
     logprobs: list[Any]
     """One PositionLogprobs per token where asked for; texts and bytes are not filled in."""
+    prompt_logprobs: Sequence[Any] = ()
+    """With the first delta of a choice, where asked for: of the prompt's tokens but the first."""
 
 
 @dataclass(frozen=True, slots=True)

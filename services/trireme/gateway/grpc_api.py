@@ -182,8 +182,9 @@ def _response(request_id: str, event: Event, vocabulary: Vocabulary) -> pb.Gener
                 token_ids=event.token_ids,
                 text=event.text,
                 logprobs=event.logprobs,
+                prompt_logprobs=event.prompt_logprobs,
             )
-            for position in delta.logprobs:
+            for position in (*delta.logprobs, *delta.prompt_logprobs):
                 for token in (position.chosen, *position.top):
                     text, token.raw = vocabulary.piece(token.token_id)
                     token.text = "" if "\ufffd" in text else text

@@ -25,6 +25,8 @@ class Limits:
     max_stop_token_ids: int = 64
     max_logit_bias: int = 1024
     max_logprobs: int = 20
+    max_prompt_logprobs: int = 65536
+    """Of one request: choices times the prompt's tokens, times one and the alternatives beside each."""
     max_messages: int = 2048
     max_prompts: int = 64
     max_embeddings: int = 2048
@@ -62,7 +64,8 @@ def check_sampling(
     """
     in_range("n", sampling.n, 0, limits.max_choices)
     if sampling.HasField("max_tokens"):
-        in_range(max_tokens_param, sampling.max_tokens, 1, limits.max_answer_tokens)
+        fewest = 0 if sampling.HasField("prompt_logprobs") else 1
+        in_range(max_tokens_param, sampling.max_tokens, fewest, limits.max_answer_tokens)
     in_range("min_tokens", sampling.min_tokens, 0, limits.max_answer_tokens)
     if sampling.HasField("temperature"):
         in_range("temperature", sampling.temperature, 0, 2)
@@ -81,6 +84,8 @@ def check_sampling(
         in_range("logit_bias", bias, -100, 100)
     if sampling.HasField("logprobs"):
         in_range(logprobs_param, sampling.logprobs, 0, limits.max_logprobs)
+    if sampling.HasField("prompt_logprobs"):
+        in_range("prompt_logprobs", sampling.prompt_logprobs, 0, limits.max_logprobs)
     at_most("stop", len(sampling.stop), limits.max_stop_strings)
     for stop in sampling.stop:
         if not 0 < len(stop) <= limits.max_stop_characters:
@@ -126,6 +131,20 @@ def check_prompt(
             f"the prompt has {len(token_ids)} tokens; {model.name} takes at most {allowed} here "
             f"(its context is {model.context_tokens})",
             param=param,
+        )
+
+
+def check_prompt_logprobs(sampling: SamplingParameters, prompt_tokens: int, limits: Limits) -> None:
+    """Raise InvalidRequest where more log-probabilities of a prompt are asked for than are told."""
+    if not sampling.HasField("prompt_logprobs"):
+        return
+    wanted = max(1, sampling.n) * prompt_tokens * (1 + sampling.prompt_logprobs)
+    if wanted > limits.max_prompt_logprobs:
+        raise InvalidRequest(
+            f"{wanted} log-probabilities of the prompt are asked for, and at most "
+            f"{limits.max_prompt_logprobs} are told: shorten the prompt, or ask for fewer alternatives "
+            "(logprobs) or choices (n)",
+            param="logprobs",
         )
 
 

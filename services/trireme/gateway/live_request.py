@@ -66,6 +66,7 @@ class Choice:
         "_min_tokens",
         "_stop_token_ids",
         "logprobs",
+        "prompt_logprobs",
         "reason",
         "stop_string",
         "tail",
@@ -84,6 +85,8 @@ class Choice:
         self.token_ids = array("I")
         self.texts: list[str] = []
         self.logprobs: list[Any] = []
+        self.prompt_logprobs: Sequence[Any] = ()
+        """Of the prompt's tokens but the first, where asked for."""
         self.tail = ""
         """Text that was still held back at the end."""
         self.reason: FinishReason.ValueType = FINISH_REASON_UNSPECIFIED
@@ -232,6 +235,8 @@ class LiveRequest:
         choice = self.choices[update.choice]
         outcome = Applied.TAKEN
         if not choice.ended:
+            if update.prompt_logprobs and not choice.prompt_logprobs:
+                choice.prompt_logprobs = update.prompt_logprobs
             have = len(choice.token_ids)
             first = update.first_index
             if first > have:

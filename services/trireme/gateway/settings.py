@@ -122,6 +122,7 @@ class Settings:
     max_stop_token_ids: int = 64
     max_logit_bias: int = 1024
     max_logprobs: int = 20
+    max_prompt_logprobs: int = 65536
     max_messages: int = 2048
     max_prompts: int = 64
     max_embeddings: int = 2048
@@ -152,6 +153,7 @@ class Settings:
             max_stop_token_ids=self.max_stop_token_ids,
             max_logit_bias=self.max_logit_bias,
             max_logprobs=self.max_logprobs,
+            max_prompt_logprobs=self.max_prompt_logprobs,
             max_messages=self.max_messages,
             max_prompts=self.max_prompts,
             max_embeddings=self.max_embeddings,

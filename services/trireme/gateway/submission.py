@@ -10,7 +10,14 @@ from dataclasses import dataclass, replace
 
 from trireme.errors import InvalidRequest
 from trireme.gateway.arrivals import arrived_unix_s
-from trireme.gateway.limits import Limits, answer_tokens, check_prompt, check_sampling, in_range
+from trireme.gateway.limits import (
+    Limits,
+    answer_tokens,
+    check_prompt,
+    check_prompt_logprobs,
+    check_sampling,
+    in_range,
+)
 from trireme.gateway.models import ServedModel
 from trireme.gateway.truncation import Cut, Overflow, cut_prompt
 from trireme.wire.bus.v1.facts_pb2 import RequestKind
@@ -157,6 +164,12 @@ def generation(
     asked = sampling.max_tokens if sampling.HasField("max_tokens") else None
     resolved = SamplingParameters()
     resolved.CopyFrom(sampling)
+    check_prompt_logprobs(sampling, len(prompt_token_ids), limits)
+    if overflow.cuts and sampling.HasField("prompt_logprobs"):
+        raise InvalidRequest(
+            "a prompt whose log-probabilities are asked for must fit: leave out context_overflow",
+            param="context_overflow",
+        )
     cut = cut_prompt(overflow, model, prompt_token_ids, asked, param=prompt_param)
     if cut is not None:
         prompt_token_ids = cut.plan.keep(prompt_token_ids)

@@ -37,6 +37,8 @@ class Choice:
     """The engine process's name for it, and its lane to gateways; the request table gives it."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[PositionLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
+    """Of the prompt's tokens but the first, where asked for."""
     finished: Finished | None = None
     dropped_tokens: int = 0
     """Oldest ones, of prompt and answer, that have gone because the context was full."""
@@ -45,6 +47,7 @@ class Choice:
     finish_sent: bool = False
     lane_sent: bool = False
     """The present gateway knows its lane."""
+    prompt_sent: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -140,6 +143,7 @@ class LiveRequest:
             choice.sent = 0
             choice.finish_sent = False
             choice.lane_sent = False
+            choice.prompt_sent = False
 
     @property
     def has_news(self) -> bool:
@@ -189,6 +193,9 @@ class LiveRequest:
                 logprobs=choice.logprobs[choice.sent : upto],
                 lane=choice.handle,
             )
+            if choice.prompt_logprobs and not choice.prompt_sent:
+                update.prompt_logprobs.extend(choice.prompt_logprobs)
+                choice.prompt_sent = True
             choice.sent = upto
             choice.lane_sent = True
             if not self.announced:

@@ -38,7 +38,10 @@ def supplies_of(request: AdmittedRequest) -> tuple[Supply, ...]:
 
 
 def reusable_blocks(request: AdmittedRequest, block_tokens: int) -> int:
-    """Leading blocks of the prompt that may be found instead of computed: its last token never is."""
+    """Leading blocks of the prompt that may be found instead of computed: its last token never is, and none
+    where log-probabilities of the prompt are wanted."""
+    if request.sampling.HasField("prompt_logprobs"):
+        return 0
     return max(0, len(request.prompt_token_ids) - 1) // block_tokens
 
 

@@ -291,6 +291,12 @@ class RequestTable:
             choice.dropped_tokens = output.dropped_tokens
         if choice.finished is not None:
             return  # stopped meanwhile
+        if output.prompt_logprobs is not None:
+            following = request.assignment.request.prompt_token_ids[1:]
+            choice.prompt_logprobs = [
+                _logprobs(token_id, *row)
+                for token_id, row in zip(following, output.prompt_logprobs, strict=True)
+            ]
         if output.token_id is not None and output.place == choice.first_index + len(choice.token_ids):
             choice.token_ids.append(output.token_id)
             if output.logprob is not None:

@@ -90,8 +90,9 @@ def sampling_of(parameters: SamplingParameters, *, choice: int) -> SamplingParam
     Raises:
         InvalidRequest: a value is out of range, or the constraint is malformed.
     """
+    scores_prompt = parameters.HasField("prompt_logprobs")
     return SamplingParams(
-        max_tokens=max(1, parameters.max_tokens),
+        max_tokens=max(parameters.max_tokens, 0 if scores_prompt else 1),
         min_tokens=parameters.min_tokens,
         temperature=parameters.temperature if parameters.HasField("temperature") else 1.0,
         top_k=parameters.top_k,
@@ -105,6 +106,7 @@ def sampling_of(parameters: SamplingParameters, *, choice: int) -> SamplingParam
         logit_bias=dict(parameters.logit_bias),
         seed=(parameters.seed + choice * 0x9E3779B97F4A7C15) % 2**64,
         logprobs=parameters.logprobs if parameters.HasField("logprobs") else None,
+        prompt_logprobs=parameters.prompt_logprobs if scores_prompt else None,
         ignore_eos=parameters.ignore_eos,
         stop_token_ids=tuple(parameters.stop_token_ids),
         constraint=constraint_of(parameters),

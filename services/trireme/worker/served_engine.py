@@ -281,6 +281,7 @@ def _is_plain(output: TokenOutput) -> bool:
         and output.logprob is None
         and output.cached_tokens is None
         and output.dropped_tokens is None
+        and output.prompt_logprobs is None
     )
 
 
@@ -297,4 +298,5 @@ def _rare(handle: int, output: TokenOutput) -> Output:
         error_message="" if error is None else error.message,
         cached_tokens=output.cached_tokens,
         dropped_tokens=output.dropped_tokens,
+        prompt_logprobs=output.prompt_logprobs,
     )

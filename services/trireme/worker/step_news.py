@@ -75,6 +75,7 @@ class Output(NamedTuple):
     error_message: str = ""
     cached_tokens: int | None = None
     dropped_tokens: int | None = None
+    prompt_logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] | None = None
 
 
 class Ending(NamedTuple):

@@ -158,8 +158,9 @@ class ChatCompletionChunk(_Answer):
 
 class TextLogprobs(_Answer):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    """With echo, null for the prompt's first token, which follows nothing."""
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

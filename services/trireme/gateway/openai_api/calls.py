@@ -46,7 +46,8 @@ async def whole_document(call: Call) -> dict[str, Any]:
     async for number, events in _merged(call.answers, timeout_s=None):
         for event in events:
             if isinstance(event, Delta):
-                call.shape.collect(event, parts[number * call.choices_each + event.choice])
+                index = number * call.choices_each + event.choice
+                call.shape.collect(index, event, parts[index])
             elif isinstance(event, ChoiceFinished):
                 parts[number * call.choices_each + event.choice].finish_reason = finish_reason(event)
             elif isinstance(event, Summary):
@@ -145,7 +146,7 @@ def _render(
                 part = parts[index]
                 if not part.opened:
                     _open(call, lines, index, part)
-                if event.text or event.logprobs:
+                if event.text or event.logprobs or event.prompt_logprobs:
                     piece = shape.piece(index, event, part)
                     if piece:
                         lines.append(chunk(piece))

@@ -10,7 +10,7 @@ from trireme.gateway.limits import at_most, check_token_id
 from trireme.gateway.models import ServedModel
 from trireme.gateway.openai_api.bodies import ChatBody, CompletionBody
 from trireme.gateway.openai_api.sampling import chat_sampling, completion_sampling, context_overflow
-from trireme.gateway.openai_api.shapes import ChatShape, Shape, TextShape
+from trireme.gateway.openai_api.shapes import ChatShape, Echo, Shape, TextShape
 from trireme.gateway.openai_api.structure import constraint_param
 from trireme.gateway.openai_api.tool_reading import form_of
 from trireme.gateway.openai_api.tool_shape import ReaderOf, ToolShape, reader_for
@@ -123,8 +123,8 @@ async def _prompts(
     ]
 
 
-def _echoes(body: CompletionBody, model: ServedModel, prompts: list[list[int]]) -> list[str]:
-    """The prompts' texts, one per choice."""
+def _echoes(body: CompletionBody, model: ServedModel, prompts: list[list[int]]) -> list[Echo]:
+    """The prompts, one per choice."""
     decode = model.vocabulary.tokenizer.decode
     if isinstance(body.prompt, str):
         texts = [body.prompt]
@@ -133,4 +133,5 @@ def _echoes(body: CompletionBody, model: ServedModel, prompts: list[list[int]]) 
     else:
         given = zip(body.prompt, prompts, strict=True)
         texts = [part if isinstance(part, str) else decode(ids) for part, ids in given]
-    return [text for text in texts for _ in range(body.n or 1)]
+    echoes = [Echo(text, ids) for text, ids in zip(texts, prompts, strict=True)]
+    return [echo for echo in echoes for _ in range(body.n or 1)]

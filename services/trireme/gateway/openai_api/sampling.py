@@ -122,12 +122,12 @@ def completion_sampling(body: CompletionBody) -> SamplingParameters:
     """
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidRequest("best_of: only the value of n is supported", param="best_of")
-    if body.echo and body.logprobs is not None:
-        raise InvalidRequest("echo: not supported together with logprobs", param="echo")
     sampling = _shared(body)
     sampling.max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     if body.logprobs is not None:
         sampling.logprobs = body.logprobs
+    if body.echo and (body.logprobs is not None or body.max_tokens == 0):
+        sampling.prompt_logprobs = body.logprobs or 0
     return sampling
 
 

@@ -36,6 +36,8 @@ class ChoiceParts:
     offset: int = 0
     """Characters shown."""
     opened: bool = False
+    echoed: bool = False
+    """The prompt was shown."""
 
 
 class Shape(Protocol):
@@ -57,7 +59,7 @@ class Shape(Protocol):
         """The choice of the last chunk."""
         ...
 
-    def collect(self, delta: Delta, parts: ChoiceParts) -> None:
+    def collect(self, index: int, delta: Delta, parts: ChoiceParts) -> None:
         """Keep new tokens for the whole answer."""
         ...
 
@@ -96,7 +98,7 @@ class ChatShape:
         reason = json.dumps(parts.finish_reason)
         return f'{{"index":{index},"delta":{{}},"logprobs":null,"finish_reason":{reason}}}'
 
-    def collect(self, delta: Delta, parts: ChoiceParts) -> None:
+    def collect(self, index: int, delta: Delta, parts: ChoiceParts) -> None:
         parts.texts.append(delta.text)
         if self._with_logprobs:
             parts.logprobs.extend(self._rows(delta))
@@ -113,6 +115,14 @@ class ChatShape:
         return logprob_rows(self._vocabulary, delta.logprobs)
 
 
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt that is shown before its answer."""
+
+    text: str = ""
+    token_ids: Sequence[int] = ()
+
+
 class TextShape:
     """`text_completion`."""
 
@@ -120,64 +130,103 @@ class TextShape:
     chunk_object_name = "text_completion"
     id_prefix = "cmpl-"
 
-    def __init__(self, vocabulary: Vocabulary, *, with_logprobs: bool, echoes: Sequence[str]) -> None:
-        """`echoes`: by choice, the prompt's text to begin with; empty where it was not asked for."""
+    def __init__(self, vocabulary: Vocabulary, *, with_logprobs: bool, echoes: Sequence[Echo]) -> None:
+        """`echoes`: by choice, the prompt to begin with; empty where it was not asked for."""
         self._vocabulary = vocabulary
         self._with_logprobs = with_logprobs
         self._echoes = echoes
 
     def opening(self, index: int, parts: ChoiceParts) -> str | None:
         echo = self._echo(index)
-        parts.offset += len(echo)
-        if not echo:
+        if self._with_logprobs and len(echo.token_ids) > 1:
+            return None  # Its log-probabilities come with the first piece.
+        if not echo.text:
             return None
-        return f'{{"index":{index},"text":{json.dumps(echo)},"logprobs":null,"finish_reason":null}}'
+        logprobs = json.dumps(self._shown_prompt(index, (), parts)) if self._with_logprobs else "null"
+        parts.offset = len(echo.text)
+        return (
+            f'{{"index":{index},"text":{json.dumps(echo.text)},"logprobs":{logprobs},"finish_reason":null}}'
+        )
 
     def piece(self, index: int, delta: Delta, parts: ChoiceParts) -> str:
-        logprobs = json.dumps(self._columns(delta, parts)) if self._with_logprobs else "null"
-        return (
-            f'{{"index":{index},"text":{json.dumps(delta.text)},"logprobs":{logprobs},"finish_reason":null}}'
-        )
+        text, logprobs = delta.text, "null"
+        if self._with_logprobs:
+            columns = self._shown_prompt(index, delta.prompt_logprobs, parts)
+            if columns["tokens"]:
+                text = self._echo(index).text + text
+            logprobs = json.dumps(_joined([columns, self._columns(delta, parts)]))
+        elif not text:
+            return ""
+        return f'{{"index":{index},"text":{json.dumps(text)},"logprobs":{logprobs},"finish_reason":null}}'
 
     def ending(self, index: int, parts: ChoiceParts) -> str:
         reason = json.dumps(parts.finish_reason)
         return f'{{"index":{index},"text":"","logprobs":null,"finish_reason":{reason}}}'
 
-    def collect(self, delta: Delta, parts: ChoiceParts) -> None:
+    def collect(self, index: int, delta: Delta, parts: ChoiceParts) -> None:
         parts.texts.append(delta.text)
         if self._with_logprobs:
+            parts.logprobs.append(self._shown_prompt(index, delta.prompt_logprobs, parts))
             parts.logprobs.append(self._columns(delta, parts))
 
     def whole(self, index: int, parts: ChoiceParts) -> dict[str, Any]:
         logprobs = None
         if self._with_logprobs:
-            names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-            logprobs = {name: [row for part in parts.logprobs for row in part[name]] for name in names}
+            logprobs = _joined([*parts.logprobs, self._shown_prompt(index, (), parts)])
         return {
             "index": index,
-            "text": self._echo(index) + "".join(parts.texts),
+            "text": self._echo(index).text + "".join(parts.texts),
             "logprobs": logprobs,
             "finish_reason": parts.finish_reason,
         }
 
-    def _echo(self, index: int) -> str:
-        return self._echoes[index] if index < len(self._echoes) else ""
+    def _echo(self, index: int) -> Echo:
+        return self._echoes[index] if index < len(self._echoes) else Echo()
+
+    def _shown_prompt(self, index: int, positions: Sequence[Any], parts: ChoiceParts) -> dict[str, Any]:
+        """The prompt's columns, the first time; `positions` are those of its tokens but the first."""
+        echo = self._echo(index)
+        if parts.echoed or not echo.token_ids:
+            return {name: [] for name in _COLUMNS}
+        parts.echoed = True
+        parts.offset = len(echo.text)
+        detokenizer = self._vocabulary.detokenizer(())
+        offsets, offset = [], 0
+        for token_id in echo.token_ids:
+            offsets.append(offset)
+            offset += len(detokenizer.push(token_id))
+        columns = self._rows(positions)
+        return {
+            "tokens": [self._vocabulary.piece(token_id)[0] for token_id in echo.token_ids],
+            "token_logprobs": [None, *columns["token_logprobs"]],
+            "top_logprobs": [None, *columns["top_logprobs"]],
+            "text_offset": offsets,
+        }
 
     def _columns(self, delta: Delta, parts: ChoiceParts) -> dict[str, Any]:
-        piece = self._vocabulary.piece
         offsets = []
         for text in delta.token_texts[: len(delta.token_ids)]:
             offsets.append(parts.offset)
             parts.offset += len(text)
+        return {**self._rows(delta.logprobs), "text_offset": offsets}
+
+    def _rows(self, positions: Sequence[Any]) -> dict[str, Any]:
+        piece = self._vocabulary.piece
         return {
-            "tokens": [piece(position.chosen.token_id)[0] for position in delta.logprobs],
-            "token_logprobs": [max(position.chosen.logprob, LEAST_LOGPROB) for position in delta.logprobs],
+            "tokens": [piece(position.chosen.token_id)[0] for position in positions],
+            "token_logprobs": [max(position.chosen.logprob, LEAST_LOGPROB) for position in positions],
             "top_logprobs": [
                 {piece(token.token_id)[0]: max(token.logprob, LEAST_LOGPROB) for token in position.top}
-                for position in delta.logprobs
+                for position in positions
             ],
-            "text_offset": offsets,
         }
+
+
+_COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+
+
+def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {name: [row for part in parts for row in part[name]] for name in _COLUMNS}
 
 
 class Frame:

@@ -300,6 +300,7 @@ class SequenceUpdate(_message.Message):
     EMBEDDING_FIELD_NUMBER: _builtins.int
     LANE_FIELD_NUMBER: _builtins.int
     TIMES_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request."""
     attempt: _builtins.int
@@ -344,6 +345,12 @@ class SequenceUpdate(_message.Message):
     def times(self) -> Global___EngineTimes:
         """With the first update of an attempt, as far as known then, and with the last."""
 
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.PositionLogprobs]:
+        """Where asked for, with the first update of a choice that has a token or its end: log-probabilities of the
+        prompt's tokens but the first; text and raw stay empty.
+        """
+
     def __init__(
         self,
         *,
@@ -360,10 +367,11 @@ class SequenceUpdate(_message.Message):
         embedding: _abc.Iterable[_builtins.float] | None = ...,
         lane: _builtins.int = ...,
         times: Global___EngineTimes | None = ...,
+        prompt_logprobs: _abc.Iterable[_inference_pb2.PositionLogprobs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "finished", b"finished", "times", b"times", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "attempt", b"attempt", "choice", b"choice", "embedding", b"embedding", "finished", b"finished", "first_index", b"first_index", "lane", b"lane", "logprobs", b"logprobs", "request_id", b"request_id", "scores", b"scores", "times", b"times", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "attempt", b"attempt", "choice", b"choice", "embedding", b"embedding", "finished", b"finished", "first_index", b"first_index", "lane", b"lane", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "scores", b"scores", "times", b"times", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
