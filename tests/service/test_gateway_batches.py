@@ -12,9 +12,11 @@ from typing import Any
 import openai
 import pytest
 from openai import AsyncOpenAI
+from openai.types.responses import Response
 
 from tests.service.openai_world import IDS, TEXT, TOKENIZER, USER, World
 from trireme.runtime.shutdown import end_tasks
+from trireme.wire.bus.v1.facts_pb2 import REQUEST_KIND_EMBED
 from trireme.wire.inference.v1 import inference_pb2 as wire
 
 CHAT = "/v1/chat/completions"
@@ -64,7 +66,12 @@ async def serving(world: World, *, silent_on: str = "") -> AsyncIterator[list[An
         while True:
             assignment = await world.worker.assigned.get()
             seen.append(assignment)
-            if not silent_on or silent_on not in TOKENIZER.decode(list(assignment.request.prompt_token_ids)):
+            if assignment.request.kind == REQUEST_KIND_EMBED:
+                ids = assignment.request.prompt_token_ids
+                world.worker.emit(assignment, finish=1, embedding=[float(len(ids)), 0.5])
+                continue
+            prompt = TOKENIZER.decode(list(assignment.request.prompt_token_ids))
+            if not silent_on or silent_on not in prompt:
                 world.worker.answer(assignment, IDS)
 
     task = asyncio.create_task(serve())
@@ -100,6 +107,43 @@ async def test_files_have_bounds(world: World) -> None:
     with pytest.raises(openai.BadRequestError) as purpose:
         await world.client.files.create(file=b"x", purpose="vision")
     assert purpose.value.param == "purpose"
+
+
+@pytest.mark.parametrize(
+    "world",
+    [{"max_fleet_files_bytes": 1500, "max_fleet_batches": 1, "trust_tenant_header": True}],
+    indirect=True,
+)
+async def test_what_all_tenants_keep_has_bounds_too(world: World) -> None:
+    a, b = (world.client.with_options(default_headers={"x-trireme-tenant": name}) for name in "ab")
+    kept = await a.files.create(file=b"x" * 1000, purpose="batch")
+    with pytest.raises(openai.RateLimitError) as refused:
+        await b.files.create(file=b"x" * 1000, purpose="batch")
+    assert int(refused.value.response.headers["retry-after"]) > 0
+    assert await world.fleet.redis.keys("test:file:*:parts") == [f"test:file:{kept.id}:parts".encode()]
+    await a.files.delete(kept.id)
+    gone = await b.files.create(file=b"x" * 1000, purpose="batch")
+    # What Redis let expire counts no more, whoever's it was.
+    await world.fleet.redis.delete(f"test:file:{gone.id}", f"test:file:{gone.id}:parts")
+    await world.fleet.redis.zadd("test:file-of-all", {gone.id: 1})
+    lasting = await a.files.create(file=b"x" * 1000, purpose="batch")
+    await world.fleet.redis.zadd("test:file-of-all", {lasting.id: 1})
+    with pytest.raises(openai.RateLimitError):
+        await b.files.create(file=b"x" * 1000, purpose="batch")
+    await a.files.delete(lasting.id)
+
+    def asking(client: AsyncOpenAI, file_id: str) -> Any:
+        return client.batches.create(input_file_id=file_id, endpoint=CHAT, completion_window="24h")
+
+    files = [
+        await client.files.create(file=json.dumps(line("one")).encode(), purpose="batch") for client in (a, b)
+    ]
+    first = await asking(a, files[0].id)
+    with pytest.raises(openai.RateLimitError, match="run in the fleet"):
+        await asking(b, files[1].id)
+    async with serving(world):
+        await ended(a, first.id)
+        await ended(b, (await asking(b, files[1].id)).id)
 
 
 @pytest.mark.parametrize("world", [{"batch_window": 3}], indirect=True)
@@ -179,6 +223,62 @@ async def test_a_cancelled_batch_gives_what_it_has(world: World) -> None:
     errors = await rows(world.client, done.error_file_id)
     assert [(row["custom_id"], row["error"]["code"]) for row in errors] == [("held", "batch_cancelled")]
     await world.worker.heard("stop", f"{batch.id}.1")
+
+
+async def test_a_batch_of_responses(world: World) -> None:
+    def response_line(custom_id: str, **body: Any) -> dict[str, Any]:
+        asked = {"model": "py", "input": "hi", **body}
+        return {"custom_id": custom_id, "method": "POST", "url": "/v1/responses", "body": asked}
+
+    wrong: dict[str, Any] = {
+        "stream": True,
+        "background": True,
+        "store": True,
+        "previous_response_id": "resp_1",
+        "max_output_tokens": 10**6,
+    }
+    lines = [
+        response_line("plain", instructions="be brief", metadata={"a": "b"}),
+        response_line("cut", max_output_tokens=20, store=False),
+        *(response_line(f"wrong-{name}", **{name: value}) for name, value in wrong.items()),
+    ]
+    async with serving(world) as seen:
+        done = await ended(world.client, (await start(world, lines, "/v1/responses")).id)
+    assert (done.status, done.request_counts.completed, done.request_counts.failed) == ("completed", 2, 5)
+    for row, asked in zip(await rows(world.client, done.output_file_id), lines, strict=False):
+        assert row["custom_id"] == asked["custom_id"]
+        found = Response.model_validate(row["response"]["body"])
+        assert (found.output_text, found.status, found.model) == (TEXT, "completed", "py")
+        assert found.usage is not None and found.usage.output_tokens == len(IDS)
+        assert row["response"]["body"]["store"] is False
+        with pytest.raises(openai.NotFoundError):
+            await world.client.responses.retrieve(found.id)
+    assert done.usage.output_tokens == 2 * len(IDS)
+    assert {assignment.request.slo_class for assignment in seen} == {wire.SLO_CLASS_BATCH}
+    refused = await rows(world.client, done.error_file_id)
+    told = [(row["response"]["status_code"], row["response"]["body"]["error"]["param"]) for row in refused]
+    assert told == [(400, name) for name in wrong]
+
+
+async def test_a_batch_of_embeddings(world: World) -> None:
+    lines = [
+        {
+            "custom_id": name,
+            "method": "POST",
+            "url": "/v1/embeddings",
+            "body": {"model": "py", "input": asked},
+        }
+        for name, asked in (("one", "some text"), ("ids", [[1, 2, 3], [4]]), ("wrong", ["a", ""]))
+    ]
+    async with serving(world):
+        done = await ended(world.client, (await start(world, lines, "/v1/embeddings")).id)
+    one, ids = await rows(world.client, done.output_file_id)
+    assert [len(one["response"]["body"]["data"]), one["custom_id"]] == [1, "one"]
+    vectors = [row["embedding"] for row in ids["response"]["body"]["data"]]
+    assert vectors == [[3.0, 0.5], [1.0, 0.5]]
+    (refused,) = await rows(world.client, done.error_file_id)
+    assert (refused["custom_id"], refused["response"]["status_code"]) == ("wrong", 400)
+    assert done.usage.input_tokens > 0
 
 
 async def test_a_batch_of_completions(world: World) -> None:

@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -197,6 +198,27 @@ async def test_a_full_gateway_says_when_to_come_back(world: World) -> None:
     golden.compare(case.name, found)
     with pytest.raises(openai.RateLimitError):
         await case.ask(world.client)
+
+
+async def test_without_a_key_the_error_is_of_the_sdks_kind(world: World, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.yaml"
+    keys.write_text("tenants: {}\n")
+    async with world.fleet.gateway(keys=keys) as gateway:
+        url = f"http://{gateway.http_address}"
+        found = {}
+        for name, headers in (("no_key", {}), ("unknown_key", {"Authorization": "Bearer trk_none"})):
+            async with world.http.post(url + COMPLETE, json=SAY, headers=headers) as response:
+                shown = {key: response.headers[key] for key in SHOWN_HEADERS if key in response.headers}
+                shown["www-authenticate"] = response.headers["www-authenticate"]
+                found[name] = {"status": response.status, "headers": shown, "answer": await response.json()}
+        golden.compare("error_invalid_api_key", {"request": SAY, **found})
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="trk_none", max_retries=0) as client:
+            with pytest.raises(openai.AuthenticationError) as refused:
+                await client.chat.completions.create(**SAY)
+        answer = found["unknown_key"]["answer"]["error"]
+        assert {name: getattr(refused.value, name) for name in ("code", "param", "type")} == {
+            name: answer[name] for name in ("code", "param", "type")
+        }
 
 
 async def test_a_leaving_gateway_says_so(world: World) -> None:

@@ -305,6 +305,8 @@ async def test_a_flood_of_connections_is_refused_at_the_door(catalog: ModelCatal
         async with server.http.get(server.url + "/v1/models") as response:
             assert response.status == 429 and int(response.headers["retry-after"]) > 0
             assert (await response.json())["error"]["type"] == "rate_limit_error"
+        refused = {"reason": "connections"}
+        assert server.metrics.registry.get_sample_value("trireme_gateway_refused_total", refused) == 1
         for _, writer in held:
             writer.close()
             await writer.wait_closed()

@@ -140,6 +140,10 @@ class Keys:
         """Sorted set: a tenant's stored objects of a kind, by age."""
         return f"{self.prefix}:{kind}-of:{tenant}"
 
+    def shelf_of_all(self, kind: str) -> str:
+        """Sorted set: all tenants' stored objects of a kind, by when they expire."""
+        return f"{self.prefix}:{kind}-of-all"
+
     def shelf_sizes(self, kind: str, tenant: str) -> str:
         """Hash: their sizes in bytes by id, and under `*` the sum."""
         return f"{self.prefix}:{kind}-bytes-of:{tenant}"

@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 
 from trireme.bus.connection import Keys
 from trireme.errors import ObjectNotFound, Overloaded, StorageFull
-from trireme.gateway.shelves import Evict, Put, ShelfLimits, Shelves
+from trireme.gateway.shelves import FULL_RETRY_S, Evict, Put, ShelfLimits, Shelves
 
 STATES = ("validating", "in_progress", "finalizing", "cancelling")
 """Those in which there is something to do."""
@@ -140,7 +140,7 @@ class BatchStore:
         """Keep a new batch; False where it is known already.
 
         Raises:
-            Overloaded: so many of the tenant's run already.
+            Overloaded: so many of the tenant's, or of the fleet's, run already, or the fleet has no room.
             StorageFull: so many are kept already, and all of them run.
         """
         text = json.dumps(about)
@@ -150,7 +150,18 @@ class BatchStore:
         )
         limits = self._shelves.limits
         if outcome is Put.TOO_MANY_OPEN:
-            raise Overloaded(f"{limits.max_open} batches run for this tenant, its limit", retry_after_s=60.0)
+            raise Overloaded(
+                f"{limits.max_open} batches run for this tenant, its limit", retry_after_s=FULL_RETRY_S
+            )
+        if outcome is Put.TOO_MANY_OPEN_IN_FLEET:
+            raise Overloaded(
+                f"{limits.fleet_open} batches run in the fleet, its limit", retry_after_s=FULL_RETRY_S
+            )
+        if outcome is Put.FLEET_FULL:
+            raise Overloaded(
+                f"the batches of all tenants may be {limits.fleet_count}: come back when some have expired",
+                retry_after_s=FULL_RETRY_S,
+            )
         if outcome is Put.FULL:
             raise StorageFull(f"a tenant's batches may be {limits.max_count}")
         return outcome is Put.DONE

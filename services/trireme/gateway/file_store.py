@@ -14,8 +14,8 @@ from typing import Any, cast
 from redis.asyncio import Redis
 
 from trireme.bus.connection import Keys
-from trireme.errors import ObjectNotFound, StorageFull
-from trireme.gateway.shelves import Evict, Put, ShelfLimits, Shelves
+from trireme.errors import ObjectNotFound, Overloaded, StorageFull
+from trireme.gateway.shelves import FULL_RETRY_S, Evict, Put, ShelfLimits, Shelves
 
 PIECE_BYTES = 2**20
 """A file's pieces have at most so many bytes; one command moves one."""
@@ -78,6 +78,7 @@ class FileStore:
 
         Raises:
             StorageFull: it has not; the file is gone.
+            Overloaded: the fleet's has not; the file is gone.
         """
         fields = {
             "tenant": file.tenant,
@@ -97,9 +98,16 @@ class FileStore:
             evict=Evict.NOTHING if bounded else Evict.UNBOUNDED,
             ttl_s=ttl_s,
         )
-        if outcome is Put.FULL:
+        limits = self._shelves.limits
+        if outcome in (Put.FULL, Put.FLEET_FULL):
             await self._redis.delete(self._shelves.parts(file.file_id))
-            limits = self._shelves.limits
+        if outcome is Put.FLEET_FULL:
+            raise Overloaded(
+                f"the files of all tenants may be {limits.fleet_count} and have {limits.fleet_bytes} bytes, "
+                "and this one does not fit: come back when some have expired",
+                retry_after_s=FULL_RETRY_S,
+            )
+        if outcome is Put.FULL:
             raise StorageFull(
                 f"a tenant's files may be {limits.max_count} and have {limits.max_bytes} bytes: delete some"
             )

@@ -102,8 +102,14 @@ class Settings:
     """Of one tenant's files together; more are refused."""
     max_file_bytes: int = 16 * 2**20
     """Of one uploaded file. It is kept in Redis, and held in memory by the gateway that drives its batch."""
+    max_fleet_files: int = 20_000
+    """Files of all tenants, and batches that are kept of all tenants; more are refused."""
+    max_fleet_files_bytes: int = 2**31
+    """Of all tenants' files together; more are refused. What batches write is kept, and counted."""
     max_batches: int = 16
     """Batches of one tenant that run at once; more are refused."""
+    max_fleet_batches: int = 128
+    """Batches of all tenants that run at once; more are refused."""
     max_batch_lines: int = 50_000
     max_batch_output_bytes: int = 64 * 2**20
     """Of a batch's results together; lines that come later fail."""

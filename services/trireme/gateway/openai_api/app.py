@@ -240,7 +240,11 @@ async def openai_server(
     )
     await runner.setup()
     assert runner.server is not None
-    door = Door(runner.server, max_connections=settings.max_connections)
+    door = Door(
+        runner.server,
+        max_connections=settings.max_connections,
+        on_refused=core.metrics.refused.labels("connections").inc,
+    )
     host, _, port = settings.http_listen.rpartition(":")
     try:
         listener = await asyncio.get_running_loop().create_server(

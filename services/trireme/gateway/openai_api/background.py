@@ -52,6 +52,8 @@ class Background:
                 max_bytes=settings.max_files_bytes,
                 max_open=0,
                 ttl_s=settings.file_ttl_s,
+                fleet_count=settings.max_fleet_files,
+                fleet_bytes=settings.max_fleet_files_bytes,
             ),
         )
         stored_batches = BatchStore(
@@ -62,6 +64,8 @@ class Background:
                 max_bytes=settings.max_files_bytes,
                 max_open=settings.max_batches,
                 ttl_s=settings.file_ttl_s,
+                fleet_count=settings.max_fleet_files,
+                fleet_open=settings.max_fleet_batches,
             ),
         )
         batches = BackgroundWork(

@@ -34,7 +34,7 @@ class BatchBody(Strict):
     """POST /v1/batches."""
 
     input_file_id: str
-    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"]
     completion_window: Literal["24h"]
     metadata: Annotated[dict[str, str], bounded(MAX_MAP_ENTRIES)] | None = None
     output_expires_after: OutputExpiry | None = None

@@ -37,6 +37,7 @@ from trireme.gateway.batch_store import BatchStore, StoredBatch, Tokens
 from trireme.gateway.file_store import FileStore, StoredFile
 from trireme.gateway.generation import Generation
 from trireme.gateway.openai_api.batches_lines import Fault, Input, Line, read_lines
+from trireme.gateway.openai_api.batches_responses import BatchedResponse, batched_response
 from trireme.gateway.openai_api.bodies import ChatBody, CompletionBody, EmbeddingsBody, parse
 from trireme.gateway.openai_api.calls import Call, whole_document
 from trireme.gateway.openai_api.embeddings import embeddings_document
@@ -216,28 +217,22 @@ class BatchDriver:
             embeddings = parse(EmbeddingsBody, raw)
             await self._right(run, number, caller, await embeddings_document(self._core, embeddings, caller))
             return
-        prepared = await self._prepared(endpoint, raw, caller)
+        response: BatchedResponse | None = None
+        if endpoint == "/v1/responses":
+            response = await batched_response(self._core, raw, caller)
+        prepared = response.prepared if response else await self._prepared(endpoint, raw, caller)
         answers: list[Answer] = []
         with ExitStack() as open_answers:
             try:
                 for submission in prepared.submissions:
                     answers.append(open_answers.enter_context(closing(await self._core.submit(submission))))
-                call = Call(
-                    shape=prepared.shape,
-                    frame=Frame(
-                        prepared.shape,
-                        call_id=caller.request_id,
-                        created=int(time.time()),
-                        model=prepared.model,
-                        with_usage=False,
-                    ),
-                    answers=answers,
-                    choices_each=prepared.submissions[0].sampling.n,
-                    with_usage=False,
-                    request_id=caller.request_id,
+                document = (
+                    await response.document(answers[0])
+                    if response
+                    else await whole_document(_call(prepared, answers, caller))
                 )
                 # Only when it is written may the answers be closed, and the workers forget them.
-                await self._right(run, number, caller, await whole_document(call))
+                await self._right(run, number, caller, document)
             except (asyncio.CancelledError, ServiceUnavailable, Overloaded):
                 for answer in answers:
                     answer.let_go = run.is_wanted
@@ -254,11 +249,13 @@ class BatchDriver:
 
     async def _right(self, run: _Run, number: int, caller: Caller, document: dict[str, Any]) -> None:
         usage = document["usage"]
-        details = usage.get("prompt_tokens_details") or {}
+        # Responses have names of their own for the same.
+        prompt, answer = ("input", "output") if "input_tokens" in usage else ("prompt", "completion")
+        details = usage.get(f"{prompt}_tokens_details") or {}
         tokens = Tokens(
-            prompt=usage["prompt_tokens"],
+            prompt=usage[f"{prompt}_tokens"],
             cached=details.get("cached_tokens", 0),
-            answer=usage.get("completion_tokens", 0),
+            answer=usage.get(f"{answer}_tokens", 0),
         )
         response = {"status_code": 200, "request_id": caller.request_id, "body": document}
         await self._write(run, number, response, None, good=True, tokens=tokens)
@@ -337,6 +334,24 @@ class BatchDriver:
             output_file_id=ids[True] if sizes[True] else "",
             error_file_id=ids[False] if sizes[False] else "",
         )
+
+
+def _call(prepared: Prepared, answers: list[Answer], caller: Caller) -> Call:
+    """A line of chats or completions as a call that wants the whole answer."""
+    return Call(
+        shape=prepared.shape,
+        frame=Frame(
+            prepared.shape,
+            call_id=caller.request_id,
+            created=int(time.time()),
+            model=prepared.model,
+            with_usage=False,
+        ),
+        answers=answers,
+        choices_each=prepared.submissions[0].sampling.n,
+        with_usage=False,
+        request_id=caller.request_id,
+    )
 
 
 def _result(

@@ -191,7 +191,7 @@ class CompletionBody(_Body):
     )
     logprobs: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     echo: bool | None = None
-    """The answer begins with the prompt, and `logprobs` tells of its tokens, too. Then `max_tokens` may be 0."""
+    """The answer begins with the prompt, and `logprobs` tells of its tokens, too; `max_tokens` may be 0."""
     best_of: Annotated[int, Field(ge=1)] | None = None
 
 

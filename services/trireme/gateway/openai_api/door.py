@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from aiohttp import web
 
@@ -13,12 +14,17 @@ from trireme.gateway.openai_api.errors import error_response
 class Door:
     """Makes the protocol of each new connection: the server's own, or a refusal."""
 
-    def __init__(self, server: web.Server, *, max_connections: int) -> None:
+    def __init__(
+        self, server: web.Server, *, max_connections: int, on_refused: Callable[[], None] = lambda: None
+    ) -> None:
+        """`on_refused` hears of each connection that is not let in."""
         self._server = server
+        self._on_refused = on_refused
         self._max_connections = max_connections
 
     def __call__(self) -> asyncio.BaseProtocol:
         if len(self._server.connections) >= self._max_connections:
+            self._on_refused()
             return _Refusal(self._max_connections)
         return self._server()
 
