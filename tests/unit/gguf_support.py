@@ -11,6 +11,8 @@ import numpy as np
 from gguf import GGMLQuantizationType as Form
 from numpy.typing import NDArray
 
+from tests.unit.gguf_blocks import SCALE_PLACES
+
 BYTES = [chr(256 + code) for code in range(100)]
 """Tokens of a byte-level vocabulary that nothing is merged to."""
 
@@ -25,14 +27,15 @@ def interleaved(weight: NDArray[Any], heads: int) -> NDArray[Any]:
 
 
 def packed(weight: NDArray[np.float32], form: Form, seed: int = 0) -> NDArray[Any]:
-    """A matrix in a type. The package writes no Q6_K: there random codes and scales stand for it."""
-    if form is not Form.Q6_K:
+    """A matrix in a type. The package writes no K types: there random codes and scales stand for it."""
+    if form not in SCALE_PLACES:
         return np.asarray(gguf.quants.quantize(weight, form))
     rng = np.random.default_rng(seed)
     block, block_bytes = gguf.GGML_QUANT_SIZES[form]
     blocks = rng.integers(0, 256, (weight.size // block, block_bytes), dtype=np.uint8)
-    scales = rng.uniform(1e-5, 1e-4, (len(blocks), 1)).astype(np.float16)
-    blocks[:, -2:] = scales.view(np.uint8)
+    for place in SCALE_PLACES[form]:
+        scales = rng.uniform(1e-5, 1e-4, (len(blocks), 1)).astype(np.float16)
+        blocks[:, place : place + 2] = scales.view(np.uint8)
     return blocks.reshape(weight.shape[0], -1)
 
 

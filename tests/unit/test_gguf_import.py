@@ -20,12 +20,14 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from tests.unit.engine_support import LLAMA3_ROPE, VOCAB, answer, greedy, prompt_of, reference_model, settings
-from tests.unit.gguf_support import as_stored, interleaved, write_gguf
+from tests.unit.gguf_blocks import DECODED
+from tests.unit.gguf_support import as_stored, interleaved, tensors_of, write_gguf
 from tests.unit.test_models_parity import all_logits
 from trireme.cli.__main__ import app
 from trireme.engine import build
 from trireme.errors import InvalidCheckpoint, InvalidConfiguration
 from trireme.gguf_import.importing import import_gguf
+from trireme.gguf_import.tensors import READ
 from trireme.gguf_import.tokenizer import read_tokenizer
 from trireme.loading.whole import load_model
 from trireme.quant.reading import QuantizedCheckpoint
@@ -72,7 +74,7 @@ def halves_from_neighbours(weight: np.ndarray, heads: int) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("form", [Form.F32, Form.F16, Form.BF16, Form.Q8_0, Form.Q4_0, Form.Q6_K])
+@pytest.mark.parametrize("form", sorted(READ), ids=lambda form: form.name)
 def test_weights_are_exactly_those_of_the_file(form: Form, wide: Any, tmp_path: Path) -> None:
     report = import_gguf(write_gguf(tmp_path / "a.gguf", wide, form), tmp_path / "out")
     assert report.coded == (9 if form is Form.Q4_0 else 0)
@@ -89,13 +91,40 @@ def test_weights_are_exactly_those_of_the_file(form: Form, wide: Any, tmp_path: 
             expected = halves_from_neighbours(expected, heads)
         assert np.array_equal(held[name].float().numpy(), expected), name
         assert held[name].dtype == (kept if held[name].dim() == 2 else torch.float32)
+    if form not in (Form.F32, Form.F16, Form.BF16, Form.Q6_K):
+        return  # Weights of float32 as well: what was shown of them is shown of these.
     prompt = prompt_of(1, 40)
     theirs = importlib.import_module("transformers").LlamaForCausalLM.from_pretrained(tmp_path / "out")
-    if not report.coded:
-        with torch.inference_mode():
-            expected_logits = theirs.float()(torch.tensor([prompt])).logits[0]
-        difference = (all_logits(load_model(tmp_path / "out"), prompt) - expected_logits).abs().max()
-        assert difference <= 1e-3 * max(1.0, float(expected_logits.abs().max()))
+    with torch.inference_mode():
+        expected_logits = theirs.float()(torch.tensor([prompt])).logits[0]
+    difference = (all_logits(load_model(tmp_path / "out"), prompt) - expected_logits).abs().max()
+    assert difference <= 1e-3 * max(1.0, float(expected_logits.abs().max()))
+
+
+@pytest.mark.parametrize("form", sorted(DECODED), ids=lambda form: form.name)
+def test_blocks_are_read_as_their_layout_says(form: Form, wide: Any, tmp_path: Path) -> None:
+    import_gguf(write_gguf(tmp_path / "a.gguf", wide, form), tmp_path / "out")
+    held = load_file(tmp_path / "out" / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    raw = as_stored(wide, form)[name][1].tobytes()
+    size = gguf.GGML_QUANT_SIZES[form][1]
+    expected = [w for at in range(0, len(raw), size) for w in DECODED[form](raw[at : at + size])]
+    assert held[name].flatten().tolist() == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("form", "bits"), [(Form.Q4_0, 4), (Form.Q4_1, 4), (Form.Q5_0, 5), (Form.Q5_1, 5), (Form.Q8_0, 8)]
+)
+def test_what_the_package_quantized_is_near_to_what_it_was(
+    form: Form, bits: int, wide: Any, tmp_path: Path
+) -> None:
+    import_gguf(write_gguf(tmp_path / "a.gguf", wide, form), tmp_path / "out", dtype="float32")
+    held = load_file(tmp_path / "out" / "model.safetensors")
+    for name, weight in tensors_of(wide).items():
+        if weight.ndim == 2:
+            groups = weight.reshape(-1, 32)
+            step = (groups.max(1) - groups.min(1)).max() / (2**bits - 2)
+            assert np.abs(held[name].numpy() - weight).max() <= 1.01 * step, name
 
 
 @pytest.mark.parametrize("name", ["llama2", "llama3", "qwen2", "qwen3"])
