@@ -68,6 +68,11 @@ class Collector(rpc.TraceServiceServicer):  # type: ignore[misc]
                 assert left_s > 0, f"no {sorted(missing)} among {[span.name for span in found]}"
                 self._news.wait(left_s)
 
+    def spans(self) -> list[Received]:
+        """All that came so far."""
+        with self._news:
+            return list(self._spans)
+
     def traces(self) -> set[str]:
         """Ids of all traces."""
         with self._news:

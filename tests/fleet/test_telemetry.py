@@ -22,6 +22,7 @@ from openai.types import Completion
 from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 
+from tests.fleet import marked_requests
 from tests.fleet.conftest import REPOSITORY, VARIANT, Fleet, command, running, stopped
 from tests.fleet.otlp_collector import Collector, Received, collecting
 from trireme.wire.placement.v1 import placement_pb2 as placement_pb
@@ -30,6 +31,7 @@ from trireme.wire.placement.v1.placement_pb2_grpc import PlacementStub
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(600)]
 
 SECRET = "mulberry"
+AUDIT = "audit.jsonl"
 PLANTED = "planted-secret-8f2a"
 PHASES = ["receive", "queue", "engine_queue", "prefill", "decode", "deliver"]
 OF_WORKER = ("trireme.worker.wait", "trireme.worker.prefill", "trireme.worker.decode")
@@ -52,6 +54,9 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Ite
         patch.setenv("TRIREME_TEST_API_KEY", PLANTED)
         patch.setenv("OTEL_EXPORTER_OTLP_HEADERS", f"authorization=Bearer {PLANTED}")
         directory = tmp_path_factory.mktemp("telemetry")
+        for service in ("gateway", "scheduler", "worker", "kvstore", "power", "placement"):
+            patch.setenv(f"TRIREME_{service.upper()}_LOG_LEVEL", "debug")
+        patch.setenv("TRIREME_GATEWAY_AUDIT_LOG", str(directory / AUDIT))
         broken = {"broken": {"checkpoint": str(broken_checkpoint(directory))}}
         with running(directory, more_variants=broken, max_sequences=32, kv_mib=64) as found:
             yield found
@@ -137,6 +142,28 @@ def test_a_chat_is_one_trace_whose_phases_sum_to_its_time(fleet: Fleet, collecto
     for span in spans:
         assert SECRET.encode() not in span.raw
         assert not text.strip() or text.strip().encode() not in span.raw
+
+
+async def test_no_text_is_in_any_log_or_trace(fleet: Fleet, collector: Collector) -> None:
+    """Of any front end, of right and of wrong calls, at the level that tells most."""
+    await fleet.ready_workers(2)
+    await marked_requests.ask_all(fleet.http[0], fleet.grpc[0])
+    # Behind it, and so in the collector after it: what was asked before has been told by then.
+    trace_id, parent = traceparent(0xB7)
+    async for _ in await complete(fleet, parent, max_tokens=2):
+        pass
+    collector.trace(trace_id, "text_completion py", "trireme.scheduler.assign", *OF_WORKER)
+    spans = collector.spans()
+    names = {span.name for span in spans}
+    assert {"chat py", "embeddings py"} <= names, names
+    assert [span.name for span in spans if marked_requests.shows_a_text(span.raw)] == []
+    papers = [*(fleet.run_dir / "logs").rglob("*.log"), fleet.run_dir.parent / AUDIT]
+    services = {path.name.split("-")[0].removesuffix(".log") for path in papers}
+    assert {"gateway", "scheduler", "worker", "kvstore", "power", "placement"} <= services
+    lines = [line for path in papers for line in path.read_bytes().splitlines()]
+    assert any(b'"level": "debug"' in line for line in lines), "nobody spoke at this level"
+    assert any(b"POST /v1/batches" in line for line in lines), "the audit log tells of calls"
+    assert [line for line in lines if marked_requests.shows_a_text(line)] == []
 
 
 async def complete(
