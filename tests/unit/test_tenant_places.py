@@ -33,6 +33,16 @@ def test_who_holds_most_and_has_a_backlog_leaves_a_place_within_its_part_too() -
     assert ask("fair", backlogged=True, running_free=1)
 
 
+def test_a_part_follows_the_weight() -> None:
+    ask = partial(may_take, used={"big": 6.0, "small": 2.0}, slots=8, queueing_free=1, running_free=1)
+    weights = {"big": 3.0}
+    assert not ask("big", backlogged=False)
+    assert ask("big", backlogged=False, weights=weights)
+    assert ask("small", backlogged=False) and ask("small", backlogged=False, weights=weights)
+    over = partial(ask, used={"big": 5.0, "small": 3.0}, backlogged=True, weights=weights)
+    assert over("big") and not over("small")
+
+
 def test_one_place_is_nobodys() -> None:
     used = {"a": 0.9, "b": 0.1}
     assert may_take("a", used=used, backlogged=True, slots=1, running_free=1, queueing_free=0)
@@ -41,16 +51,28 @@ def test_one_place_is_nobodys() -> None:
 TENANTS = st.dictionaries(st.sampled_from("abcdef"), st.floats(0.05, 20), min_size=1)
 
 
-@given(TENANTS, st.integers(1, 32))
+WEIGHTS = st.dictionaries(st.sampled_from("abcdef"), st.floats(0.01, 100))
+
+
+@given(TENANTS, st.integers(1, 32), WEIGHTS)
 def test_somebody_may_take_the_last_place_where_no_more_was_used_than_there_is(
-    used: dict[str, float], slots: int
+    used: dict[str, float], slots: int, weights: dict[str, float]
 ) -> None:
     total = sum(used.values())
     used = {name: places * min(1.0, slots / total) for name, places in used.items()}
-    least = min(used, key=used.__getitem__)
-    # The least of them is at an equal part or below, rounding aside, and below the others.
-    used[least] = 0.999 * min(used[least], slots / len(used))
-    assert may_take(least, used=used, backlogged=True, slots=slots, running_free=1, queueing_free=0)
+    weighed = {name: weights.get(name, 1.0) for name in used}
+    least = min(used, key=lambda name: used[name] / weighed[name])
+    # The least of them is at its part or below, rounding aside, and below the others.
+    used[least] = 0.999 * min(used[least], slots * weighed[least] / sum(weighed.values()))
+    assert may_take(
+        least,
+        used=used,
+        backlogged=True,
+        slots=slots,
+        running_free=1,
+        queueing_free=0,
+        weights=weights,
+    )
 
 
 @given(TENANTS, st.integers(1, 32), st.sampled_from("abcdef"))

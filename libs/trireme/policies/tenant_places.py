@@ -2,10 +2,11 @@
 
 Pure. Whoever asks more than there is would fill every place the moment it is free, and a tenant that
 asks little would wait for somebody's end each time. So while others are about, a tenant that has held
-more than an equal part of late, or that has held most and has a backlog, leaves one place free: the next
-newcomer starts at once, and what ends meanwhile makes room for the one after it. Beyond the batch it has
-nothing handed over either, since that would start in front of the newcomer. A tenant alone may hold
-everything, and what a tenant held is forgotten within seconds of its leaving.
+more than its part of late (an equal one, or as its weight says), or that has held most and has a
+backlog, leaves one place free: the next newcomer starts at once, and what ends meanwhile makes room for
+the one after it. Beyond the batch it has nothing handed over either, since that would start in front of
+the newcomer. A tenant alone may hold everything, and what a tenant held is forgotten within seconds of
+its leaving.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ FORGOTTEN_PLACES = 0.02
 """A tenant that used less of late counts as absent."""
 KEPT_PLACES = 1
 """Between two ends no more than one newcomer is to be expected: requests come no faster than they end."""
+EQUAL: Mapping[str, float] = {}
+"""Every tenant weighs 1."""
 
 
 def used_of_late(
@@ -45,6 +48,7 @@ def may_take(
     slots: int,
     running_free: int,
     queueing_free: int,
+    weights: Mapping[str, float] = EQUAL,
 ) -> bool:
     """Whether the tenant may be handed one more request's place.
 
@@ -54,10 +58,11 @@ def may_take(
         slots: sequences that the workers run at once.
         running_free: of them, those that nobody holds.
         queueing_free: requests that the workers take beyond what they run.
+        weights: of tenants; those that are not there weigh 1.
     """
-    own = used.get(tenant, 0.0)
-    others = [places for name, places in used.items() if name != tenant]
-    over_its_part = own > slots / (1 + len(others))
+    own = used.get(tenant, 0.0) / weights.get(tenant, 1.0)
+    others = [places / weights.get(name, 1.0) for name, places in used.items() if name != tenant]
+    over_its_part = own > slots / sum(weights.get(name, 1.0) for name in used.keys() | {tenant})
     if not others or not (over_its_part or (backlogged and own >= max(others))):
         return running_free + queueing_free > 0
     # Where there is one place only, its owner alternates.

@@ -119,6 +119,7 @@ class Dispatcher:
             request = entry.fact
             if request.tenant not in self._held.waiting_by_tenant:
                 self._shares.join(request.tenant, active=self._held.waiting_by_tenant)
+            self._shares.note_weight(request.tenant, request.tenant_weight or 1.0)
             waiting = Waiting(
                 request_id=request.request_id,
                 tenant=request.tenant,
@@ -176,7 +177,9 @@ class Dispatcher:
                 continue
             tenant = entry.fact.tenant
             backlogged = self._held.waiting_by_tenant[tenant] > 1
-            if not self._view.may_take(tenant, entry.fact.model, views, backlogged=backlogged):
+            if not self._view.may_take(
+                tenant, entry.fact.model, views, backlogged=backlogged, weights=self._shares.weights
+            ):
                 kept.add((tenant, entry.fact.model))  # The others' turn comes all the same.
                 continue
             self._held.discard(entry.entry_id)

@@ -120,7 +120,15 @@ class FleetView:
             held = self._in_flight.setdefault(model, {})
             held[tenant] = max(0, held.get(tenant, 0) + change)
 
-    def may_take(self, tenant: str, model: str, views: Sequence[WorkerView], *, backlogged: bool) -> bool:
+    def may_take(
+        self,
+        tenant: str,
+        model: str,
+        views: Sequence[WorkerView],
+        *,
+        backlogged: bool,
+        weights: Mapping[str, float],
+    ) -> bool:
         """Whether the tenant may have one of the places for `model`, or it is kept for others."""
         return may_take(
             tenant,
@@ -132,6 +140,7 @@ class FleetView:
                 max(0, min(view.queue_limit, view.max_sequences + view.queue_limit - view.assigned_requests))
                 for view in views
             ),
+            weights=weights,
         )
 
     def note_assigned(

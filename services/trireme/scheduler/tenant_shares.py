@@ -27,11 +27,22 @@ class TenantShares:
         self._key = keys.virtual_tokens
         self._unsent: dict[str, float] = {}
         self.counters: dict[str, float] = {}
+        self.weights: dict[str, float] = {}
+        """As their newest requests say, of tenants that do not weigh 1."""
 
     def join(self, tenant: str, *, active: Iterable[str]) -> None:
         """A tenant starts to wait after an absence."""
         lifted = lift(self.counters, tenant=tenant, active=active)
         self.charge(tenant, lifted - self.counters.get(tenant, 0.0))
+
+    def note_weight(self, tenant: str, weight: float) -> None:
+        """The tenant has this weight now."""
+        if weight == 1.0:
+            self.weights.pop(tenant, None)
+            return
+        self.weights[tenant] = weight
+        if len(self.weights) > MAX_TENANTS:
+            del self.weights[next(iter(self.weights))]
 
     def charge(self, tenant: str, weighted_tokens: float) -> None:
         """The tenant was served so much more."""
