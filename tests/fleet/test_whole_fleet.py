@@ -256,6 +256,13 @@ async def test_a_prompt_is_scored_as_evaluation_harnesses_ask(fleet: Fleet) -> N
     async with TriremeClient(fleet.grpc) as own:
         sampling = Sampling(max_tokens=0, prompt_logprobs=1)
         events = [event async for event in own.generate("py", prompts[0], sampling)]
+        more = Sampling(max_tokens=3, prompt_logprobs=0, n=2, ignore_eos=True)
+        answered = [event async for event in own.generate("py", prompts[1], more)]
+    for choice_number in range(2):
+        told = [e for e in answered if isinstance(e, Delta) and e.choice == choice_number]
+        assert sum(len(each.token_ids) for each in told) == 3
+        rows = [[p.chosen.token_id for p in each.prompt_logprobs] for each in told]
+        assert rows[0] == prompts[1][1:] and not any(rows[1:])
     (delta,) = [event for event in events if isinstance(event, Delta)]
     assert delta.token_ids == () and [p.chosen.token_id for p in delta.prompt_logprobs] == prompts[0][1:]
     found = [position.chosen.logprob for position in delta.prompt_logprobs]

@@ -130,8 +130,14 @@ def test_what_cannot_be_scored_is_refused(model: Model) -> None:
     assert not engine.has_work
 
 
-def test_a_fault_of_one_prompt_is_its_own(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, bad = Engine(model, settings()), prompt_of(2, 30)
+@pytest.mark.parametrize(
+    "length", [20, 30]
+)  # The first token would be chosen in the step that fails, or later.
+@pytest.mark.parametrize("max_tokens", [0, 1, 3])
+def test_a_fault_of_one_prompt_is_its_own(
+    model: Model, monkeypatch: pytest.MonkeyPatch, length: int, max_tokens: int
+) -> None:
+    engine, bad = Engine(model, settings()), prompt_of(2, length)
 
     def broken(hidden: torch.Tensor) -> torch.Tensor:
         scores = unbroken(hidden)
@@ -139,8 +145,9 @@ def test_a_fault_of_one_prompt_is_its_own(model: Model, monkeypatch: pytest.Monk
 
     unbroken = model.logits
     monkeypatch.setattr(model, "logits", broken)
-    engine.add(request("bad", bad, greedy(3, prompt_logprobs=1)))
-    assert outputs_of(run(engine))["bad"][-1].finish_reason is FinishReason.ERROR
+    engine.add(request("bad", bad, greedy(max_tokens, prompt_logprobs=1)))
+    (failed,) = outputs_of(run(engine))["bad"]
+    assert failed.finish_reason is FinishReason.ERROR and failed.token_id is None
     monkeypatch.undo()
     engine.add(request("good", bad, greedy(3, prompt_logprobs=1)))
     check(outputs_of(run(engine))["good"][0], bad, 1)

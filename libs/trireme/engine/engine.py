@@ -377,7 +377,9 @@ class Engine:
         row = 0
         for sequence in sequences:
             draft = drafts.get(sequence) if drafts else None
-            if draft:
+            if sequence.row < 0:  # What was asked of its prompt has failed in this step.
+                row += len(draft) if draft is not None else 0
+            elif draft:
                 self._verify(sequence, draft, choices[row : row + len(draft) + 1], report)
                 row += len(draft)
             elif choices[row].token_id < 0:

@@ -90,7 +90,8 @@ class LiveRequest:
         # Read for each token: not to be asked of a message each time.
         self.request_id = self.assignment.request.request_id
         self.variant = self.assignment.variant
-        self.wants_logprobs = self.assignment.request.sampling.HasField("logprobs")
+        sampling = self.assignment.request.sampling
+        self.wants_logprobs = sampling.HasField("logprobs") or sampling.HasField("prompt_logprobs")
 
     @property
     def handles(self) -> tuple[int, ...]:
