@@ -30,7 +30,7 @@ from trireme.bus.connection import Keys, open_redis
 from trireme.bus.registry import Registry
 from trireme.client import ClientTls, Sampling, Summary, TriremeClient
 from trireme.errors import TriremeError
-from trireme.runtime.service_rights import RIGHTS
+from trireme.runtime.service_rights import RIGHTS, certificate_names
 from trireme.runtime.tenant_keys import key_digest, new_key
 from trireme.wire.bus.v1.facts_pb2 import ProcessRecord
 from trireme.wire.placement.v1.placement_pb2 import DrainRequest
@@ -175,8 +175,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 async def world(redis_url: str, folder: Path) -> AsyncIterator[World]:
     secrets = Secrets(folder, trustme.CA())
     for name in SERVICES:
-        secrets.issue(name, NAME, f"{name}.{NAME}")
-    secrets.issue("operator", NAME, f"operator.{NAME}")
+        secrets.issue(name, *certificate_names(NAME, name))
+    secrets.issue("operator", *certificate_names(NAME, "operator"))
     secrets.issue("tester", NAME)
     for name in USERS:
         (folder / f"{name}.password").write_text(f"of-{name}\n")
@@ -310,7 +310,7 @@ async def test_services_and_clients_meet_under_tls_alone(world: World) -> None:
     inner = {name: world.records[name].grpc_address for name in ("worker", "kvstore")}
     before = {name: serial_shown(address, world.secrets) for name, address in inner.items()}
     for name in SERVICES:
-        world.secrets.issue(name, NAME, f"{name}.{NAME}")
+        world.secrets.issue(name, *certificate_names(NAME, name))
     world.secrets.issue("front", "localhost")
     for name, serial in before.items():
         shown = await asyncio.to_thread(serial_shown, inner[name], world.secrets)

@@ -18,7 +18,7 @@ import trustme
 
 from tests.service.reflected_methods import reflected_methods
 from trireme.runtime.health import HealthReporter
-from trireme.runtime.service_rights import CALLERS, OPERATOR, RIGHTS, WORKER
+from trireme.runtime.service_rights import CALLERS, OPERATOR, RIGHTS, WORKER, certificate_names
 from trireme.runtime.serving import Register, grpc_server
 from trireme.wire.bus.v1 import facts_pb2
 
@@ -94,7 +94,7 @@ async def test_each_service_may_call_what_is_written_for_it_alone(
     async with AsyncExitStack() as stack:
         address = await stack.enter_async_context(served(tmp_path, monkeypatch))
         callers = {
-            service: await stack.enter_async_context(channel_of(address, FLEET, f"{service}.{FLEET}"))
+            service: await stack.enter_async_context(channel_of(address, *certificate_names(FLEET, service)))
             for service in CALLERS
         }
         nobody = await stack.enter_async_context(
@@ -119,7 +119,7 @@ async def test_a_certificate_of_several_services_has_the_rights_of_each(
 ) -> None:
     async with (
         served(tmp_path, monkeypatch) as address,
-        channel_of(address, FLEET, *(f"{service}.{FLEET}" for service in CALLERS)) as everyone,
+        channel_of(address, *certificate_names(FLEET)) as everyone,
     ):
         assert [method for method in RIGHTS if await refusal(everyone, method) is not None] == []
 
@@ -131,7 +131,7 @@ async def test_an_rpc_that_nobody_wrote_down_is_refused_to_all(
     monkeypatch.delitem(RIGHTS, method)  # type: ignore[arg-type]
     async with (
         served(tmp_path, monkeypatch) as address,
-        channel_of(address, FLEET, *(f"{service}.{FLEET}" for service in CALLERS)) as everyone,
+        channel_of(address, *certificate_names(FLEET)) as everyone,
     ):
         said = await refusal(everyone, method)
         assert said is not None and "nobody may call it" in said

@@ -71,6 +71,11 @@ Check = Callable[[str, Context], None]  # type: ignore[type-arg]
 """Takes a method's full name and a call of it; raises PermissionDenied."""
 
 
+def certificate_names(fleet: str, *services: str) -> list[str]:
+    """The DNS names that a certificate of these services bears; of all callers, if none is named."""
+    return [fleet, *(f"{service}.{fleet}" for service in services or CALLERS)]
+
+
 def services_named(names: Collection[str], fleet: str) -> frozenset[str]:
     """The services that a certificate is for, by its DNS names and the fleet's name."""
     return frozenset(service for service in CALLERS if f"{service}.{fleet}" in names)
