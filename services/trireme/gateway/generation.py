@@ -360,6 +360,8 @@ class Generation:
             expected_tokens=self.admission.expected_tokens(submission),
         )
         name_blocks(admitted, submission.model, submission.cut, fleet=self._fleet_name, tenant=caller.tenant)
+        if submission.sampling.HasField("prompt_logprobs"):
+            admitted.ClearField("prefix_hashes")  # All of it is computed, wherever it is cached.
         return admitted
 
     def _live(self, admitted: AdmittedRequest, model: ServedModel) -> LiveRequest:
