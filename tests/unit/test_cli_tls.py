@@ -19,6 +19,7 @@ from trireme.client.credentials import client_ssl_context, client_tls
 from trireme.errors import InvalidConfiguration
 from trireme.gateway.settings import Settings as GatewaySettings
 from trireme.runtime.fleet import load_fleet
+from trireme.runtime.service_rights import certificate_names
 from trireme.runtime.settings import load
 from trireme.runtime.tls import fleet_certificates
 
@@ -81,6 +82,8 @@ def test_each_edge_believes_its_own_authority_alone(tmp_path: Path) -> None:
         shake_hands(made.gateway, None, None, outer, name)
     shake_hands(made.gateway, outer, made.client, outer, "localhost")
     shake_hands(made.services, inner, made.services, inner, "trireme")
+    for name in certificate_names("trireme"):  # It has the rights of all services, which share it.
+        shake_hands(made.services, inner, made.services, inner, name)
     for refused in (
         (made.gateway, None, None, outer, "elsewhere.example.com"),
         (made.gateway, None, None, inner, "localhost"),

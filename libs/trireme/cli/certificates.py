@@ -19,6 +19,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from trireme.cli.tls_directory import SERVICES_NAME, Pair, TlsDirectory
 from trireme.errors import InvalidConfiguration
+from trireme.runtime.service_rights import certificate_names
 
 AUTHORITY_DAYS = 3650
 LONGEST_DAYS = 825
@@ -85,7 +86,8 @@ def _issue_all(
     both = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
     _issue(directory.gateway, clients, "Trireme gateway", names, both[:1], days=days)
     _issue(directory.client, clients, "Trireme client", [], both[1:], days=days)
-    own = [x509.DNSName(SERVICES_NAME)]
+    # One pair for all services of the machine, and for its operators: it may do what each of them may.
+    own = [x509.DNSName(name) for name in certificate_names(SERVICES_NAME)]
     _issue(directory.services, services, "Trireme services", own, both, days=days)
 
 

@@ -1,6 +1,6 @@
 """A fleet's certificates in one directory: which file is whose, and the settings that name them.
 
-Two authorities: who holds a certificate of the services' may call every inner RPC, so what clients
+Two authorities: the services' certificate, which they share, may call every inner RPC, so what clients
 see and show comes from another.
 """
 
@@ -16,7 +16,7 @@ from trireme.runtime.tls import PREFIX as SERVICES_PREFIX
 from trireme.runtime.tls import Certificates, TlsFiles
 
 SERVICES_NAME = "trireme"
-"""DNS name in the certificates of services, which know each other by it alone."""
+"""DNS name that every service's certificate bears, beside the names of the services that show it."""
 
 
 @dataclass(frozen=True, slots=True)
