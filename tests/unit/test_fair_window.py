@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trireme.policies.fair_sharing import Waiting, cost, lift, order_key
@@ -58,6 +58,7 @@ def test_two_tenants_that_always_wait_are_served_alike_whatever_they_send() -> N
     assert abs(counters["small"] - counters["large"]) <= max(sizes.values())
 
 
+@settings(deadline=None)
 @given(
     weights=st.lists(st.floats(0.01, 100), min_size=2, max_size=4),
     sizes=st.lists(st.tuples(st.integers(1, 400), st.integers(1, 100)), min_size=1, max_size=8),
@@ -79,7 +80,7 @@ def test_tenants_that_always_wait_are_served_in_proportion_to_their_weights(
 
     for tenant in tenants:
         ask(tenant)
-    for _ in range(300):
+    for _ in range(200):
         found = window.next(counters=counters, now_s=0.0)
         assert found is not None
         window.discard(found[0])
@@ -92,7 +93,8 @@ def test_tenants_that_always_wait_are_served_in_proportion_to_their_weights(
     for one, weight in tenants.items():
         for other, others in tenants.items():
             gap = served[one] / weight - served[other] / others
-            assert gap <= largest / weight * (1 + 1e-9)
+            rounding = 1e-9 * (1.0 + served[one] / weight + served[other] / others)
+            assert gap <= largest / weight + rounding
 
 
 def test_a_model_without_room_does_not_hold_up_another() -> None:

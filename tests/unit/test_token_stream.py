@@ -60,6 +60,8 @@ class TokenStream(RuleBasedStateMachine):
         self.lives: dict[str, LiveRequest] = {}
         self.made: dict[tuple[str, int], int] = {}
         """Tokens that the present attempt's engine has made, and earlier ones had delivered."""
+        self.whole: dict[tuple[str, int], int] = {}
+        """Tokens of answers that have ended: another attempt makes no more of them."""
         for name in NAMES:
             self.watch(name, attempt=1)
         self.start_worker()
@@ -131,6 +133,8 @@ class TokenStream(RuleBasedStateMachine):
             if live is None or number >= CHOICES[name] or live.choices[number].finished is not None:
                 continue
             place = self.made[name, number]
+            if place == self.whole.get((name, number)):
+                continue
             token_id = self.truth(name, number, place + 1)[-1]
             handle = live.choices[number].handle
             if "logprobs" in name:
@@ -147,6 +151,7 @@ class TokenStream(RuleBasedStateMachine):
         live = self.engine.get(name)
         if live is None or number >= CHOICES[name] or live.choices[number].finished is not None:
             return
+        self.whole[name, number] = self.made[name, number]
         end = Output(live.choices[number].handle, self.made[name, number], finish_reason="length")
         self.worker.on_step(StepNews(variant="v", outputs=(end,)))
 
