@@ -22,6 +22,7 @@ from trireme.engine import Engine, FinishReason, Mode, SequenceRequest, TokenOut
 from trireme.errors import InvalidRequest
 from trireme.loading.whole import load_model
 from trireme.models.model import Model
+from trireme.policies.speculation import SpeculationSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -99,6 +100,21 @@ def test_preempted_and_pressed_for_memory_it_is_told_once_and_right(
     for name, prompt in prompts.items():
         check(outputs[name][0], prompt, 1)
         assert [output.prompt_logprobs is None for output in outputs[name][1:]] == [True] * 23
+
+
+def test_drafts_beside_it_change_nothing(model: Model) -> None:
+    wanted = SpeculationSettings(fixed_tokens=4)
+    prompts = {f"s{number}": prompt_of(20 + number, 5) * 6 for number in range(3)}
+    engine = Engine(model, settings(speculation=wanted))
+    for name, prompt in prompts.items():
+        engine.add(request(name, prompt, greedy(12 if name != "s1" else 0, prompt_logprobs=1)))
+    outputs = outputs_of(run(engine))
+    assert engine.stats().drafted_tokens > 0, "nothing was drafted: the test shows nothing"
+    for name, prompt in prompts.items():
+        check(outputs[name][0], prompt, 1)
+        if name != "s1":
+            plain = answer(Engine(model, settings()), prompt, greedy(12))
+            assert [output.token_id for output in outputs[name]] == plain
 
 
 def test_a_reassigned_sequence_tells_of_its_prompt_alone(model: Model) -> None:
