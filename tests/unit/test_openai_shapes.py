@@ -66,10 +66,12 @@ def test_a_prompt_is_shown_once_with_what_was_told_of_its_tokens(length: int, an
             Delta(0, 1, [51], "y", ["y"], asked(51)),
         ]
     parts, streamed = ChoiceParts(), ChoiceParts()
-    chunks = [opening] if (opening := shape.opening(0, streamed)) else []
+    assert shape.opening(0, streamed) is None and shape.opening(0, parts) is None
+    chunks = []
     for delta in news:
         shape.collect(0, delta, parts)
         chunks.append(shape.piece(0, delta, streamed))
+    chunks.append(shape.ending(0, streamed))
     whole = shape.whole(0, parts)
     columns = whole["logprobs"]
     answer = [50, 51] if answered else []
@@ -84,4 +86,4 @@ def test_a_prompt_is_shown_once_with_what_was_told_of_its_tokens(length: int, an
     shown = [strictly(chunk) for chunk in chunks]
     assert "".join(chunk["text"] for chunk in shown) == whole["text"]
     for name, column in columns.items():
-        assert [row for chunk in shown for row in chunk["logprobs"][name]] == column
+        assert [row for chunk in shown for row in (chunk["logprobs"] or {}).get(name, [])] == column

@@ -138,15 +138,9 @@ class TextShape:
 
     def opening(self, index: int, parts: ChoiceParts) -> str | None:
         echo = self._echo(index)
-        if self._with_logprobs and len(echo.token_ids) > 1:
+        if self._with_logprobs or not echo.text:
             return None  # Its log-probabilities come with the first piece.
-        if not echo.text:
-            return None
-        logprobs = json.dumps(self._shown_prompt(index, (), parts)) if self._with_logprobs else "null"
-        parts.offset = len(echo.text)
-        return (
-            f'{{"index":{index},"text":{json.dumps(echo.text)},"logprobs":{logprobs},"finish_reason":null}}'
-        )
+        return f'{{"index":{index},"text":{json.dumps(echo.text)},"logprobs":null,"finish_reason":null}}'
 
     def piece(self, index: int, delta: Delta, parts: ChoiceParts) -> str:
         text, logprobs = delta.text, "null"
@@ -160,8 +154,13 @@ class TextShape:
         return f'{{"index":{index},"text":{json.dumps(text)},"logprobs":{logprobs},"finish_reason":null}}'
 
     def ending(self, index: int, parts: ChoiceParts) -> str:
+        text, logprobs = "", "null"
+        if self._with_logprobs:
+            columns = self._shown_prompt(index, (), parts)
+            if columns["tokens"]:  # A prompt of one token, and no answer: nothing came before.
+                text, logprobs = self._echo(index).text, json.dumps(columns)
         reason = json.dumps(parts.finish_reason)
-        return f'{{"index":{index},"text":"","logprobs":null,"finish_reason":{reason}}}'
+        return f'{{"index":{index},"text":{json.dumps(text)},"logprobs":{logprobs},"finish_reason":{reason}}}'
 
     def collect(self, index: int, delta: Delta, parts: ChoiceParts) -> None:
         parts.texts.append(delta.text)
