@@ -75,10 +75,8 @@ def channel_of(address: str, *names: str) -> grpc.aio.Channel:
 
 async def refusal(channel: grpc.aio.Channel, method: str) -> str | None:
     """Why the caller may not call the method; None: it may."""
-    call = channel.stream_stream(method)(timeout=60.0)
+    call = channel.unary_stream(method)(b"", timeout=60.0)
     try:
-        await call.write(b"")
-        await call.done_writing()
         answered = await call.read()
     except grpc.aio.AioRpcError as error:
         return error.details() if error.code() is grpc.StatusCode.PERMISSION_DENIED else None
