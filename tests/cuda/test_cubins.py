@@ -37,7 +37,13 @@ from trireme.kernels.cuda_experts import (
 from trireme.kernels.cuda_host_memory import GATHER_ROWS, gemv_kernel
 from trireme.kernels.cuda_launch import SOURCES, Kernel
 from trireme.kernels.cuda_linear import gemm_kernel
-from trireme.kernels.cuda_sampling import BIAS_LOGITS, PENALISE_LOGITS, SAMPLE, VERIFY_DRAFTS
+from trireme.kernels.cuda_sampling import (
+    BIAS_LOGITS,
+    FORBID_LOGITS,
+    PENALISE_LOGITS,
+    SAMPLE,
+    VERIFY_DRAFTS,
+)
 from trireme.quant.formats import weight_format
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a")
@@ -92,7 +98,8 @@ BUDGETS = {
     SAMPLE: Budget(48, 2150),
     VERIFY_DRAFTS: Budget(34, 250),
     BIAS_LOGITS: Budget(24, 100),
-    PENALISE_LOGITS: Budget(37, 450),
+    PENALISE_LOGITS: Budget(44, 650),
+    FORBID_LOGITS: Budget(20, 160),
 }
 
 

@@ -17,11 +17,13 @@ from trireme.kernels.cuda_emulator import Emulator
 from trireme.kernels.cuda_launch import ShapeMismatch
 from trireme.kernels.cuda_sampling import (
     BIAS_LOGITS,
+    FORBID_LOGITS,
     PENALISE_LOGITS,
     SAMPLE,
     VERIFY_DRAFTS,
     SamplingRows,
     bias_logits,
+    forbid_logits,
     penalise_logits,
     sample,
     verify_drafts,
@@ -43,7 +45,7 @@ FILTERS: tuple[dict[str, float], ...] = (
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled(emulator: Emulator) -> None:
-    emulator.prepare([SAMPLE, VERIFY_DRAFTS, BIAS_LOGITS, PENALISE_LOGITS])
+    emulator.prepare([SAMPLE, VERIFY_DRAFTS, BIAS_LOGITS, FORBID_LOGITS, PENALISE_LOGITS])
 
 
 def states_of(filters: Sequence[dict[str, float]], vocab: int) -> list[SamplingState]:
@@ -104,17 +106,39 @@ def test_a_row_without_numbers_gets_no_token_and_others_do(emulator: Emulator) -
 def test_penalties_are_those_of_their_definition(emulator: Emulator) -> None:
     vocab, chosen = 1500, torch.tensor([3, 0])
     logits = (torch.randn(4, 2 * vocab) * 3)[:, :vocab]
-    counts = torch.poisson(torch.full((2, vocab), 0.3))
-    in_prompt = torch.rand(2, vocab) < 0.2
+    slots = torch.tensor([2, 1])
+    counts = torch.poisson(torch.full((3, vocab), 0.3))
+    in_prompt = torch.rand(3, vocab) < 0.2
+    ahead = torch.tensor([[-1, -1, -1], [7, 1499, 7]])
+    counted = counts[slots]
+    counted[1, 7] += 2
+    counted[1, 1499] += 1
     penalties = torch.tensor([[1.3, 0.4, -0.7], [0.8, 0.0, 2.0]])
     repetition, frequency, presence = penalties[:, :, None].unbind(1)
     scores = logits[chosen]
     repeated = torch.where(scores > 0, scores / repetition, scores * repetition)
-    scores = torch.where(in_prompt | (counts > 0), repeated, scores)
+    scores = torch.where(in_prompt[slots] | (counted > 0), repeated, scores)
     expected = logits.clone()
-    expected[chosen] = scores - frequency * counts - presence * (counts > 0)
-    penalise_logits(emulator, logits, chosen.int(), counts, in_prompt, penalties)
+    expected[chosen] = scores - frequency * counted - presence * (counted > 0)
+    penalise_logits(emulator, logits, chosen.int(), slots.int(), counts, in_prompt, ahead.int(), penalties)
     assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 64, 1500])
+def test_what_is_not_allowed_becomes_impossible_and_what_is_no_number_stays_none(
+    emulator: Emulator, vocab: int
+) -> None:
+    logits = (torch.randn(4, 2 * vocab) * 3)[:, :vocab]
+    logits[3, vocab // 2], logits[3, vocab - 1] = torch.inf, torch.nan
+    rows = torch.tensor([3, 0])
+    flags = np.random.default_rng(vocab).random((2, vocab)) < 0.5
+    bits = np.zeros((2, -(-vocab // 32) * 32), dtype=bool)
+    bits[:, :vocab] = flags
+    packed = np.packbits(bits, axis=1, bitorder="little").view(np.int32)
+    expected = logits.clone()
+    expected[rows] += torch.where(torch.from_numpy(flags), 0.0, -torch.inf)
+    forbid_logits(emulator, logits, rows.int(), torch.from_numpy(packed))
+    assert torch.equal(logits.nan_to_num(nan=123.0), expected.nan_to_num(nan=123.0))
 
 
 def test_bias_moves_single_scores(emulator: Emulator) -> None:

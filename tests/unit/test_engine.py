@@ -411,7 +411,7 @@ def test_a_fault_in_sampling_ends_its_culprit_alone(
             raise ZeroDivisionError("an unlucky seed")
         return sample(logits, states)
 
-    monkeypatch.setattr("trireme.engine.engine.sample", fragile)
+    monkeypatch.setattr("trireme.engine.token_choice.sample", fragile)
     engine = Engine(model, settings())
     good = request("good", prompt_of(2, 6), sampled(1))
     engine.add(good)

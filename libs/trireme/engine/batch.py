@@ -135,7 +135,7 @@ def _forward(model: Model, cache: KvCache, parts: list[Part], drafts: Drafts) ->
         return Computed(parts, model.forward(inputs[0], inputs[1], layers, batch), sampling, None, drafts)
     # A batch of decoding sequences alone samples every row, in order.
     is_every_row = len(last_rows) == len(token_ids)
-    scored = None if is_every_row else torch.tensor(last_rows, device=device)
+    scored = None if is_every_row else torch.tensor(last_rows).to(device, non_blocking=True)
     hidden, logits = model.forward_scored(inputs[0], inputs[1], layers, batch, scored)
     return Computed(parts, hidden, sampling, logits, drafts)
 

@@ -16,6 +16,7 @@ import torch
 from trireme.constraints.guide import Guides
 from trireme.engine import admission
 from trireme.engine.batch import Computed, Drafts, compute, continuation_logprob, pooled
+from trireme.engine.device_choice import chooser_of
 from trireme.engine.kv_cache import KvCache
 from trireme.engine.kv_copies import CopyFailed, Link
 from trireme.engine.kv_cuts import cut
@@ -32,17 +33,18 @@ from trireme.engine.outputs import (
 from trireme.engine.prompt_logprobs import prompt_logprobs
 from trireme.engine.request import Mode, SequenceRequest
 from trireme.engine.roster import Roster
-from trireme.engine.sampling import Sampled, SamplingState, sample
+from trireme.engine.sampling import Sampled
 from trireme.engine.sequence import Sequence
 from trireme.engine.settings import EngineSettings
 from trireme.engine.speculation.proposals import Drafter
 from trireme.engine.speculation.rejected_slots import clear_behind, close_up
 from trireme.engine.speculation.speculator import speculator_of
-from trireme.engine.speculation.token_tree import TokenTree
+from trireme.engine.speculation.token_tree import NO_TOKENS
 from trireme.engine.statistics import stats_of
 from trireme.engine.stored_blocks import OnSaved, Room, StoredBlock, let_go_of
 from trireme.engine.tally import StepReport, Tally
 from trireme.engine.tier import KvTier
+from trireme.engine.token_choice import Chooser, Choosing
 from trireme.errors import InvalidConfiguration, RequestConflict, RequestFailed, TriremeError
 from trireme.models.model import Model
 
@@ -66,6 +68,7 @@ class Engine:
         draft: a smaller model with the same tokens, that drafts where the settings speculate.
         drafters: others that draft.
         guides: compile the constraints of requests; None: those with a constraint are refused.
+        chooser: chooses tokens from scores; None: the one for the model's device.
 
     Raises:
         InvalidConfiguration: `max_model_len` exceeds what the model or the blocks can hold, or the draft
@@ -86,6 +89,7 @@ class Engine:
         draft: Model | None = None,
         drafters: Seq[Drafter] = (),
         guides: Guides | None = None,
+        chooser: Chooser | None = None,
     ) -> None:
         possible = min(model.max_positions, settings.num_blocks * settings.block_size)
         if settings.max_model_len is not None and settings.max_model_len > possible:
@@ -111,6 +115,9 @@ class Engine:
             shares=settings.prefix_cache,
             tier=kv_tier,
             link=link,
+        )
+        self._chooser = chooser or chooser_of(
+            model.device, vocab_size=model.config.vocab_size, most_sequences=settings.max_num_seqs
         )
         self._preloads = KvPreloads(self._cache, preload_layers)
         self._tally = Tally()
@@ -329,6 +336,7 @@ class Engine:
 
     def _absorb(self, batch: Computed, report: StepReport) -> None:
         """Take over what was computed: more KV, tokens, scores, vectors."""
+        choosing = self._begin_choosing(batch)  # so that the device has work while the host goes on
         token = 0
         for sequence, count in batch.parts:
             first, token = token, token + count + len(batch.drafts.get(sequence, ()))
@@ -343,7 +351,7 @@ class Engine:
             elif sequence.mode is not Mode.GENERATE:
                 self._absorb_hidden(sequence, batch.hidden[first : first + count], start, report)
         if batch.logits is not None:
-            self._choose(batch.sampling, batch.drafts, batch.logits, report)
+            self._choose(batch.sampling, batch.drafts, batch.logits, choosing, report)
 
     def _advance(self, sequence: Sequence, count: int) -> None:
         """So many more of its tokens are computed."""
@@ -351,51 +359,62 @@ class Engine:
         sequence.most_computed = max(sequence.most_computed, sequence.num_computed)
         self._cache.commit(sequence)
 
-    def _choose(
-        self, sequences: list[Sequence], drafts: Drafts, logits: torch.Tensor, report: StepReport
-    ) -> None:
-        """Sample; if that raises, sequence by sequence, so that only the culprit ends."""
-        states: list[SamplingState] = []
-        for sequence in sequences:
-            if sequence.state is not None:
-                states.append(sequence.state)
-                if drafts and (draft := drafts.get(sequence)):
-                    states.extend(map(sequence.state.after, draft.prefixes()))
+    def _begin_choosing(self, batch: Computed) -> Choosing | None:
+        """None: there is nothing to choose, or it failed: `_choose` begins again, and finds out for whom."""
+        if batch.logits is None:
+            return None
         try:
-            choices = sample(logits, states)
+            return self._choosing(batch.sampling, batch.drafts, batch.logits)
+        except Exception:
+            return None
+
+    def _choosing(self, sequences: list[Sequence], drafts: Drafts, logits: torch.Tensor) -> Choosing:
+        states = [sequence.state for sequence in sequences if sequence.state is not None]
+        drafted = [drafts.get(sequence, NO_TOKENS) for sequence in sequences] if drafts else []
+        return self._chooser.begin(logits, states, drafted if any(drafted) else ())
+
+    def _choose(
+        self,
+        sequences: list[Sequence],
+        drafts: Drafts,
+        logits: torch.Tensor,
+        choosing: Choosing | None,
+        report: StepReport,
+    ) -> None:
+        """Take over what was chosen; if that raises, sequence by sequence, so that only the culprit ends."""
+        try:
+            choices = (choosing or self._choosing(sequences, drafts, logits)).wait()
         except Exception as error:
             if len(sequences) == 1:
                 self._fail(sequences[0], error, report)
                 return
             row = 0
             for sequence in sequences:
-                draft = drafts.get(sequence)
-                end = row + 1 + (len(draft) if draft is not None else 0)
-                self._choose([sequence], drafts, logits[row:end], report)
+                end = row + 1 + len(drafts.get(sequence, NO_TOKENS))
+                self._choose([sequence], drafts, logits[row:end], None, report)
                 row = end
             return
         row = 0
-        for sequence in sequences:
+        for index, sequence in enumerate(sequences):
             draft = drafts.get(sequence) if drafts else None
             if sequence.row < 0:  # What was asked of its prompt has failed in this step.
                 row += len(draft) if draft is not None else 0
             elif draft:
-                self._verify(sequence, draft, choices[row : row + len(draft) + 1], report)
+                sampled = choices.sampled[row : row + len(draft) + 1]
+                self._verify(sequence, sampled, choices.paths[index], report)
                 row += len(draft)
-            elif choices[row].token_id < 0:
+            elif choices.sampled[row].token_id < 0:
                 self._fail(sequence, _not_a_number(), report)
             else:
-                self._emit(sequence, choices[row], report)
+                self._emit(sequence, choices.sampled[row], report)
             row += 1
 
-    def _verify(
-        self, sequence: Sequence, draft: TokenTree, choices: list[Sampled], report: StepReport
-    ) -> None:
+    def _verify(self, sequence: Sequence, choices: list[Sampled], path: Seq[int], report: StepReport) -> None:
         """Take the chosen tokens up to the first that no drafted one is, or that ends the answer.
 
-        A choice was drawn as it is after the drafted tokens up to it, so it counts where they were right.
+        A choice was drawn as it is after the drafted tokens up to it, so it counts where they were right:
+        those of `path`.
         """
-        path = draft.walk([choice.token_id for choice in choices])
         close_up(self._cache, sequence, path)
         for num_right, place in enumerate((-1, *path)):
             if num_right:
@@ -563,6 +582,8 @@ class Engine:
         if sequence in self._unguided:
             self._unguided.remove(sequence)
         self._roster.remove(sequence)
+        if sequence.state is not None:
+            self._chooser.forget(sequence.state)
         if self._speculator is not None:
             self._speculator.forget(sequence.sequence_id)
 

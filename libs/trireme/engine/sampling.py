@@ -50,18 +50,24 @@ class SamplingState:
     """
 
     __slots__ = (
+        "_bias",
+        "_counts",
+        "_device",
         "_draws",
         "_draws_start",
+        "_in_prompt",
+        "_root",
+        "_stop",
+        "_vocab_size",
         "adjusts",
         "ahead",
-        "bias",
         "guide",
         "is_plain",
         "num_outputs",
-        "output_counts",
+        "output_ids",
         "params",
-        "seen_prompt",
-        "stop_tensor",
+        "prompt_ids",
+        "stop_ids",
     )
 
     def __init__(
@@ -78,39 +84,74 @@ class SamplingState:
         self.params = params
         self.guide = guide
         self.ahead: tuple[int, ...] = ()
-        """Drafted tokens behind the answer that the guide knows of."""
+        """Drafted tokens behind the answer."""
         self.num_outputs = len(output_ids)
-        self.bias: tuple[Tensor, Tensor] | None = None
-        if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=device)
-            values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
-            self.bias = ids, values
-        self.stop_tensor = torch.tensor(
-            [token_id for token_id in stop_ids if token_id < vocab_size], dtype=torch.int64, device=device
-        )
-        self.output_counts: Tensor | None = None
-        self.seen_prompt: Tensor | None = None
-        if params.has_penalties:
-            outputs = torch.tensor(output_ids, dtype=torch.int64, device=device)
-            self.output_counts = torch.bincount(outputs, minlength=vocab_size).float()
-            self.seen_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self.seen_prompt[torch.tensor(prompt_ids, dtype=torch.int64, device=device)] = True
-        self.adjusts = self.bias is not None or params.has_penalties
+        self.stop_ids = [token_id for token_id in stop_ids if token_id < vocab_size]
+        self.prompt_ids: Sequence[int] = prompt_ids if params.has_penalties else ()
+        self.output_ids: list[int] = list(output_ids) if params.has_penalties else []
+        """What penalties look at; without them both are empty."""
+        self.adjusts = bool(params.logit_bias) or params.has_penalties
         is_free = guide is None and not self.adjusts
         self.is_plain = params.is_greedy and params.logprobs is None and is_free
+        self._root: SamplingState | None = None
+        self._vocab_size = vocab_size
+        self._device = device
+        # Tensors are made when they are asked for: where another chooses the tokens, they never are.
+        self._bias: tuple[Tensor, Tensor] | None = None
+        self._stop: Tensor | None = None
+        self._counts: Tensor | None = None
+        self._in_prompt: Tensor | None = None
         self._draws: list[float] = []
         self._draws_start = 0
 
     @property
+    def root(self) -> SamplingState:
+        """The sequence's own state, without drafted tokens."""
+        return self._root or self
+
+    @property
+    def bias(self) -> tuple[Tensor, Tensor]:
+        """Tokens (count,) int64 and what is added to their scores (count,) float32."""
+        if self._bias is None:
+            bias = self.params.logit_bias
+            ids = torch.tensor(list(bias), dtype=torch.int64, device=self._device)
+            values = torch.tensor(list(bias.values()), dtype=torch.float32, device=self._device)
+            self._bias = ids, values
+        return self._bias
+
+    @property
+    def stop_tensor(self) -> Tensor:
+        """Tokens that end the answer, (count,) int64."""
+        if self._stop is None:
+            self._stop = torch.tensor(self.stop_ids, dtype=torch.int64, device=self._device)
+        return self._stop
+
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """How often each token is in the answer, (vocab,) float32, and whether it is in the prompt, (vocab,)
+        bool."""
+        if self._root is not None:
+            counts, in_prompt = self._root.seen()
+            grown = torch.tensor(self.ahead, dtype=torch.int64, device=self._device)
+            return counts.index_add(0, grown, torch.ones(len(grown), device=self._device)), in_prompt
+        if self._counts is None or self._in_prompt is None:
+            outputs = torch.tensor(self.output_ids, dtype=torch.int64, device=self._device)
+            self._counts = torch.bincount(outputs, minlength=self._vocab_size).float()
+            self._in_prompt = torch.zeros(self._vocab_size, dtype=torch.bool, device=self._device)
+            self._in_prompt[torch.tensor(self.prompt_ids, dtype=torch.int64, device=self._device)] = True
+        return self._counts, self._in_prompt
+
+    @property
     def suppresses_stop(self) -> bool:
         """The next token may not end the answer."""
-        return self.num_outputs < self.params.min_tokens and self.stop_tensor.numel() > 0
+        return self.num_outputs < self.params.min_tokens and bool(self.stop_ids)
 
     def observe(self, token_id: int) -> None:
         """The answer grew by this token."""
         self.num_outputs += 1
-        if self.output_counts is not None:
-            self.output_counts[token_id] += 1.0
+        if self.params.has_penalties:
+            self.output_ids.append(token_id)
+            if self._counts is not None:
+                self._counts[token_id] += 1.0
         if self.guide is not None:
             self.guide.advance(token_id)
 
@@ -121,13 +162,9 @@ class SamplingState:
         later: SamplingState = object.__new__(SamplingState)
         for name in SamplingState.__slots__:
             setattr(later, name, getattr(self, name))
+        later._root = self
         later.num_outputs += len(token_ids)
         later.ahead = tuple(token_ids)
-        if self.output_counts is not None:
-            grown = torch.tensor(token_ids, dtype=torch.int64, device=self.output_counts.device)
-            later.output_counts = self.output_counts.index_add(
-                0, grown, torch.ones(len(token_ids), device=grown.device)
-            )
         return later
 
     def uniform(self) -> float:
@@ -193,7 +230,7 @@ def _adjust(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
         forbid(adjusted, states, guided)
     flat = adjusted.view(-1)
     vocab_size = logits.shape[1]
-    biased = [(row, bias) for row in adjusting if (bias := states[row].bias) is not None]
+    biased = [(row, states[row].bias) for row in adjusting if states[row].params.logit_bias]
     if biased:
         where = torch.cat([ids + row * vocab_size for row, (ids, _) in biased])
         flat.index_add_(0, where, torch.cat([values for _, (_, values) in biased]))
@@ -209,8 +246,9 @@ def _penalise(adjusted: Tensor, states: Sequence[SamplingState], rows: list[int]
     if not rows:
         return
     params = [states[row].params for row in rows]
-    counts = torch.stack([count for row in rows if (count := states[row].output_counts) is not None])
-    prompt = torch.stack([seen for row in rows if (seen := states[row].seen_prompt) is not None])
+    seen = [states[row].seen() for row in rows]
+    counts = torch.stack([count for count, _ in seen])
+    prompt = torch.stack([in_prompt for _, in_prompt in seen])
     factors = torch.tensor(
         [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in params],
         device=adjusted.device,

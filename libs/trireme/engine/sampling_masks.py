@@ -14,7 +14,7 @@ from torch import Tensor
 from trireme.constraints.guide import Guide
 
 _WORD_BITS: Final = 32
-_Bits = np.ndarray[tuple[int, int], np.dtype[np.int32]]
+Bits = np.ndarray[tuple[int, int], np.dtype[np.int32]]
 """(guided rows, words)."""
 
 
@@ -23,7 +23,7 @@ class Guided(Protocol):
 
     guide: Guide | None
     ahead: tuple[int, ...]
-    stop_tensor: Tensor
+    stop_ids: list[int]
 
     @property
     def suppresses_stop(self) -> bool: ...
@@ -39,10 +39,7 @@ class _Run(NamedTuple):
 
 
 def forbid(scores: Tensor, states: Sequence[Guided], rows: Sequence[int]) -> None:
-    """Make what the constraints of these rows do not allow impossible, in place.
-
-    A row behind a drafted token that is not allowed itself may choose anything: nobody will ask. Where
-    nothing but the end is allowed, `min_tokens` does not hold it off.
+    """Make what the constraints of these rows do not allow impossible, in place: see `allowed`.
 
     Args:
         scores: (all rows, vocab).
@@ -52,6 +49,27 @@ def forbid(scores: Tensor, states: Sequence[Guided], rows: Sequence[int]) -> Non
         TriremeError: a constraint failed.
     """
     vocab_size = scores.shape[1]
+    bits = allowed(states, rows, vocab_size)
+    where = torch.tensor(rows, device=scores.device)
+    flags = _unpacked(bits, vocab_size, scores.device)
+    scores[where] = scores[where].masked_fill(~flags, -torch.inf)
+
+
+def allowed(states: Sequence[Guided], rows: Sequence[int], vocab_size: int) -> Bits:
+    """Which tokens the constraints of these rows allow: a bit each, the lowest of a word first.
+
+    A row behind a drafted token that is not allowed itself may choose anything: nobody will ask. Where
+    nothing but the end is allowed, `min_tokens` does not hold it off.
+
+    Args:
+        rows: those with a guide, ascending.
+
+    Returns:
+        (len(rows), words) int32.
+
+    Raises:
+        TriremeError: a constraint failed.
+    """
     words = -(-vocab_size // _WORD_BITS)
     bits = np.full((len(rows), words), -1, dtype=np.int32)
     runs = _runs(states, rows)
@@ -67,10 +85,8 @@ def forbid(scores: Tensor, states: Sequence[Guided], rows: Sequence[int]) -> Non
         run.guide.check()
     for place, row in enumerate(rows):
         if states[row].suppresses_stop:
-            _hold_off(bits[place], states[row].stop_tensor.tolist())
-    where = torch.tensor(rows, device=scores.device)
-    allowed = _unpacked(bits, vocab_size, scores.device)
-    scores[where] = scores[where].masked_fill(~allowed, -torch.inf)
+            _hold_off(bits[place], states[row].stop_ids)
+    return bits
 
 
 def _runs(states: Sequence[Guided], rows: Sequence[int]) -> list[_Run]:
@@ -86,7 +102,7 @@ def _runs(states: Sequence[Guided], rows: Sequence[int]) -> list[_Run]:
     return runs
 
 
-def _fill(matchers: list[tuple[LLMatcher, int]], bits: _Bits) -> None:
+def _fill(matchers: list[tuple[LLMatcher, int]], bits: Bits) -> None:
     words = bits.shape[1]
     threads = torch.get_num_threads()
     if threads == 1 or len(matchers) == 1:
@@ -110,7 +126,7 @@ def _hold_off(row: np.ndarray[tuple[int], np.dtype[np.int32]], stop_ids: list[in
         row[:] = held.view(np.int32)
 
 
-def _unpacked(bits: _Bits, vocab_size: int, device: torch.device) -> Tensor:
+def _unpacked(bits: Bits, vocab_size: int, device: torch.device) -> Tensor:
     """(rows, vocab) bool; 32 tokens per word travel to the device."""
     if device.type == "cpu":
         flags = np.unpackbits(bits.view(np.uint8), axis=1, count=vocab_size, bitorder="little")

@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trireme.kernels.cuda_launch import Geometry, Kernel, Launcher, ShapeMismatch, ceil_div, check
+from trireme.kernels.cuda_transfers import upload
 from trireme.kernels.tree_paths import MAX_TREE_TOKENS
 
 MAX_VOCAB: Final = 1 << 22
@@ -22,6 +24,7 @@ SAMPLE: Final = Kernel(source="sample", name="sample")
 VERIFY_DRAFTS: Final = Kernel(source="verify_drafts", name="verify_drafts")
 BIAS_LOGITS: Final = Kernel(source="adjust_logits", name="bias_logits")
 PENALISE_LOGITS: Final = Kernel(source="adjust_logits", name="penalise_logits")
+FORBID_LOGITS: Final = Kernel(source="adjust_logits", name="forbid_logits")
 _SCRATCH_BYTES: Final = 8 * (2048 + 16 + 3) + 8
 _MASK: Final = (1 << 64) - 1
 
@@ -55,22 +58,37 @@ class SamplingRows:
         device: torch.device,
     ) -> SamplingRows:
         """From one number a row each."""
-        # The least float32 that a relative score must reach to reach the exact logarithm.
-        logs = [math.log(share) if share > 0.0 else -math.inf for share in min_p]
-        rounded = [np.float32(log) for log in logs]
-        limits = [
-            float(np.nextafter(near, np.float32(np.inf)) if near < log else near)
-            for near, log in zip(rounded, logs, strict=True)
-        ]
-        signed = np.asarray([seed & _MASK for seed in seeds], dtype=np.uint64).view(np.int64)
-        return SamplingRows(
-            temperatures=torch.tensor(temperatures, dtype=torch.float32, device=device),
-            top_k=torch.tensor(top_k, dtype=torch.int32, device=device),
-            top_p=torch.tensor(top_p, dtype=torch.float64, device=device),
-            min_log=torch.tensor(limits, dtype=torch.float32, device=device),
-            seeds=torch.from_numpy(signed).to(device),
-            indices=torch.tensor(indices, dtype=torch.int64, device=device),
+        wishes = wishes_of(
+            temperatures=temperatures, top_k=top_k, top_p=top_p, min_p=min_p, seeds=seeds, vocab=MAX_VOCAB
         )
+        columns = upload({**wishes, "indices": np.asarray(indices, dtype=np.int64)}, device)
+        return SamplingRows(**columns)
+
+
+def wishes_of(
+    *,
+    temperatures: Sequence[float],
+    top_k: Sequence[int],
+    top_p: Sequence[float],
+    min_p: Sequence[float],
+    seeds: Sequence[int],
+    vocab: int,
+) -> dict[str, NDArray[Any]]:
+    """The fields of `SamplingRows` but the indices, on the host, from one number a row each."""
+    # The least float32 that a relative score must reach to reach the exact logarithm.
+    logs = [math.log(share) if share > 0.0 else -math.inf for share in min_p]
+    rounded = [np.float32(log) for log in logs]
+    limits = [
+        float(np.nextafter(near, np.float32(np.inf)) if near < log else near)
+        for near, log in zip(rounded, logs, strict=True)
+    ]
+    return {
+        "temperatures": np.asarray(temperatures, dtype=np.float32),
+        "top_k": np.asarray([min(count, vocab) for count in top_k], dtype=np.int32),
+        "top_p": np.asarray(top_p, dtype=np.float64),
+        "min_log": np.asarray(limits, dtype=np.float32),
+        "seeds": np.asarray([seed & _MASK for seed in seeds], dtype=np.uint64).view(np.int64),
+    }
 
 
 def sample(launcher: Launcher, logits: Tensor, rows: SamplingRows) -> Tensor:
@@ -147,32 +165,82 @@ def bias_logits(launcher: Launcher, logits: Tensor, rows: Tensor, ids: Tensor, v
         )
 
 
+def forbid_logits(launcher: Launcher, logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+    """Make tokens impossible, in place; a score that is no number stays none.
+
+    Args:
+        logits: (any, vocab) float32, rows may be strided.
+        rows: (count,) int32, which of them; distinct.
+        bits: (count, ceil(vocab / 32)) int32 seen as bits, the lowest first; 1: the token is allowed.
+
+    Raises:
+        ShapeMismatch: a shape, type, device or layout differs from the above.
+    """
+    count, vocab = rows.shape[0], logits.shape[1]
+    words = ceil_div(vocab, 32)
+    _check_logits(logits)
+    check(rows, "rows", shape=(count,), dtype=torch.int32, device=logits.device)
+    check(bits, "bits", shape=(count, words), dtype=torch.int32, device=logits.device)
+    if count:
+        launcher.launch(
+            FORBID_LOGITS,
+            Geometry(grid=(ceil_div(vocab, 1024), count, 1), threads=256),
+            [logits, rows, bits, np.int32(vocab), np.int32(words), np.int64(logits.stride(0))],
+        )
+
+
 def penalise_logits(
-    launcher: Launcher, logits: Tensor, rows: Tensor, counts: Tensor, in_prompt: Tensor, penalties: Tensor
+    launcher: Launcher,
+    logits: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    counts: Tensor,
+    in_prompt: Tensor,
+    ahead: Tensor,
+    penalties: Tensor,
 ) -> None:
     """Repetition over prompt and answer, then frequency and presence over the answer, in place.
 
     Args:
         logits: (any, vocab) float32, rows may be strided.
         rows: (count,) int32, which of them; distinct.
-        counts: (count, vocab) float32, how often each token is in the answer.
-        in_prompt: (count, vocab) bool.
+        slots: (count,) int32, each one's row of `counts` and `in_prompt`.
+        counts: (slots, vocab) float32, how often each token is in the answer.
+        in_prompt: (slots, vocab) bool.
+        ahead: (count, most) int32, drafted tokens that count as if they were in the answer, and -1.
         penalties: (count, 3) float32: repetition, frequency, presence.
 
     Raises:
         ShapeMismatch: a shape, type, device or layout differs from the above.
     """
     count, vocab = rows.shape[0], logits.shape[1]
+    held, most = counts.shape[0], ahead.shape[1]
     _check_logits(logits)
-    check(rows, "rows", shape=(count,), dtype=torch.int32, device=logits.device)
-    check(counts, "counts", shape=(count, vocab), dtype=torch.float32, device=logits.device)
-    check(in_prompt, "in_prompt", shape=(count, vocab), dtype=torch.bool, device=logits.device)
-    check(penalties, "penalties", shape=(count, 3), dtype=torch.float32, device=logits.device)
+    for tensor, name, shape, dtype in (
+        (rows, "rows", (count,), torch.int32),
+        (slots, "slots", (count,), torch.int32),
+        (counts, "counts", (held, vocab), torch.float32),
+        (in_prompt, "in_prompt", (held, vocab), torch.bool),
+        (ahead, "ahead", (count, most), torch.int32),
+        (penalties, "penalties", (count, 3), torch.float32),
+    ):
+        check(tensor, name, shape=shape, dtype=dtype, device=logits.device)
     if count:
         launcher.launch(
             PENALISE_LOGITS,
             Geometry(grid=(ceil_div(vocab, 1024), count, 1), threads=256),
-            [logits, rows, counts, in_prompt, penalties, np.int32(vocab), np.int64(logits.stride(0))],
+            [
+                logits,
+                rows,
+                slots,
+                counts,
+                in_prompt,
+                ahead,
+                penalties,
+                np.int32(most),
+                np.int32(vocab),
+                np.int64(logits.stride(0)),
+            ],
         )
 
 
@@ -188,7 +256,13 @@ class Verified(NamedTuple):
 
 
 def verify_drafts(
-    launcher: Launcher, chosen: Tensor, drafts: Tensor, parents: Tensor, starts: Sequence[int]
+    launcher: Launcher,
+    chosen: Tensor,
+    drafts: Tensor,
+    parents: Tensor,
+    starts: Sequence[int],
+    *,
+    starts_there: Tensor | None = None,
 ) -> Verified:
     """Walk each sequence's tree of drafts as far as the model's own choices go.
 
@@ -197,6 +271,7 @@ def verify_drafts(
         drafts: (tokens,) int64, the tokens; a sequence's first is its last certain one.
         parents: (tokens,) int32, place within the sequence of the token before; -1 of the first.
         starts: first token of each sequence, and the end of the last; a sequence has 1 to 64 tokens.
+        starts_there: the same (sequences + 1,) int32 on the device; None: it is brought there.
 
     Raises:
         ShapeMismatch: a shape, type, device or layout differs from the above.
@@ -222,6 +297,9 @@ def verify_drafts(
             f"starts must rise from 0 to {tokens} in steps of 1 to {MAX_TREE_TOKENS}, not {list(starts)}"
         )
     sequences, longest = len(sizes), max(1, int(sizes.max()) - 1)
+    if starts_there is None:
+        starts_there = upload({"starts": np.asarray(starts, dtype=np.int32)}, chosen.device)["starts"]
+    check(starts_there, "starts", shape=(len(starts),), dtype=torch.int32, device=chosen.device)
     path = torch.empty((sequences, longest), dtype=torch.int32, device=chosen.device)
     counts = torch.empty(sequences, dtype=torch.int32, device=chosen.device)
     next_tokens = torch.empty(sequences, dtype=torch.int64, device=chosen.device)
@@ -232,7 +310,7 @@ def verify_drafts(
             chosen,
             drafts,
             parents,
-            torch.tensor(list(starts), dtype=torch.int32, device=chosen.device),
+            starts_there,
             path,
             counts,
             next_tokens,

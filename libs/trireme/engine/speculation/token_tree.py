@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +64,7 @@ class TokenTree:
                 path.append(place)
                 last = place
         return tuple(path)
+
+
+NO_TOKENS: Final = TokenTree(())
+"""Nothing was drafted."""
