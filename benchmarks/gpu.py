@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import gpu_decode
 from benchmarks.fleet import write_result
 from benchmarks.gpu_checks import (
     EXPERT_FORMATS,
@@ -341,7 +342,11 @@ def main() -> None:
         )
     with tempfile.TemporaryDirectory() as folder:
         launcher = Emulator(Path(folder)) if args.emulate else cuda_ops.launcher_of(device)
-        checks = check(launcher, device, SMALL if args.emulate else FULL)
+        sizes = SMALL if args.emulate else FULL
+        # What no machine without a GPU can show comes first.
+        checks = [] if args.emulate else gpu_decode.check_graphs(device)
+        checks += gpu_decode.check_choices(launcher, device, vocab=sizes.vocab)
+        checks += check(launcher, device, sizes)
     wrong = [result for result in checks if not result.error < 1.0]
     print(f"{len(checks) - len(wrong)} of {len(checks)} checks passed")
     for result in wrong:
@@ -366,6 +371,8 @@ def main() -> None:
     ):
         figures[name] = measure(launcher, device, timer)
         print(name, figures[name], flush=True)
+    figures["decode"] = gpu_decode.measure_decode(device, timer.copy_bytes_per_s)
+    print("decode", figures["decode"], flush=True)
     print(write_result("gpu", figures))
 
 

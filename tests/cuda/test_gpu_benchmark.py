@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.gpu_checks import EXPERT_FORMATS, FORMATS, SMALL, check
+from benchmarks.gpu_decode import check_choices
 from trireme.kernels.cuda_emulator import Emulator
 from trireme.kernels.cuda_experts import expert_kernel
 from trireme.kernels.cuda_launch import Argument, Geometry, Kernel
@@ -46,6 +47,15 @@ def test_all_kernels_are_right(emulator: Emulator) -> None:
     checks = check(emulator, CPU, SMALL)
     assert len(checks) > 20
     assert not [result for result in checks if not result.error < 1.0]
+
+
+def test_the_check_of_the_engines_choices_passes_and_notices_a_kernel_that_does_nothing(
+    emulator: Emulator,
+) -> None:
+    (found,) = check_choices(emulator, CPU, vocab=SMALL.vocab)
+    assert found.error < 1.0
+    (found,) = check_choices(Forgetful(emulator, ("adjust_logits",)), CPU, vocab=SMALL.vocab)
+    assert found.error >= 1.0
 
 
 def test_kernels_that_do_nothing_are_noticed(emulator: Emulator) -> None:

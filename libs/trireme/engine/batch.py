@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trireme.engine.decode_graphs import DecodeGraphs
 from trireme.engine.kv_cache import KvCache
 from trireme.engine.request import Mode
 from trireme.engine.sequence import Sequence
@@ -56,13 +57,20 @@ _NO_DRAFTS: Drafts = {}
 
 
 def compute(
-    model: Model, cache: KvCache, parts: list[Part], drafts: Drafts = _NO_DRAFTS
+    model: Model,
+    cache: KvCache,
+    parts: list[Part],
+    drafts: Drafts = _NO_DRAFTS,
+    graphs: DecodeGraphs | None = None,
 ) -> tuple[list[Computed], list[Fault]]:
     """Run the parts in one batch. If that raises, halve it until only the culprits are left out.
 
-    Running a part twice is harmless: it writes the same keys and values to the same slots.
+    Running a part twice is harmless: it writes the same keys and values to the same slots. With `graphs`
+    steps that only decode are replayed from them.
     """
     try:
+        if graphs is not None and not drafts and (replayed := _replayed(model, graphs, parts)) is not None:
+            return [replayed], []
         return [_forward(model, cache, parts, drafts)], []
     except Exception as error:
         if len(parts) == 1 and not drafts.get(parts[0].sequence):
@@ -77,6 +85,23 @@ def compute(
         computed += done
         faults += failed
     return computed, faults
+
+
+def _replayed(model: Model, graphs: DecodeGraphs, parts: list[Part]) -> Computed | None:
+    """None: these parts are not for a graph."""
+    sequences = [sequence for sequence, _ in parts]
+    for sequence, count in parts:
+        chooses = sequence.mode is Mode.GENERATE and not sequence.is_replaying
+        if count != 1 or not chooses or sequence.num_computed + 1 != len(sequence.token_ids):
+            return None
+        if sequence.load is not None:
+            return None
+    hidden = graphs.run(
+        [sequence.token_ids[-1] for sequence in sequences],
+        [sequence.num_computed for sequence in sequences],
+        [sequence.row for sequence in sequences],
+    )
+    return None if hidden is None else Computed(parts, hidden, sequences, model.logits(hidden))
 
 
 def _forward(model: Model, cache: KvCache, parts: list[Part], drafts: Drafts) -> Computed:

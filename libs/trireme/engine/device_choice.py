@@ -24,7 +24,6 @@ from trireme.engine.token_choice import Choices, Chooser, Choosing, TorchChooser
 from trireme.kernels import cuda_ops
 from trireme.kernels.cuda_launch import Launcher
 from trireme.kernels.cuda_sampling import (
-    MAX_TREE_TOKENS,
     MAX_VOCAB,
     SamplingRows,
     bias_logits,
@@ -35,6 +34,7 @@ from trireme.kernels.cuda_sampling import (
     wishes_of,
 )
 from trireme.kernels.cuda_transfers import Download, download, upload
+from trireme.kernels.tree_paths import MAX_TREE_TOKENS
 
 
 def chooser_of(device: torch.device, *, vocab_size: int, most_sequences: int) -> Chooser:

@@ -16,7 +16,9 @@ import torch
 from trireme.constraints.guide import Guides
 from trireme.engine import admission
 from trireme.engine.batch import Computed, Drafts, compute, continuation_logprob, pooled
+from trireme.engine.decode_graphs import DecodeGraphs
 from trireme.engine.device_choice import chooser_of
+from trireme.engine.graph_capture import Capturer, capturer_of
 from trireme.engine.kv_cache import KvCache
 from trireme.engine.kv_copies import CopyFailed, Link
 from trireme.engine.kv_cuts import cut
@@ -46,6 +48,7 @@ from trireme.engine.tally import StepReport, Tally
 from trireme.engine.tier import KvTier
 from trireme.engine.token_choice import Chooser, Choosing
 from trireme.errors import InvalidConfiguration, RequestConflict, RequestFailed, TriremeError
+from trireme.kernels.static_decodes import spare_blocks
 from trireme.models.model import Model
 
 _COPY_WAIT_S = 0.002
@@ -69,6 +72,7 @@ class Engine:
         drafters: others that draft.
         guides: compile the constraints of requests; None: those with a constraint are refused.
         chooser: chooses tokens from scores; None: the one for the model's device.
+        capturer: captures graphs of decode steps; None: the one for the model's device, where there is one.
 
     Raises:
         InvalidConfiguration: `max_model_len` exceeds what the model or the blocks can hold, or the draft
@@ -90,6 +94,7 @@ class Engine:
         drafters: Seq[Drafter] = (),
         guides: Guides | None = None,
         chooser: Chooser | None = None,
+        capturer: Capturer | None = None,
     ) -> None:
         possible = min(model.max_positions, settings.num_blocks * settings.block_size)
         if settings.max_model_len is not None and settings.max_model_len > possible:
@@ -105,6 +110,7 @@ class Engine:
         self.eos_token_ids = frozenset(model.config.eos_token_ids) if eos_token_ids is None else eos_token_ids
         self._guides = guides
         self._clock = clock
+        capturer = capturer or (capturer_of(model) if settings.decode_graphs else None)
         self._cache = KvCache(
             model,
             num_blocks=settings.num_blocks,
@@ -115,7 +121,13 @@ class Engine:
             shares=settings.prefix_cache,
             tier=kv_tier,
             link=link,
+            spare_blocks=spare_blocks(settings.max_num_seqs, settings.block_size) if capturer else 0,
         )
+        self._graphs: DecodeGraphs | None = None
+        if capturer is not None:
+            self._graphs = DecodeGraphs(
+                model, self._cache, capturer, max_rows=settings.max_num_seqs, max_tokens=self.max_model_len
+            )
         self._chooser = chooser or chooser_of(
             model.device, vocab_size=model.config.vocab_size, most_sequences=settings.max_num_seqs
         )
@@ -309,7 +321,9 @@ class Engine:
             report.computing(parts)
             drafts = self._speculator.propose(parts) if self._speculator is not None else {}
             report.verifying(drafts)
-            computed, faults = compute(self.model, self._cache, parts, drafts)
+            computed, faults = compute(self.model, self._cache, parts, drafts, self._graphs)
+            if self._graphs is not None:
+                self._tally.graph_steps = self._graphs.steps
             for fault in faults:
                 if isinstance(fault.error, CopyFailed):
                     self._roster.preempt(fault.sequence)

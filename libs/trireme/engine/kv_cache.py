@@ -42,6 +42,7 @@ class KvCache:
         shares: reuse complete blocks; else no block is ever found again.
         tier: told what becomes resident and what leaves.
         link: a modelled link between device and host.
+        spare_blocks: of the device's memory, beside the pool: see `KvMemory`.
     """
 
     def __init__(
@@ -56,12 +57,19 @@ class KvCache:
         shares: bool,
         tier: KvTier | None,
         link: Link | None = None,
+        spare_blocks: int = 0,
     ) -> None:
         self.block_size = block_size
         self.shares = shares
         self._tier = tier
         self.rotation = model.key_rotation
-        self.memory = KvMemory(model, num_blocks=num_blocks, block_size=block_size, kv_dtype=kv_dtype)
+        self.memory = KvMemory(
+            model,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            kv_dtype=kv_dtype,
+            spare_blocks=spare_blocks,
+        )
         self.pool = BlockPool(num_blocks, on_cached=self._on_cached, on_evicted=self._on_evicted)
         self.host = HostArena(self.memory, host_blocks) if host_blocks else None
         self.copies = KvCopies(model.device, link)

@@ -31,9 +31,21 @@ def bytes_of(blocks: Tensor) -> NDArray[np.uint8]:
 
 
 class KvMemory:
-    """`num_blocks` blocks of `block_size` tokens on the model's device, in a form of `kernels.kv_forms`."""
+    """`num_blocks` blocks of `block_size` tokens on the model's device, in a form of `kernels.kv_forms`.
 
-    def __init__(self, model: Model, *, num_blocks: int, block_size: int, kv_dtype: str = "auto") -> None:
+    Args:
+        spare_blocks: behind them, that no sequence holds: where padding writes.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        num_blocks: int,
+        block_size: int,
+        kv_dtype: str = "auto",
+        spare_blocks: int = 0,
+    ) -> None:
         config, form = model.config, kv_form(kv_dtype, model.dtype)
         shape = (block_size, config.num_kv_heads, form.row_elements(config.head_dim))
         self.num_layers = config.num_layers
@@ -46,7 +58,7 @@ class KvMemory:
         self.block_bytes = block_bytes(config, block_size=block_size, dtype=model.dtype, kv_dtype=kv_dtype)
         # Zeros, not whatever was there: masked scores times a stale NaN would still be NaN.
         self.tensor = torch.zeros(
-            (config.num_layers, 2, num_blocks, *shape), dtype=self.dtype, device=model.device
+            (config.num_layers, 2, num_blocks + spare_blocks, *shape), dtype=self.dtype, device=model.device
         )
         self.layers: tuple[LayerKv, ...] = tuple((layer[0], layer[1]) for layer in self.tensor)
         dtype = str(model.dtype).removeprefix("torch.")

@@ -201,3 +201,5 @@ class EngineStats:
     """Tokens that were drafted and verified."""
     accepted_tokens: int = 0
     """Those of them that the answers took."""
+    graph_steps: int = 0
+    """Steps that were replayed from a captured graph."""

@@ -44,6 +44,9 @@ class EngineSettings:
     speculation: SpeculationSettings | None = None
     """Draft tokens and verify them in the same step; None: one token per sequence and step."""
 
+    decode_graphs: bool = True
+    """On a GPU, replay steps that only decode from captured graphs; elsewhere this says nothing."""
+
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_num_seqs", "admission_window"):
             if getattr(self, name) < 1:

@@ -53,4 +53,5 @@ def stats_of(cache: KvCache, roster: Roster, tally: Tally) -> EngineStats:
         host_out_bytes_per_s=copies.out_bytes_per_s,
         drafted_tokens=tally.drafted_tokens,
         accepted_tokens=tally.accepted_tokens,
+        graph_steps=tally.graph_steps,
     )

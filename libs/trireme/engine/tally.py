@@ -41,6 +41,7 @@ class Tally:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     steps: int = 0
+    graph_steps: int = 0
     busy_s: float = 0.0
 
 

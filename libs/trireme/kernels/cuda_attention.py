@@ -26,6 +26,7 @@ from trireme.kernels.cuda_launch import (
     check,
     type_name,
 )
+from trireme.kernels.static_decodes import StaticDecodes
 from trireme.kernels.tree_paths import MAX_TREE_TOKENS
 
 HEAD_DIMS: Final = (16, 32, 64, 80, 96, 128)
@@ -45,6 +46,10 @@ class SplitRule:
     def splits(self, context: int) -> int:
         """Splits of a sequence of `context` tokens."""
         return ceil_div(context, self.unit * ceil_div(context, self.unit * self.most))
+
+    def splits_up_to(self, context: int) -> int:
+        """Splits of a sequence of at most `context` tokens: longer ones may have fewer."""
+        return min(self.most, ceil_div(context, self.unit))
 
 
 _SPLITS: Final = SplitRule()
@@ -100,11 +105,12 @@ def paged_attention(
     kv_heads = k_cache.shape[2]
     _check(q, k_cache, v_cache, batch, tree_masks)
     out = torch.empty((tokens, heads * head_dim), dtype=q.dtype, device=q.device)
-    plan = _plan(batch, heads // kv_heads)
+    group = heads // kv_heads
+    plan = _static_plan(batch, group) if isinstance(batch, StaticDecodes) else _plan(batch, group)
     kind = type_name(q, "q")
     shared_bytes = 512 * (head_dim + 8)
     for part in plan.parts:
-        num_splits = max(map(splits.splits, part.contexts)) if part.row_warps == 1 else 1
+        num_splits = part.num_splits(splits)
         masks = tree_masks if part.has_trees else None
         partial = _Partial.empty(num_splits, plan.num_decodes, heads, head_dim, q.device)
         arguments: list[Argument] = [
@@ -176,6 +182,13 @@ class _Part:
     tiles: Tensor
     """(tiles, 2) int32: sequence, first row."""
     contexts: Sequence[int]
+    is_bound: bool = False
+    """Contexts are what they may be at most."""
+
+    def num_splits(self, rule: SplitRule) -> int:
+        if self.row_warps > 1:
+            return 1
+        return max(map(rule.splits_up_to if self.is_bound else rule.splits, self.contexts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,6 +254,19 @@ def _plan(batch: AttentionBatch, group: int) -> _Plan:
         sequences=_to_device(np.stack((firsts, lengths, contexts), 1).astype(np.int32), batch),
         parts=tuple(parts),
         num_decodes=batch.num_decodes,
+    )
+
+
+def _static_plan(batch: StaticDecodes, group: int) -> _Plan:
+    part = _Part(
+        row_warps=1,
+        has_trees=False,
+        tiles=batch.tiles(_ROWS_OF_A_WARP, group),
+        contexts=batch.context_lens[:1],
+        is_bound=True,
+    )
+    return _Plan(
+        block_tables=batch.tables, sequences=batch.sequences, parts=(part,), num_decodes=batch.num_decodes
     )
 
 

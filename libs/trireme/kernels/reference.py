@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trireme.kernels import kv_forms
 from trireme.kernels.attention_batch import AttentionBatch, ChunkGroup, ChunkPlan, DecodeGroup
+from trireme.kernels.static_decodes import StaticDecodes
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -81,6 +82,8 @@ def paged_attention(
     window: int | None,
     cap: float | None = None,
 ) -> Tensor:
+    if isinstance(batch, StaticDecodes):
+        return _static_decode(q, k_cache, v_cache, batch, scale, window, cap)
     num_decodes = batch.num_decodes
     groups = batch.decode_groups(window)
     if num_decodes == batch.num_tokens and len(groups) == 1:
@@ -126,6 +129,37 @@ def _decode(
         attn_mask=group.mask,
         scale=scale,
         cap=cap,
+    )
+    return out.reshape(count, -1)
+
+
+def _static_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: StaticDecodes,
+    scale: float,
+    window: int | None,
+    cap: float | None,
+) -> Tensor:
+    """As `_decode`, over all blocks that the tables may have: what is used is known to the device alone."""
+    count = q.shape[0]
+    _, block_size, kv_heads, _ = k_cache.shape
+    head_dim = q.shape[2]
+    shape = (count, batch.width * block_size, kv_heads, head_dim)
+    blocks = batch.tables.view(-1)
+    k, v = (
+        (found if found.dtype == q.dtype else kv_forms.decode(found, q.dtype)).view(shape).transpose(1, 2)
+        for found in (k_cache.index_select(0, blocks), v_cache.index_select(0, blocks))
+    )
+    contexts = batch.sequences[:, 2:]
+    keys = torch.arange(shape[1], device=q.device)
+    hidden = keys >= contexts
+    if window is not None:
+        hidden |= keys < contexts - window
+    mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, float("-inf"))
+    out = _attend(
+        q.view(count, kv_heads, -1, head_dim), k, v, attn_mask=mask[:, None, None], scale=scale, cap=cap
     )
     return out.reshape(count, -1)
 

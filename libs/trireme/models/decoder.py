@@ -17,6 +17,7 @@ from trireme.kernels import decoder_cpu, ops
 from trireme.kernels.attention_batch import AttentionBatch
 from trireme.kernels.low_bit_cpu import PackedLinear
 from trireme.kernels.ops import LinearWeight
+from trireme.kernels.static_decodes import StaticDecodes
 from trireme.models.config import ModelConfig, RopeConfig
 from trireme.models.decoder_layer import DecoderLayer, native_layer, read_layer
 from trireme.models.model import LayerKv, forward_then_score
@@ -48,6 +49,8 @@ class Decoder:
         self._layers = tuple(layers)
         self._final_norm = final_norm
         self._head = head
+        # Rounded to the type first, as the models were trained.
+        self._embedding_scale = torch.tensor(config.embedding_scale, dtype=self.dtype).item()
         self._scale = config.score_scale or 1.0 / math.sqrt(config.head_dim)
         self._rope = self._rope_table(config.rope or RopeConfig())
         self._local_rope = self._rope if config.local_rope is None else self._rope_table(config.local_rope)
@@ -82,7 +85,8 @@ class Decoder:
     ) -> Tensor:
         config = self.config
         eps, scale = config.norm_eps, self._scale
-        if self._native is not None and decoder_cpu.takes_kv(kv[0][0].dtype):
+        is_static = isinstance(batch, StaticDecodes)
+        if self._native is not None and not is_static and decoder_cpu.takes_kv(kv[0][0].dtype):
             return self._native.forward(self._embed(tokens), positions, kv, batch)[0]
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         rotated = heads + kv_heads
@@ -120,8 +124,7 @@ class Decoder:
         x = ops.embedding(self._embedding, tokens)
         if self.config.embedding_scale == 1.0:
             return x
-        # Rounded to the type first, as the models were trained.
-        return x * torch.tensor(self.config.embedding_scale, dtype=self.dtype).item()
+        return x * self._embedding_scale
 
     def _rope_table(self, rope: RopeConfig) -> RopeTable:
         config = self.config

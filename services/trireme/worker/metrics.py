@@ -11,6 +11,11 @@ from trireme.worker.variants import LoadedVariant
 
 _COUNTERS: tuple[tuple[str, str, Callable[[LoadedVariant], float]], ...] = (
     ("trireme_engine_steps", "Engine iterations.", lambda v: v.stats.steps),
+    (
+        "trireme_engine_graph_steps",
+        "Of these, those replayed from a captured graph.",
+        lambda v: v.stats.graph_steps,
+    ),
     ("trireme_engine_busy_seconds", "Seconds spent in iterations.", lambda v: v.stats.busy_s),
     ("trireme_engine_prefill_tokens", "Prompt tokens computed.", lambda v: v.stats.prefill_tokens),
     ("trireme_engine_decode_tokens", "Answer tokens computed.", lambda v: v.stats.decode_tokens),

@@ -52,6 +52,7 @@ class EngineFigures(NamedTuple):
     host_in_bytes_per_s: float = 0.0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    graph_steps: int = 0
 
 
 class Work(NamedTuple):
