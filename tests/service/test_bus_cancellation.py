@@ -60,5 +60,6 @@ async def test_a_cancelled_task_may_still_say_goodbye(redis_url: str) -> None:
 async def test_a_timeout_around_a_command_is_a_timeout(redis_url: str) -> None:
     async with open_redis(redis_url) as redis:
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(redis.blpop(["nothing"], timeout=5), 0.05)
+            async with asyncio.timeout(0.05):
+                await redis.blpop(["nothing"], timeout=5)
         assert await redis.ping()

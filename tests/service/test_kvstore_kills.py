@@ -90,7 +90,8 @@ async def die_at(stage: str, address: str) -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert writer.stdout is not None
-    assert await asyncio.wait_for(writer.stdout.readline(), WITHIN_S) == stage.encode() + b"\n"
+    async with asyncio.timeout(WITHIN_S):
+        assert await writer.stdout.readline() == stage.encode() + b"\n"
     writer.kill()
     await writer.wait()
 

@@ -350,7 +350,8 @@ async def test_a_store_ends_while_its_disk_hangs(tmp_path: Path) -> None:
             save(store, [(0, payload(0))])
             disk.goes_on.clear()
             with suppress(TimeoutError):
-                await asyncio.wait_for(store.flush(deadline_s=0.05), timeout=60.0)
+                async with asyncio.timeout(60.0):
+                    await store.flush(deadline_s=0.05)
     finally:
         disk.goes_on.set()
 

@@ -232,14 +232,16 @@ class _Runner:
 
     async def _redis_answers(self) -> bool:
         try:
-            await asyncio.wait_for(self._redis.ping(), LOOK_TIMEOUT_S)
+            async with asyncio.timeout(LOOK_TIMEOUT_S):
+                await self._redis.ping()
         except AWAY:
             return False
         return True
 
     async def _redis_loads(self) -> bool:
         try:
-            await asyncio.wait_for(self._redis.ping(), LOOK_TIMEOUT_S)
+            async with asyncio.timeout(LOOK_TIMEOUT_S):
+                await self._redis.ping()
         except BusyLoadingError:
             return True
         except AWAY:

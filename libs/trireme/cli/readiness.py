@@ -47,7 +47,8 @@ class Sighting:
 async def look(redis: Redis, keys: Keys) -> Sighting:
     """Read the registry once; never raises for an absent Redis."""
     try:
-        records = await asyncio.wait_for(Registry(redis, keys).living(), LOOK_TIMEOUT_S)
+        async with asyncio.timeout(LOOK_TIMEOUT_S):
+            records = await Registry(redis, keys).living()
     except AWAY:
         return Sighting(redis_answers=False)
     return Sighting(redis_answers=True, records=records)

@@ -100,7 +100,8 @@ class LookAhead:
         while True:
             is_pending = bool(self.jobs) or self.is_busy
             try:
-                await asyncio.wait_for(self._wake.wait(), timeout=PENDING_S if is_pending else IDLE_S)
+                async with asyncio.timeout(PENDING_S if is_pending else IDLE_S):
+                    await self._wake.wait()
             except TimeoutError:
                 pass
             self._wake.clear()

@@ -26,7 +26,7 @@ from trireme.runtime.health import Health, HealthReporter
 from trireme.runtime.metrics_server import metrics_server
 from trireme.runtime.serving import grpc_server
 from trireme.runtime.settings import load
-from trireme.runtime.shutdown import stop_requested
+from trireme.runtime.shutdown import end_tasks, stop_requested
 from trireme.runtime.telemetry import configure_logging
 from trireme.wire.bus.v1.facts_pb2 import ProcessRecord
 from trireme.wire.placement.v1 import placement_pb2_grpc as rpc
@@ -123,10 +123,7 @@ async def run(backend: Backend) -> None:
     stop.cancel()
     if reconciling.done():
         reconciling.result()
-    # Python 3.11 loses a cancellation that meets the end of what `wait_for` waits for.
-    while not reconciling.done():
-        reconciling.cancel()
-        await asyncio.wait([reconciling], timeout=0.5)
+    await end_tasks([reconciling])
     await backend.stop()
 
 

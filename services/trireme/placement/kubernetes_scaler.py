@@ -32,6 +32,7 @@ from trireme.policies.workload_scaling import (
 )
 from trireme.runtime.clock import Clock
 from trireme.runtime.health import Health
+from trireme.runtime.shutdown import end_tasks
 
 log = logging.getLogger(__name__)
 
@@ -132,18 +133,21 @@ class KubernetesScaler:
 
     async def run(self) -> None:
         """Scale for ever."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self.deployments.run())
-            tasks.create_task(self.pod_mirror.run())
-            tasks.create_task(self.lease.run())
-            tasks.create_task(self._reconcile())
+        loops = (self.deployments.run(), self.pod_mirror.run(), self.lease.run(), self._reconcile())
+        tasks = [asyncio.create_task(loop) for loop in loops]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            # A TaskGroup would cancel them once, which one that asks Redis may not hear.
+            await end_tasks(tasks)
 
     async def _reconcile(self) -> None:
         while True:
             await self.step()
             self._wake.clear()
             try:
-                await asyncio.wait_for(self._wake.wait(), self._period_s)
+                async with asyncio.timeout(self._period_s):
+                    await self._wake.wait()
             except TimeoutError:
                 continue
 

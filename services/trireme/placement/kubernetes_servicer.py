@@ -32,7 +32,8 @@ class KubernetesServicer(ObservingServicer):
     async def GetState(self, request: pb.GetStateRequest, context: Context) -> pb.GetStateResponse:
         scaler = self._scaler
         try:
-            records = await asyncio.wait_for(self._registry.living("worker"), REGISTRY_TIMEOUT_S)
+            async with asyncio.timeout(REGISTRY_TIMEOUT_S):
+                records = await self._registry.living("worker")
         except AWAY:
             records = []
         by_node = {record.node: record for record in records}

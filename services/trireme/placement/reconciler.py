@@ -97,7 +97,8 @@ class Reconciler:
                 checked_logs_s = now_s
             self._wake.clear()
             try:
-                await asyncio.wait_for(self._wake.wait(), self._period_s)
+                async with asyncio.timeout(self._period_s):
+                    await self._wake.wait()
             except TimeoutError:
                 continue
 
@@ -128,7 +129,8 @@ class Reconciler:
             log.log(logging.INFO if process.draining_at_s else logging.WARNING, "worker_ended", extra=fields)
             self.recent.appendleft(f"{_hour()} ended {name}: {how}")
         try:
-            records = await asyncio.wait_for(self._registry.living("worker"), REGISTRY_TIMEOUT_S)
+            async with asyncio.timeout(REGISTRY_TIMEOUT_S):
+                records = await self._registry.living("worker")
         except AWAY:
             self.table.registry_was_away(now_s=self._clock.monotonic_s())
         else:
@@ -174,7 +176,8 @@ class Reconciler:
             drain=facts.DrainWorker(worker_id=process.worker_id),
         )
         try:
-            await asyncio.wait_for(self._directives.publish(directive), REGISTRY_TIMEOUT_S)
+            async with asyncio.timeout(REGISTRY_TIMEOUT_S):
+                await self._directives.publish(directive)
         except AWAY:
             # The worker says so itself in its record; the directive is only sooner.
             log.warning("drain_not_announced", extra={"worker_id": process.worker_id})

@@ -43,7 +43,8 @@ class ReplicaWishes:
             AWAY: Redis is; what was last heard stays.
         """
         read = cast("Awaitable[dict[bytes, bytes]]", self._redis.hgetall(self._key))
-        kept = await asyncio.wait_for(read, ANSWER_S)
+        async with asyncio.timeout(ANSWER_S):
+            kept = await read
         wishes = {}
         for name, raw in kept.items():
             group, wish = name.decode(), json.loads(raw)

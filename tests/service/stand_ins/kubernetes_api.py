@@ -452,7 +452,8 @@ class ApiServer:
                     "BOOKMARK", {"kind": KINDS[call.resource], "metadata": {"resourceVersion": str(seen)}}
                 )
             try:
-                await asyncio.wait_for(changed.wait(), min(left_s, self.bookmark_s))
+                async with asyncio.timeout(min(left_s, self.bookmark_s)):
+                    await changed.wait()
             except TimeoutError:
                 continue
         return response
