@@ -98,6 +98,8 @@ class FakeGateway:
                 have = self.tokens.setdefault(key, [])
                 assert update.first_index <= len(have), "a gap"
                 have[update.first_index :] = list(update.token_ids)
+                self.last[update.request_id] = update
+                self.lanes[update.lane] = key
                 if update.HasField("finished"):
                     self.finished[key] = update.finished
                     if self.confirms:
@@ -105,8 +107,6 @@ class FakeGateway:
                         await self.send(
                             confirm=pb.Confirm(request_id=update.request_id, received=received, complete=True)
                         )
-                self.last[update.request_id] = update
-                self.lanes[update.lane] = key
             for lane, index, token_id in zip(batch.lanes, batch.indices, batch.token_ids, strict=True):
                 have = self.tokens[self.lanes[lane]]
                 assert index <= len(have), "a gap"

@@ -34,6 +34,11 @@ outputs = st.builds(
     error_code=st.text(max_size=8),
     error_message=st.text(max_size=8),
     cached_tokens=st.none() | whole,
+    dropped_tokens=st.none() | whole,
+    prompt_logprobs=st.none()
+    | st.lists(st.tuples(real, st.lists(st.tuples(whole, real), max_size=2).map(tuple)), max_size=3).map(
+        tuple
+    ),
 )
 figures = get_type_hints(EngineFigures).values()
 steps = st.builds(

@@ -37,6 +37,8 @@ _REMEMBERED = 4096
 _REFRESH_S = 1.0
 _PAUSE_S = 5.0
 """A peer that failed is not asked for so long."""
+_CLOSING_S = 30.0
+"""A peer whose lease lapsed may only have been slow: what it sends or takes now may end."""
 _OPTIONS = (("grpc.max_receive_message_length", 4 * 2**20), ("grpc.use_local_subchannel_pool", 1))
 
 
@@ -163,6 +165,9 @@ class Peers:
             self._note_failure(answer.peer, error)
         finally:
             receiver.finish()
+        if receiver.stored < answer.blocks:
+            what = {"node": answer.peer.node, "blocks": answer.blocks, "stored": receiver.stored}
+            log.info("kv_pull_incomplete", extra=what)
         if receiver.stored:
             answer.peer.helped_s = time.monotonic()
         else:
@@ -210,6 +215,6 @@ class Peers:
         self._answers.pop(block_keys(namespace, block_hashes[:HASH_BYTES])[0], None)
 
     def _close(self, peer: Peer) -> None:
-        task = asyncio.create_task(peer.channel.close(1.0))
+        task = asyncio.create_task(peer.channel.close(_CLOSING_S))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
