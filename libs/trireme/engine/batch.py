@@ -163,26 +163,3 @@ def _forward(model: Model, cache: KvCache, parts: list[Part], drafts: Drafts) ->
     scored = None if is_every_row else torch.tensor(last_rows).to(device, non_blocking=True)
     hidden, logits = model.forward_scored(inputs[0], inputs[1], layers, batch, scored)
     return Computed(parts, hidden, sampling, logits, drafts)
-
-
-def continuation_logprob(model: Model, hidden: Tensor, sequence: Sequence, start: int) -> float:
-    """Log-probability of the continuation's tokens that follow this chunk's positions.
-
-    Args:
-        hidden: (tokens, hidden) of the sequence's positions from `start` on.
-    """
-    skipped = max(0, sequence.num_prompt - 1 - start)
-    if skipped >= hidden.shape[0]:
-        return 0.0
-    first = start + skipped + 1
-    following = sequence.token_ids[first : first + hidden.shape[0] - skipped]
-    logprobs = model.logits(hidden[skipped:]).log_softmax(-1)
-    wanted = torch.tensor(following, device=hidden.device)[:, None]
-    total: float = logprobs.gather(1, wanted).double().sum().item()
-    return total
-
-
-def pooled(hidden_sum: Tensor) -> tuple[float, ...]:
-    """The direction of the sum of hidden states (hidden,): their mean, scaled to length 1."""
-    vector: list[float] = torch.nn.functional.normalize(hidden_sum, dim=0).tolist()
-    return tuple(vector)

@@ -6,7 +6,6 @@ of one sequence ends that one; the others go on.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
@@ -15,24 +14,16 @@ import torch
 
 from trireme.constraints.guide import Guides
 from trireme.engine import admission
-from trireme.engine.batch import Computed, Drafts, compute, continuation_logprob, pooled
+from trireme.engine.batch import Computed, Drafts, compute
 from trireme.engine.decode_graphs import DecodeGraphs
 from trireme.engine.device_choice import chooser_of
 from trireme.engine.graph_capture import Capturer, capturer_of
+from trireme.engine.hidden_states import Progress, take_hidden, tell_prompt_logprobs
 from trireme.engine.kv_cache import KvCache
 from trireme.engine.kv_copies import CopyFailed, Link
 from trireme.engine.kv_cuts import cut
 from trireme.engine.kv_preloads import KvPreloads, LayersNeeded
-from trireme.engine.outputs import (
-    EmbeddingOutput,
-    EngineStats,
-    FinishReason,
-    ScoreOutput,
-    StepResult,
-    TokenLogprobs,
-    TokenOutput,
-)
-from trireme.engine.prompt_logprobs import prompt_logprobs
+from trireme.engine.outputs import EngineStats, FinishReason, StepResult, TokenOutput, not_a_number
 from trireme.engine.request import Mode, SequenceRequest
 from trireme.engine.roster import Roster
 from trireme.engine.sampling import Sampled
@@ -360,10 +351,8 @@ class Engine:
             self._advance(sequence, count)
             if sequence.is_replaying and sequence.num_computed == len(sequence.token_ids):
                 self._go_on_replaying(sequence)
-            elif sequence.prompt_logprobs is not None:
-                self._absorb_prompt(sequence, batch.hidden[first : first + count], start, report)
-            elif sequence.mode is not Mode.GENERATE:
-                self._absorb_hidden(sequence, batch.hidden[first : first + count], start, report)
+            elif sequence.prompt_logprobs is not None or sequence.mode is not Mode.GENERATE:
+                self._take_hidden(sequence, batch.hidden[first : first + count], start, report)
         if batch.logits is not None:
             self._choose(batch.sampling, batch.drafts, batch.logits, choosing, report)
 
@@ -418,7 +407,7 @@ class Engine:
                 self._verify(sequence, sampled, choices.paths[index], report)
                 row += len(draft)
             elif choices.sampled[row].token_id < 0:
-                self._fail(sequence, _not_a_number(), report)
+                self._fail(sequence, not_a_number(), report)
             else:
                 self._emit(sequence, choices.sampled[row], report)
             row += 1
@@ -436,7 +425,7 @@ class Engine:
             choice = choices[place + 1]
             if choice.token_id < 0:
                 report.accepted(sequence, num_right)
-                self._fail(sequence, _not_a_number(), report)
+                self._fail(sequence, not_a_number(), report)
                 return
             if not self._emit(sequence, choice, report):
                 report.accepted(sequence, num_right)
@@ -469,7 +458,7 @@ class Engine:
                 None,
                 sequence.cached_tokens,
                 None if window is None else window.news_of_dropped(),
-                None if sequence.prompt_logprobs is None else self._take_prompt(sequence),
+                tell_prompt_logprobs(sequence),
             )
         )
         sequence.cached_tokens = None
@@ -499,76 +488,17 @@ class Engine:
         if not cut(self._cache, sequence):
             self._roster.preempt(sequence)
 
-    def _absorb_prompt(
-        self, sequence: Sequence, hidden: torch.Tensor, start: int, report: StepReport
-    ) -> None:
-        """A chunk of a sequence whose prompt's log-probabilities are asked for; as for `_absorb_hidden`."""
-        wanted = sequence.prompt_logprobs
-        assert wanted is not None
-        following = sequence.token_ids[start + 1 : min(start + hidden.shape[0] + 1, sequence.num_prompt)]
+    def _take_hidden(self, sequence: Sequence, hidden: torch.Tensor, start: int, report: StepReport) -> None:
+        """A chunk of a sequence of whose prompt something is asked: see `take_hidden`."""
         try:
-            wanted.rows += prompt_logprobs(self.model, hidden, following, num_top=wanted.num_top)
-        except ArithmeticError:
-            self._fail(sequence, _not_a_number(), report)
-        except Exception as error:
-            self._fail(sequence, error, report)
-        else:
-            if sequence.has_no_answer and sequence.num_computed == sequence.num_target:
-                self._end_without_answer(sequence, report)
-
-    def _end_without_answer(self, sequence: Sequence, report: StepReport) -> None:
-        """Only its prompt was asked for."""
-        report.outputs.append(
-            TokenOutput(
-                sequence.sequence_id,
-                0,
-                None,
-                finish_reason=FinishReason.LENGTH,
-                cached_tokens=sequence.cached_tokens,
-                prompt_logprobs=self._take_prompt(sequence),
-            )
-        )
-        self._end(sequence)
-
-    def _take_prompt(self, sequence: Sequence) -> tuple[TokenLogprobs, ...] | None:
-        """The log-probabilities of its prompt, to be told once."""
-        found, sequence.prompt_logprobs = sequence.prompt_logprobs, None
-        return None if found is None else tuple(found.rows)
-
-    def _absorb_hidden(
-        self, sequence: Sequence, hidden: torch.Tensor, start: int, report: StepReport
-    ) -> None:
-        """A chunk of a SCORE or EMBED sequence; `hidden` (tokens, hidden) begins at position `start`."""
-        is_done = sequence.num_computed == sequence.num_target
-        try:
-            if sequence.group is not None:
-                total = continuation_logprob(self.model, hidden, sequence, start)
-                if math.isnan(total):
-                    raise _not_a_number()
-                sequence.group.logprobs[sequence.member] += total
-            else:
-                chunk = hidden.float().sum(0)
-                sequence.hidden_sum = chunk if sequence.hidden_sum is None else sequence.hidden_sum + chunk
-                if is_done:
-                    vector = pooled(sequence.hidden_sum)
-                    if not all(map(math.isfinite, vector)):
-                        raise _not_a_number()
-                    cached = sequence.cached_tokens or 0
-                    report.embeddings.append(EmbeddingOutput(sequence.sequence_id, vector, cached))
+            progress = take_hidden(self.model, sequence, hidden, start, report)
         except Exception as error:
             self._fail(sequence, error, report)
             return
-        if not is_done:
-            return
-        group = sequence.group
-        if group is not None and group.num_open > 1:
-            group.num_open -= 1
+        if progress is Progress.ANSWERED:
+            self._end(sequence)
+        elif progress is Progress.ENDED:
             self._roster.remove(sequence)
-            return
-        if group is not None:
-            cached = sum(member.cached_tokens or 0 for member in group.members)
-            report.scores.append(ScoreOutput(group.sequence_id, tuple(group.logprobs), cached))
-        self._end(sequence)
 
     def _end(self, sequence: Sequence) -> None:
         """The request is answered."""
@@ -600,7 +530,3 @@ class Engine:
             self._chooser.forget(sequence.state)
         if self._speculator is not None:
             self._speculator.forget(sequence.sequence_id)
-
-
-def _not_a_number() -> RequestFailed:
-    return RequestFailed("the model's scores are not finite numbers for this sequence")

@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from trireme.errors import TriremeError
+from trireme.errors import RequestFailed, TriremeError
 
 
 class FinishReason(enum.StrEnum):
@@ -203,3 +203,8 @@ class EngineStats:
     """Those of them that the answers took."""
     graph_steps: int = 0
     """Steps that were replayed from a captured graph."""
+
+
+def not_a_number() -> RequestFailed:
+    """What ends a sequence whose scores cannot be used."""
+    return RequestFailed("the model's scores are not finite numbers for this sequence")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from trireme.engine.outputs import TokenLogprobs
+from trireme.engine.outputs import TokenLogprobs, not_a_number
 from trireme.models.model import Model
 
 ROWS = 128
@@ -35,7 +35,7 @@ def prompt_logprobs(
         hidden: (tokens, hidden) of the positions before them, one each.
 
     Raises:
-        ArithmeticError: the model's scores are no numbers.
+        RequestFailed: the model's scores are no numbers.
     """
     found: list[TokenLogprobs] = []
     num_top = min(num_top, model.config.vocab_size)
@@ -44,7 +44,7 @@ def prompt_logprobs(
         logprobs = model.logits(hidden[first : first + len(wanted)]).log_softmax(-1)
         values: list[float] = logprobs.gather(1, wanted)[:, 0].tolist()
         if any(map(math.isnan, values)):
-            raise ArithmeticError
+            raise not_a_number()
         top = logprobs.topk(num_top, dim=-1)
         for value, ids, likeliest in zip(values, top.indices.tolist(), top.values.tolist(), strict=True):
             found.append((value, tuple(zip(ids, likeliest, strict=True))))
