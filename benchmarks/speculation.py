@@ -5,10 +5,10 @@
     python -m benchmarks.speculation --exact 1000 [--variant trireme-py-6m]
 
 Prompts are pieces of the modules that the checkpoints' training held out. Every batch of them is answered by
-each engine, one after the other, in an order that turns; a speedup is the plain engine's seconds over
-another's, summed over all batches but the first, so plain is 1. Seconds are the process's own on a processor
-(`speedup`) and those on the wall (`wall_speedup`), which differ where others use the machine too. The second
-form answers so many prompts and compares every token.
+all engines, a few steps of each in turn; a speedup is the plain engine's seconds over another's, summed over
+all batches but the first, so plain is 1. Seconds are the process's own on a processor (`speedup`) and those
+on the wall (`wall_speedup`), which differ where others use the machine too. The second form answers so many
+prompts and compares every token.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ PROMPT_TOKENS = 160
 ANSWER_TOKENS = 96
 BRANCHES = 3
 """Of one token, where drafts are trees."""
+TURN_STEPS = 8
+"""Steps of an engine before it is another's turn."""
+END = object()
 _BLOCKS = 1024
 
 
@@ -88,38 +91,50 @@ def engines_of(variant: str, drafters: list[str] | None = None) -> dict[str, Eng
     return {name: make() for name, make in made.items() if not drafters or name in ("plain", *drafters)}
 
 
-def answer(run: Run, prompts: list[list[int]], *, temperature: float, batch: int, counts: bool) -> None:
-    """Answer prompts, `batch` of them at a time."""
+def answer(
+    run: Run, prompts: list[list[int]], *, temperature: float, batch: int, counts: bool = True
+) -> Iterator[None]:
+    """Answer prompts, `batch` of them at a time, a few steps between two items."""
     engine, before = run.engine, run.engine.stats()
     salt = str(time.monotonic_ns()).encode()
     waiting = list(enumerate(prompts))[::-1]
     open_sequences = 0
     run.tokens = {}
-    cpu_s, wall_s = time.process_time(), time.perf_counter()
     while waiting or engine.has_work:
-        while waiting and open_sequences < batch:
-            number, prompt = waiting.pop()
-            open_sequences += 1
-            sampling = SamplingParams(
-                max_tokens=ANSWER_TOKENS, temperature=temperature, seed=number, ignore_eos=True
-            )
-            engine.add(
-                SequenceRequest(
-                    sequence_id=f"{number}", prompt_token_ids=prompt, sampling=sampling, salt=salt
+        cpu_s, wall_s = time.process_time(), time.perf_counter()
+        for _ in range(TURN_STEPS):
+            while waiting and open_sequences < batch:
+                number, prompt = waiting.pop()
+                open_sequences += 1
+                sampling = SamplingParams(
+                    max_tokens=ANSWER_TOKENS, temperature=temperature, seed=number, ignore_eos=True
                 )
-            )
-        for output in engine.step().outputs:
-            assert output.token_id is not None
-            run.tokens.setdefault(output.sequence_id, []).append(output.token_id)
-            open_sequences -= output.finish_reason is not None
-    if not counts:
-        return
-    after = engine.stats()
-    run.cpu_s += time.process_time() - cpu_s
-    run.wall_s += time.perf_counter() - wall_s
-    run.drafted += after.drafted_tokens - before.drafted_tokens
-    run.accepted += after.accepted_tokens - before.accepted_tokens
-    run.steps += after.steps - before.steps
+                engine.add(
+                    SequenceRequest(
+                        sequence_id=f"{number}", prompt_token_ids=prompt, sampling=sampling, salt=salt
+                    )
+                )
+            for output in engine.step().outputs:
+                assert output.token_id is not None
+                run.tokens.setdefault(output.sequence_id, []).append(output.token_id)
+                open_sequences -= output.finish_reason is not None
+            if not (waiting or engine.has_work):
+                break
+        if counts:
+            run.cpu_s += time.process_time() - cpu_s
+            run.wall_s += time.perf_counter() - wall_s
+        yield
+    if counts:
+        after = engine.stats()
+        run.drafted += after.drafted_tokens - before.drafted_tokens
+        run.accepted += after.accepted_tokens - before.accepted_tokens
+        run.steps += after.steps - before.steps
+
+
+def in_turns(work: list[Iterator[None]]) -> None:
+    """Do all of it, a little of each at a time: what the machine does otherwise meets all alike."""
+    while work:
+        work = [each for each in work if next(each, END) is not END]
 
 
 def speed(
@@ -134,8 +149,12 @@ def speed(
         for turn in range(rounds + 1):
             mine = prompts[turn * group : (turn + 1) * group]
             names = list(runs)
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                answer(runs[name], mine, temperature=temperature, batch=batch, counts=turn > 0)
+            in_turns(
+                [
+                    answer(runs[name], mine, temperature=temperature, batch=batch, counts=turn > 0)
+                    for name in names[turn % len(names) :] + names[: turn % len(names)]
+                ]
+            )
             for name, run in runs.items():
                 plain = runs["plain"].tokens
                 differing[name] += sum(run.tokens[key] != plain[key] for key in plain)
@@ -160,7 +179,7 @@ def exact(variant: str, *, temperature: float, count: int) -> dict[str, object]:
     with_all = engines.pop("draft model")
     plain = Run(engines["plain"])
     prompts = prompts_of(count, seed=0)
-    answer(plain, prompts, temperature=temperature, batch=16, counts=True)
+    in_turns([answer(plain, prompts, temperature=temperature, batch=16)])
     found: dict[str, object] = {}
 
     def always(speculation: SpeculationSettings) -> Engine:
@@ -181,7 +200,7 @@ def exact(variant: str, *, temperature: float, count: int) -> dict[str, object]:
         ("trees of eight tokens always", always(SpeculationSettings(fixed_tokens=8, branches=BRANCHES))),
     ):
         run = Run(engine)
-        answer(run, prompts, temperature=temperature, batch=16, counts=True)
+        in_turns([answer(run, prompts, temperature=temperature, batch=16)])
         differing = [key for key in plain.tokens if run.tokens[key] != plain.tokens[key]]
         found[name] = {
             "answers": len(plain.tokens),
