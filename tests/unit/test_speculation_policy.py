@@ -133,6 +133,30 @@ def test_a_token_is_read_only_where_there_is_something_to_gain() -> None:
     assert not controller.pays_to_read(2000, left_tokens=4, batch=1, is_greedy=True)
 
 
+def test_a_draft_model_that_did_not_pay_is_tried_again() -> None:
+    controller = SpeculationController()
+    for _ in range(3):
+        controller.times.observe(batch=1, drafted=0, seconds=0.001)
+        controller.observe_draft_step(1, 0.004)  # slower than the target, as on a busy machine
+
+    def is_read() -> bool:
+        return controller.pays_to_read(200, left_tokens=100, batch=1, is_greedy=True)
+
+    refusals = 0
+    while not is_read():
+        assert not controller.pays_to_read(200, left_tokens=20, batch=1, is_greedy=True)
+        controller.pays_to_draft([0.5], batch=1)  # as each step asks
+        refusals += 1
+        assert refusals < 10_000
+    assert refusals > 1000, "that would cost more than it may show"
+    for _ in range(5):
+        controller.observe_draft_step(1, 0.0001)
+    assert is_read(), "it pays now"
+    for _ in range(5):
+        controller.observe_draft_step(1, 0.004)
+    assert not is_read()
+
+
 Machine = Callable[[int, int], float]
 
 

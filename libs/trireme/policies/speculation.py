@@ -305,6 +305,8 @@ class SpeculationController:
             return True
         chance = self.source_chance("model", is_greedy)
         gain_s = chance * plain_s / batch - draft_s - self.times.added_s(batch)[1]
+        if self._since_draft >= _LONGEST_PAUSE_STEPS and unread_tokens <= 2 * left_tokens:
+            return True  # what did not pay may pay now, and nothing else would show it
         # Half of what is left: an answer may end sooner, and steps that take drafts are fewer.
         return unread_tokens * _READ_SHARE * draft_s < 0.5 * left_tokens * gain_s
 

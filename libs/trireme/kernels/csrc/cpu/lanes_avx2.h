@@ -22,6 +22,8 @@ struct Same {  // in both registers: a constant, a table, or a broadcast value
 constexpr int kChains = 2;       // independent sums of one row that hide the latency of `dot`
 constexpr int kFloatChains = 1;  // of minifloats, whose decoding needs the registers
 constexpr int kRowsInRegisters = 6;
+constexpr int kFewRows = 5;  // that are multiplied as weights are decoded, in registers
+constexpr int kFewFloatRows = 3;
 constexpr int kMostTiles = 2;  // of bfloat16 weights, side by side
 
 #define TRIREME_BOTH(call_low, call_high) \

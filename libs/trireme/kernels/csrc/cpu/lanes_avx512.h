@@ -15,6 +15,8 @@ using Same = __m512i;
 constexpr int kChains = 4;
 constexpr int kFloatChains = 4;
 constexpr int kRowsInRegisters = 12;
+constexpr int kFewRows = 6;
+constexpr int kFewFloatRows = 6;
 constexpr int kMostTiles = 4;  // of bfloat16 weights, side by side
 
 inline Bits load(const void* at) { return _mm512_loadu_si512(at); }

@@ -12,6 +12,11 @@
 namespace trireme {
 namespace {
 
+template <Format kFormat>
+constexpr int few_rows() {
+    return kFormat == kInt4 || kFormat == kInt8 ? kFewRows : kFewFloatRows;
+}
+
 enum Scaling { kPerRow, kPerGroup, kPerSpan };  // kPerGroup: of 64 or 128 inputs
 
 constexpr int kPanelBlocks = 4;  // 8 KiB of int16, which with the words and activations stays in a first-level cache
@@ -96,6 +101,75 @@ inline __attribute__((always_inline)) Reals multiply_row(const Weight& weight, i
     return total;
 }
 
+// Totals (rows, 16) of one tile for so few rows that decoding to memory would cost more than it saves.
+template <Format kFormat, Scaling kScaling, bool kZeros, int kRows>
+inline void multiply_few_rows(const Weight& weight, int64_t tile, const int16_t* codes, int64_t stride,
+                              const float* steps, const int32_t* sums, float* totals) {
+    constexpr int64_t bytes = span_bytes<kFormat>();
+    constexpr int kGroupsAtOnce = kScaling == kPerSpan ? 2 : 1;
+    const int64_t blocks = blocks_of(weight.inputs);
+    const Groups groups(weight);
+    const Tables tables = tables_of(weight);
+    const uint8_t* words = weight.words + tile * blocks * 2 * bytes;
+#pragma GCC unroll 8
+    for (int row = 0; row < kRows; ++row) store_reals(totals + row * kTile, all(0.0f));
+    for (int64_t block = 0; block < blocks; ++block) {
+#pragma GCC unroll 2
+        for (int part = 0; part < kGroupsAtOnce; ++part) {
+            const int64_t group = groups.at(tile, 2 * block + part);
+            Bits sum[kRows];
+#pragma GCC unroll 8
+            for (int row = 0; row < kRows; ++row) {
+                sum[row] = all32(0);
+                if constexpr (kFormat == kInt4) {
+                    const int32_t* of_row = sums + row * 2 * blocks + 2 * block;
+                    const int32_t of_part = kScaling == kPerSpan ? of_row[part] : of_row[0] + of_row[1];
+                    sum[row] = without_zeros<kZeros>(kZeros ? weight.zeros + group : nullptr, of_part);
+                }
+            }
+#pragma GCC unroll 1
+            for (int span = 0; span < 2 / kGroupsAtOnce; ++span) {
+                const int64_t index = 2 * block + part + span;
+                const int16_t* x = codes + index * kSpan;
+                const uint8_t* from = words + index * bytes;
+#pragma GCC unroll 16
+                for (int line = 0; line < bytes; line += 64) __builtin_prefetch(from + 2048 + line);
+                decode_span<kFormat>(from, tables, [&](int pair, Bits decoded) __attribute__((always_inline)) {
+                    settle(decoded);
+#pragma GCC unroll 8
+                    for (int row = 0; row < kRows; ++row) {
+                        sum[row] = dot(sum[row], decoded, load_pair(x + row * stride + 2 * pair));
+                        settle(sum[row]);
+                    }
+                });
+            }
+#pragma GCC unroll 8
+            for (int row = 0; row < kRows; ++row) {
+                Reals scale = all(steps[row * blocks + block]);
+                if constexpr (kScaling != kPerRow) scale = multiply(load_reals(weight.scales + group), scale);
+                float* total = totals + row * kTile;
+                store_reals(total, multiply_add(to_reals(sum[row]), scale, load_reals(total)));
+            }
+        }
+    }
+}
+
+// The same for `rows` rows, if they are few; false, and nothing is done, if they are not.
+template <Format kFormat, Scaling kScaling, bool kZeros, int kRows = few_rows<kFormat>()>
+inline bool multiply_if_few(int64_t rows, const Weight& weight, int64_t tile, const int16_t* codes, int64_t stride,
+                            const float* steps, const int32_t* sums, float* totals) {
+    if constexpr (kRows < 2) {
+        return false;
+    } else {
+        if (rows != kRows) {
+            return multiply_if_few<kFormat, kScaling, kZeros, kRows - 1>(rows, weight, tile, codes, stride, steps,
+                                                                         sums, totals);
+        }
+        multiply_few_rows<kFormat, kScaling, kZeros, kRows>(weight, tile, codes, stride, steps, sums, totals);
+        return true;
+    }
+}
+
 // Decode blocks [first, last) of a tile to int16 pairs, zero points taken off.
 template <Format kFormat, bool kZeros>
 inline void decode_panel(const Weight& weight, int64_t tile, int64_t first, int64_t last, uint8_t* panel) {
@@ -178,14 +252,16 @@ inline void multiply_rows(int64_t rows, const Weight& weight, int64_t tile, int6
 template <Format kFormat, Scaling kScaling, bool kZeros>
 inline void low_bit_totals(const Weight& weight, int64_t tile, const Activations& x, int64_t first_row,
                            int64_t last_row, uint8_t* panel, float* totals) {
-    const int64_t blocks = blocks_of(weight.inputs);
-    if (last_row - first_row == 1) {
-        store_reals(totals, multiply_row<kFormat, kScaling, kZeros>(weight, tile, x.codes + first_row * x.stride,
-                                                                    x.steps + first_row * blocks,
-                                                                    x.sums + first_row * 2 * blocks));
+    const int64_t blocks = blocks_of(weight.inputs), rows = last_row - first_row;
+    const int16_t* codes = x.codes + first_row * x.stride;
+    const float* steps = x.steps + first_row * blocks;
+    const int32_t* sums = x.sums + first_row * 2 * blocks;
+    if (rows == 1) {
+        store_reals(totals, multiply_row<kFormat, kScaling, kZeros>(weight, tile, codes, steps, sums));
         return;
     }
-    for (int64_t i = 0; i < (last_row - first_row) * kTile; i += kTile) store_reals(totals + i, all(0.0f));
+    if (multiply_if_few<kFormat, kScaling, kZeros>(rows, weight, tile, codes, x.stride, steps, sums, totals)) return;
+    for (int64_t i = 0; i < rows * kTile; i += kTile) store_reals(totals + i, all(0.0f));
     for (int64_t first = 0; first < blocks; first += kPanelBlocks) {
         const int64_t last = least(first + kPanelBlocks, blocks);
         decode_panel<kFormat, kZeros>(weight, tile, first, last, panel);
