@@ -14,7 +14,7 @@ import argparse
 import math
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -123,6 +123,53 @@ def measure_products(launcher: Launcher, device: torch.device, timer: Timer) -> 
                     moved_bytes=words + 2 * tokens * (inputs + outputs),
                 )
     return figures
+
+
+def measure_wgmma(launcher: Launcher, device: torch.device, timer: Timer) -> dict[str, object]:
+    """Low-bit products of many tokens by wgmma against those by mma.sync and against bfloat16 ones by cuBLAS.
+
+    `same_bits` says whether the tensor cores add alike in both; `pays_from_tokens` is what
+    `cuda_linear.WGMMA_TOKENS` should be for the weight, or null.
+    """
+    del timer  # the floor is arithmetic here, not copying
+    figures: dict[str, object] = {}
+    if not launcher.has_wgmma:
+        return figures
+    for outputs, inputs in ((4096, 4096), (8192, 8192), (28672, 8192)):
+        plain = torch.randn(outputs, inputs, dtype=torch.bfloat16, device=device)
+        for name in ("fp6_e3m2", "int8_ch", "int4_g32", "int4_g128_zeros"):
+            packed = random_weight(name, outputs, inputs, device)
+            weights = [replace(packed, words=packed.words.clone()) for _ in range(8)]
+            times_faster: dict[int, float] = {}
+            for tokens in (16, 32, 48, 64, 96, 128, 512, 2048):
+                x = torch.randn(tokens, inputs, dtype=torch.bfloat16, device=device)
+                by_wgmma_s, by_mma_s = (_product_s(launcher, x, weights, uses) for uses in (True, False))
+                plain_s = seconds(lambda _, x=x, plain=plain: F.linear(x, plain), 4)  # type: ignore[misc]
+                found, other = (
+                    low_bit_linear(launcher, x, packed, uses_wgmma=uses) for uses in (True, False)
+                )
+                times_faster[tokens] = by_mma_s / by_wgmma_s
+                figures[f"{name} {outputs}x{inputs} {tokens}"] = {
+                    "us": round(by_wgmma_s * 1e6, 3),
+                    "tflop_per_s": round(2e-12 * tokens * outputs * inputs / by_wgmma_s, 1),
+                    "mma_us": round(by_mma_s * 1e6, 3),
+                    "times_faster_than_mma": round(times_faster[tokens], 3),
+                    "pytorch_us": round(plain_s * 1e6, 3),
+                    "same_bits": torch.equal(found, other),
+                }
+            figures[f"{name} {outputs}x{inputs}"] = {"pays_from_tokens": pays_from(times_faster)}
+    return figures
+
+
+def _product_s(launcher: Launcher, x: Tensor, weights: Sequence[PackedWeight], uses_wgmma: bool) -> float:
+    """Time of one product, over weights that L2 does not hold together."""
+    return seconds(lambda i: low_bit_linear(launcher, x, weights[i], uses_wgmma=uses_wgmma), len(weights))
+
+
+def pays_from(times_faster: Mapping[int, float]) -> int | None:
+    """The least number of tokens from which all measured ones are faster; None: the largest is not."""
+    slower = [tokens for tokens, factor in times_faster.items() if factor <= 1.0]
+    return min((tokens for tokens in times_faster if tokens > max(slower, default=0)), default=None)
 
 
 def random_weight(name: str, outputs: int, inputs: int, device: torch.device) -> PackedWeight:
@@ -341,7 +388,7 @@ def main() -> None:
             "no GPU of compute capability 8.0 or newer, or no cuda-bindings; --emulate needs neither"
         )
     with tempfile.TemporaryDirectory() as folder:
-        launcher = Emulator(Path(folder)) if args.emulate else cuda_ops.launcher_of(device)
+        launcher = Emulator(Path(folder), has_wgmma=True) if args.emulate else cuda_ops.launcher_of(device)
         sizes = SMALL if args.emulate else FULL
         # What no machine without a GPU can show comes first.
         checks = [] if args.emulate else gpu_decode.check_graphs(device)
@@ -363,6 +410,7 @@ def main() -> None:
     }
     for name, measure in (
         ("products", measure_products),
+        ("wgmma", measure_wgmma),
         ("mixtures", measure_mixtures),
         ("host_memory", measure_host_memory),
         ("attention", measure_attention),

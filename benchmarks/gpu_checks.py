@@ -51,6 +51,8 @@ class Sizes:
 
     weight: tuple[int, int]
     tokens: Sequence[int]
+    many_tokens: Sequence[int]
+    """Of products by wgmma."""
     width: int
     heads: tuple[int, int, int]
     """Query heads, key heads, head_dim."""
@@ -63,6 +65,7 @@ class Sizes:
 SMALL = Sizes(
     weight=(70, 256),
     tokens=(3,),
+    many_tokens=(66,),
     width=136,
     heads=(4, 2, 64),
     contexts=(1, 70),
@@ -72,6 +75,7 @@ SMALL = Sizes(
 FULL = Sizes(
     weight=(1030, 4096),
     tokens=(1, 8, 17, 100),
+    many_tokens=(64, 100, 300),
     width=4104,
     heads=(32, 8, 128),
     contexts=(1, 513, 3000, 9000),
@@ -95,6 +99,10 @@ def check(launcher: Launcher, device: torch.device, sizes: Sizes) -> list[Check]
                 x = torch.randn(tokens, sizes.weight[1], dtype=dtype, device=device)
                 out = low_bit_linear(launcher, x, packed)
                 checks.append(Check(f"{name} {kind} {tokens}", _product_error(out, x, exact)))
+            for tokens in sizes.many_tokens if launcher.has_wgmma else ():
+                x = torch.randn(tokens, sizes.weight[1], dtype=dtype, device=device)
+                out = low_bit_linear(launcher, x, packed, uses_wgmma=True)
+                checks.append(Check(f"wgmma {name} {kind} {tokens}", _product_error(out, x, exact)))
         checks += _host_checks(launcher, device, dtype, sizes)
         checks += _mixture_checks(launcher, device, dtype, sizes)
         for storage in (dtype, torch.int8, torch.uint8):

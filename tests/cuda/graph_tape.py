@@ -116,6 +116,7 @@ class TapedLauncher:
         self._launcher = launcher
         self._capturer = capturer
         self.multiprocessors = launcher.multiprocessors
+        self.has_wgmma = launcher.has_wgmma
 
     def launch(self, kernel: Kernel, geometry: Geometry, arguments: Sequence[Argument]) -> None:
         tape = self._capturer.open

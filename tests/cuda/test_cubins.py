@@ -36,7 +36,7 @@ from trireme.kernels.cuda_experts import (
 )
 from trireme.kernels.cuda_host_memory import GATHER_ROWS, gemv_kernel
 from trireme.kernels.cuda_launch import SOURCES, Kernel
-from trireme.kernels.cuda_linear import gemm_kernel
+from trireme.kernels.cuda_linear import gemm_kernel, wgmma_kernel
 from trireme.kernels.cuda_sampling import (
     BIAS_LOGITS,
     FORBID_LOGITS,
@@ -53,7 +53,7 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """The most of all four architectures."""
+    """The most of all architectures that the kernel is for."""
 
     registers: int
     instructions: int
@@ -62,6 +62,15 @@ class Budget:
 
 def gemm(name: str, tile: int, kind: str = "bf16") -> Kernel:
     return gemm_kernel(kind, weight_format(name), tile)
+
+
+def wgmma(name: str, tile: int, kind: str = "bf16") -> Kernel:
+    return wgmma_kernel(kind, weight_format(name), tile)
+
+
+def architectures_of(kernel: Kernel) -> tuple[str, ...]:
+    """A kernel for one architecture says so in its name."""
+    return ("sm_90a",) if kernel.source.startswith("sm90_") else ARCHITECTURES
 
 
 BUDGETS = {
@@ -95,6 +104,14 @@ BUDGETS = {
     gemm("int8_ch", 8): Budget(64, 2000),
     gemm("int4_g32", 32): Budget(208, 2400),
     gemm("int4_g128", 8): Budget(88, 2000),
+    wgmma("fp6_e3m2", 64): Budget(113, 1990),
+    wgmma("fp6_e3m2", 128): Budget(168, 2470),
+    wgmma("fp6_e3m2", 128, "f16"): Budget(168, 2390),
+    wgmma("fp6_e2m3", 128): Budget(168, 2450),
+    wgmma("fp5_e2m2", 128): Budget(168, 2420),
+    wgmma("int8_ch", 128): Budget(168, 2360),
+    wgmma("int4_g32", 64): Budget(153, 2050),
+    wgmma("int4_g128", 64): Budget(148, 1980),
     SAMPLE: Budget(48, 2150),
     VERIFY_DRAFTS: Budget(34, 250),
     BIAS_LOGITS: Budget(24, 100),
@@ -122,15 +139,19 @@ def compile_all(target: str, folder: Path) -> dict[str, Used]:
     """What each kernel uses, by mangled name; one run of nvcc for all of them."""
     by_source: dict[str, list[Kernel]] = {}
     for kernel in BUDGETS:
-        by_source.setdefault(kernel.source, []).append(kernel)
+        if target in architectures_of(kernel):
+            by_source.setdefault(kernel.source, []).append(kernel)
     wrapper, cubin = folder / f"{target}.cu", folder / f"{target}.cubin"
     wrapper.write_text("".join(map(instantiating_text, by_source.values())), encoding="utf-8")
     command = ["nvcc", "-std=c++17", f"-arch={target}", "-cubin", "-Xptxas", "-v", f"-I{SOURCES}"]
+    command += ["--keep", "--keep-dir", str(folder)]
     done = subprocess.run(
         [*command, "-o", str(cubin), str(wrapper)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr.lower(), done.stderr
+    # ptxas tells of wgmmas that it serializes, or waits for where the kernel does not.
+    assert "gmma" not in done.stderr.lower(), done.stderr
     sizes = function_sizes(cubin.read_bytes())
     return {
         found["symbol"]: Used(
@@ -144,9 +165,13 @@ def compile_all(target: str, folder: Path) -> dict[str, Used]:
 
 
 @pytest.fixture(scope="module")
-def used(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Used]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cubins")
+
+
+@pytest.fixture(scope="module")
+def used(folder: Path) -> dict[str, dict[str, Used]]:
     """By architecture and mangled name."""
-    folder = tmp_path_factory.mktemp("cubins")
     with ThreadPoolExecutor(2) as pool:
         results = pool.map(lambda target: compile_all(target, folder), ARCHITECTURES)
         return dict(zip(ARCHITECTURES, results, strict=True))
@@ -181,14 +206,35 @@ def test_every_kernel_has_a_budget() -> None:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("target", ARCHITECTURES)
-@pytest.mark.parametrize("kernel", BUDGETS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize(
+    "kernel, target",
+    [(kernel, target) for kernel in BUDGETS for target in architectures_of(kernel)],
+    ids=lambda value: value.name if isinstance(value, Kernel) else value,
+)
 def test_a_kernel_keeps_its_budget(used: dict[str, dict[str, Used]], kernel: Kernel, target: str) -> None:
     use, budget = use_of(kernel, used[target]), BUDGETS[kernel]
     assert use.spill_bytes == 0
     assert use.stack_bytes <= budget.stack_bytes
     assert use.registers <= budget.registers
     assert use.instructions <= budget.instructions
+
+
+@needs_nvcc
+def test_wgmma_is_what_its_kernels_multiply_with_and_no_others(
+    used: dict[str, dict[str, Used]], folder: Path
+) -> None:
+    functions = (folder / "sm_90a.ptx").read_text(encoding="utf-8").split(".visible .entry ")[1:]
+    by_symbol = {text.split("(")[0]: text for text in functions}
+    assert set(by_symbol) == set(used["sm_90a"])
+    for kernel in BUDGETS:
+        (text,) = (text for symbol, text in by_symbol.items() if symbol.startswith(mangled_prefix(kernel)))
+        if kernel.source.startswith("sm90_"):
+            tile = kernel.name.removesuffix(">").split(", ")[-1]
+            # One of each slice of 16 columns, in a loop over tiles of 64.
+            assert text.count(f"wgmma.mma_async.sync.aligned.m64n{tile}k16.f32") == 4
+            assert "mma.sync" not in text
+        else:
+            assert "wgmma" not in text
 
 
 @needs_nvcc
@@ -225,7 +271,7 @@ def test_a_kernel_that_does_not_compile_is_refused_with_the_compilers_words(tmp_
 @pytest.mark.skipif(not has_nvrtc(), reason="cuda-bindings is not installed")
 @pytest.mark.parametrize("target", ARCHITECTURES)
 def test_nvrtc_takes_every_kernel(target: str) -> None:
-    for kernel in BUDGETS:
+    for kernel in (kernel for kernel in BUDGETS if target in architectures_of(kernel)):
         assert symbol_of(kernel, compile_with_nvrtc(kernel, target))
     with pytest.raises(CompilationFailed, match="no_such_kernel"):
         compile_with_nvrtc(Kernel(source="append_kv", name="no_such_kernel"), target)

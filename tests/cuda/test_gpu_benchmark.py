@@ -7,8 +7,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from benchmarks.gpu import pays_from
 from benchmarks.gpu_checks import EXPERT_FORMATS, FORMATS, SMALL, check
 from benchmarks.gpu_decode import check_choices
+from tests.cuda.conftest import BUILD
+from tests.cuda.test_warpgroup_gemm import KERNELS as WGMMA_KERNELS
 from trireme.kernels.cuda_emulator import Emulator
 from trireme.kernels.cuda_experts import expert_kernel
 from trireme.kernels.cuda_launch import Argument, Geometry, Kernel
@@ -18,8 +21,9 @@ from trireme.quant.formats import weight_format
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(emulator: Emulator) -> None:
+@pytest.fixture(scope="module")
+def emulator(emulator: Emulator) -> Emulator:
+    emulator = Emulator(BUILD, has_wgmma=True)
     types = ("f16", "bf16")
     emulator.prepare(gemm_kernel(kind, weight_format(name), 8) for kind in types for name in FORMATS)
     emulator.prepare(
@@ -27,6 +31,8 @@ def _compiled(emulator: Emulator) -> None:
         for kind in types
         for name in EXPERT_FORMATS
     )
+    emulator.prepare(WGMMA_KERNELS)
+    return emulator
 
 
 class Forgetful:
@@ -37,6 +43,7 @@ class Forgetful:
     def __init__(self, emulator: Emulator, forgotten: Sequence[str]) -> None:
         self._emulator = emulator
         self._forgotten = forgotten
+        self.has_wgmma = emulator.has_wgmma
 
     def launch(self, kernel: Kernel, geometry: Geometry, arguments: Sequence[Argument]) -> None:
         if kernel.source not in self._forgotten:
@@ -59,7 +66,15 @@ def test_the_check_of_the_engines_choices_passes_and_notices_a_kernel_that_does_
 
 
 def test_kernels_that_do_nothing_are_noticed(emulator: Emulator) -> None:
-    checks = check(Forgetful(emulator, ("low_bit_gemm", "expert_gemm", "host_gemv")), CPU, SMALL)
+    forgotten = ("low_bit_gemm", "sm90_low_bit_gemm", "expert_gemm", "host_gemv")
+    checks = check(Forgetful(emulator, forgotten), CPU, SMALL)
     wrong = [result.name for result in checks if not result.error < 1.0]
-    for name in ("int8_ch", "mixture in", "host product"):
+    for name in ("int8_ch", "wgmma int8_ch", "mixture in", "host product"):
         assert any(each.startswith(name) for each in wrong), name
+
+
+def test_wgmma_pays_from_where_it_is_never_slower() -> None:
+    assert pays_from({16: 0.5, 64: 1.1, 128: 1.6}) == 64
+    assert pays_from({16: 1.2, 64: 0.9, 128: 1.6}) == 128
+    assert pays_from({16: 1.2, 64: 1.1}) == 16
+    assert pays_from({16: 1.2, 64: 0.9}) is None

@@ -27,16 +27,14 @@ FORMATS = (
     "int4_g64_zeros",
     "int4_g128_zeros",
 )
+KERNELS = [
+    gemm_kernel(kind, weight_format(name), tile) for kind in TYPES for name in FORMATS for tile in TOKEN_TILES
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled(emulator: Emulator) -> None:
-    emulator.prepare(
-        gemm_kernel(kind, weight_format(name), tile)
-        for kind in TYPES
-        for name in FORMATS
-        for tile in TOKEN_TILES
-    )
+    emulator.prepare(KERNELS)
 
 
 def weight_of(name: str, outputs: int, inputs: int) -> tuple[PackedWeight, Tensor]:
@@ -45,6 +43,18 @@ def weight_of(name: str, outputs: int, inputs: int) -> tuple[PackedWeight, Tenso
     values = torch.randn(outputs, inputs, generator=generator) + 0.3
     quantized = quantize(values, weight_format(name))
     return pack_for_device(quantized, DIRECT), dequantize(quantized, torch.float64)
+
+
+def every_code(name: str) -> QuantizedWeight:
+    """All codes of a format, at all places of a tile."""
+    form = weight_format(name)
+    codes = torch.arange(64 * 64).view(64, 64) * 37 % (1 << form.bits)
+    groups = form.groups(64)
+    zeros = torch.arange(64 * groups).view(64, groups).to(torch.uint8) % 16 if form.has_zeros else None
+    scales = torch.ones(64) if form.group_size is None else torch.ones(64, groups)
+    if form.has_signed_scales:
+        scales[::2] = -1.0
+    return QuantizedWeight(form=form, codes=codes.to(torch.uint8), scales=scales, zeros=zeros)
 
 
 def assert_close(actual: Tensor, x: Tensor, weight: Tensor, added: Tensor | float = 0.0) -> None:
@@ -84,15 +94,8 @@ def test_inputs_need_not_fill_a_tile(emulator: Emulator, kind: str, name: str) -
     "name", ["fp6_e3m2", "fp6_e2m3", "fp5_e2m2", "int8_ch", "int4_g32", "int4_g32_zeros"]
 )
 def test_every_code_comes_out_exactly(emulator: Emulator, kind: str, name: str) -> None:
-    """One-hot tokens read single weights: all codes, at all places of a tile."""
-    form = weight_format(name)
-    codes = torch.arange(64 * 64).view(64, 64) * 37 % (1 << form.bits)
-    groups = form.groups(64)
-    zeros = torch.arange(64 * groups).view(64, groups).to(torch.uint8) % 16 if form.has_zeros else None
-    scales = torch.ones(64) if form.group_size is None else torch.ones(64, groups)
-    if form.has_signed_scales:
-        scales[::2] = -1.0
-    weight = QuantizedWeight(form=form, codes=codes.to(torch.uint8), scales=scales, zeros=zeros)
+    """One-hot tokens read single weights."""
+    weight = every_code(name)
     packed = pack_for_device(weight, DIRECT)
     out = low_bit_linear(emulator, torch.eye(64, dtype=TYPES[kind]), packed)
     assert torch.equal(out.t().double(), dequantize(weight, torch.float64))

@@ -25,6 +25,8 @@ from trireme.kernels.cuda_launch import SOURCES, Kernel
 
 LOWEST_CAPABILITY: Final = (8, 0)
 """cp.async, and mma with bfloat16, begin here."""
+WGMMA_CAPABILITY: Final = (9, 0)
+"""wgmma is here alone."""
 _STANDARD: Final = "-std=c++17"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from trireme.errors import Kind, TriremeError
-from trireme.kernels.cuda_compile import CubinCache, architecture, default_cache
+from trireme.kernels.cuda_compile import WGMMA_CAPABILITY, CubinCache, architecture, default_cache
 from trireme.kernels.cuda_launch import Argument, Geometry, Kernel, PackedArguments
 
 
@@ -39,6 +39,7 @@ class CudaDevice:
         "_device",
         "_driver",
         "_functions",
+        "_has_wgmma",
         "_modules",
         "_multiprocessors",
         "_shared_bytes",
@@ -48,6 +49,7 @@ class CudaDevice:
         properties = torch.cuda.get_device_properties(device)
         self._device = device
         self._multiprocessors: int = properties.multi_processor_count
+        self._has_wgmma = (properties.major, properties.minor) == WGMMA_CAPABILITY
         target = architecture((properties.major, properties.minor))
         self._cubins = CubinCache(cache or default_cache(), target)
         try:
@@ -63,6 +65,10 @@ class CudaDevice:
     @property
     def multiprocessors(self) -> int:
         return self._multiprocessors
+
+    @property
+    def has_wgmma(self) -> bool:
+        return self._has_wgmma
 
     def launch(self, kernel: Kernel, geometry: Geometry, arguments: Sequence[Argument]) -> None:
         """Enqueue a kernel; it is compiled and loaded the first time.

@@ -63,21 +63,34 @@ class Emulator:
         build_directory: where compiled kernels are kept, named by a hash of what they were made of.
         sources: folder of the `.cu` files.
         multiprocessors: what it says it has.
+        has_wgmma: what it says it is: compute capability 9.0, or any other.
     """
 
-    __slots__ = ("_build", "_entries", "_multiprocessors", "_sources")
+    __slots__ = ("_build", "_entries", "_has_wgmma", "_multiprocessors", "_sources")
 
-    def __init__(self, build_directory: Path, *, sources: Path = SOURCES, multiprocessors: int = 4) -> None:
+    def __init__(
+        self,
+        build_directory: Path,
+        *,
+        sources: Path = SOURCES,
+        multiprocessors: int = 4,
+        has_wgmma: bool = False,
+    ) -> None:
         if not is_available():
             raise EmulatorUnavailable("the CUDA emulator needs g++ on an x86-64 machine; install g++")
         self._build = build_directory
         self._sources = sources
         self._multiprocessors = multiprocessors
+        self._has_wgmma = has_wgmma
         self._entries: dict[Kernel, tuple[ctypes.CDLL, ctypes.c_void_p]] = {}
 
     @property
     def multiprocessors(self) -> int:
         return self._multiprocessors
+
+    @property
+    def has_wgmma(self) -> bool:
+        return self._has_wgmma
 
     def prepare(self, kernels: Iterable[Kernel], *, threads: int = 2) -> None:
         """Compile kernels, those of one source together, several sources side by side."""

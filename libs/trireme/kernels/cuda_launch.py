@@ -71,6 +71,10 @@ class Launcher(Protocol):
     def multiprocessors(self) -> int:
         """Blocks that run side by side, counting one on each multiprocessor."""
 
+    @property
+    def has_wgmma(self) -> bool:
+        """Whether it runs kernels named `sm90_...`: compute capability 9.0, neither older nor newer."""
+
     def launch(self, kernel: Kernel, geometry: Geometry, arguments: Sequence[Argument]) -> None:
         """Run a kernel, in order with what was launched before on the current stream."""
 

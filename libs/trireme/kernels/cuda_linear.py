@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trireme.errors import InvalidCheckpoint
+from trireme.kernels.cuda_compile import UnsupportedGpu
 from trireme.kernels.cuda_launch import Geometry, Kernel, Launcher, ShapeMismatch, ceil_div, check, type_name
 from trireme.quant.device_layouts import DIRECT, PackedWeight
 from trireme.quant.formats import WeightFormat
@@ -26,6 +28,20 @@ _MOST_COUNTERS: Final = 1 << 14
 _TILES_OF_A_WARP: Final = 2
 """A split leaves each warp at least as many tiles of 64 columns."""
 _BLOCKS_A_MULTIPROCESSOR: Final = 2
+WGMMA_TOKENS: Final = 64
+"""From so many tokens on wgmma multiplies, where there is some.
+
+Reading a weight of b bits takes b / 8 / 4.8e12 s from an H200's memory. Multiplying it with N tokens takes
+2 N / 990e12 s on its tensor cores by wgmma, at best, and by mma.sync 1.7 times that. With 6 bits mma.sync
+takes longer than reading from 46 tokens on, wgmma from 77; between, reading is all that is left to wait for.
+No card has settled it yet: `make bench-gpu` times both.
+"""
+WGMMA_TOKEN_TILES: Final = (64, 128)
+"""Tokens that one block of wgmma works on; with groups, whose sums take registers too, the first only."""
+_WARPGROUPS: Final = 3
+"""Of a block of wgmma; each has 64 rows of the weight."""
+_WGMMA_STAGES: Final = 4
+_BANK_PADDING: Final = 4
 _CODE_NAMES: Final[Mapping[Minifloat | int, str]] = {
     FP6_E3M2: "Fp6E3M2",
     FP6_E2M3: "Fp6E2M3",
@@ -44,6 +60,7 @@ def low_bit_linear(
     residual: Tensor | None = None,
     *,
     splits: int | None = None,
+    uses_wgmma: bool | None = None,
 ) -> Tensor:
     """x times the weight transposed, plus bias, plus residual; sums in float32, rounded once.
 
@@ -56,6 +73,8 @@ def low_bit_linear(
         bias: (outputs,) of x's type.
         residual: (tokens, outputs) of x's type, contiguous.
         splits: parts that the inputs are cut into, for different blocks; None: what keeps the device busy.
+        uses_wgmma: whether wgmma multiplies, which adds in the same order; None: if the device has it and
+            there are at least `WGMMA_TOKENS`.
 
     Returns:
         (tokens, outputs) of x's type.
@@ -63,6 +82,7 @@ def low_bit_linear(
     Raises:
         ShapeMismatch: a shape, type, device or layout differs from the above.
         InvalidCheckpoint: the weight's layout or format has no kernel.
+        UnsupportedGpu: `uses_wgmma` on a device without it.
     """
     outputs, inputs = weight.shape
     tokens = x.shape[0]
@@ -70,21 +90,30 @@ def low_bit_linear(
     out = torch.empty((tokens, outputs), dtype=x.dtype, device=x.device)
     if tokens == 0:
         return out
-    tile = token_tile(tokens)
-    row_tiles, token_tiles = ceil_div(outputs, _TILE), ceil_div(tokens, tile)
+    if uses_wgmma is None:
+        uses_wgmma = launcher.has_wgmma and tokens >= WGMMA_TOKENS
+    if uses_wgmma and not launcher.has_wgmma:
+        raise UnsupportedGpu(
+            "wgmma takes a GPU of compute capability 9.0; leave the choice to low_bit_linear"
+        )
+    kind = type_name(x, "x")
+    block = wgmma_block(kind, weight.form, tokens) if uses_wgmma else mma_block(kind, weight.form, tokens)
+    row_blocks, token_blocks = ceil_div(outputs, block.rows), ceil_div(tokens, block.tokens)
     num_splits = splits or splits_for(outputs, inputs, multiprocessors=launcher.multiprocessors)
     partial = counters = None
     if num_splits > 1:
-        counters = _counters(x.device, max(_MOST_COUNTERS, row_tiles * token_tiles))
+        counters = _counters(x.device, max(_MOST_COUNTERS, row_blocks * token_blocks))
         partial = torch.empty(
-            (num_splits, token_tiles, row_tiles, tile, _TILE), dtype=torch.float32, device=x.device
+            (num_splits, token_blocks, row_blocks, block.tokens, block.rows),
+            dtype=torch.float32,
+            device=x.device,
         )
     launcher.launch(
-        gemm_kernel(type_name(x, "x"), weight.form, tile),
+        block.kernel,
         Geometry(
-            grid=(row_tiles, token_tiles, num_splits),
-            threads=32 * WARPS,
-            shared_bytes=stage_bytes(weight.form.bits, tile),
+            grid=(row_blocks, token_blocks, num_splits),
+            threads=block.threads,
+            shared_bytes=block.shared_bytes,
         ),
         [
             weight.words,
@@ -103,6 +132,53 @@ def low_bit_linear(
         ],
     )
     return out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemmBlock:
+    """What one block of a product does."""
+
+    kernel: Kernel
+    rows: int
+    """Of the weight."""
+    tokens: int
+    threads: int
+    shared_bytes: int
+
+
+def mma_block(kind: str, form: WeightFormat, tokens: int) -> GemmBlock:
+    """For a product by mma.sync, on any GPU.
+
+    Raises:
+        InvalidCheckpoint: there is no kernel for the format.
+    """
+    tile = token_tile(tokens)
+    return GemmBlock(
+        kernel=gemm_kernel(kind, form, tile),
+        rows=_TILE,
+        tokens=tile,
+        threads=32 * WARPS,
+        shared_bytes=stage_bytes(form.bits, tile),
+    )
+
+
+def wgmma_block(kind: str, form: WeightFormat, tokens: int) -> GemmBlock:
+    """For a product by wgmma, on compute capability 9.0.
+
+    Raises:
+        InvalidCheckpoint: there is no kernel for the format.
+    """
+    small, large = WGMMA_TOKEN_TILES
+    tile = small if form.group_size or tokens <= small else large
+    rows = _WARPGROUPS * _TILE
+    stages = _WGMMA_STAGES * (2 * _TILE * tile + _WARPGROUPS * _TILE * _TILE * form.bits // 8)
+    return GemmBlock(
+        kernel=wgmma_kernel(kind, form, tile),
+        rows=rows,
+        tokens=tile,
+        threads=_WARPGROUPS * 128,
+        shared_bytes=stages + 4 * tile * (rows + _BANK_PADDING),
+    )
 
 
 def token_tile(tokens: int) -> int:
@@ -128,10 +204,21 @@ def gemm_kernel(kind: str, form: WeightFormat, tile: int) -> Kernel:
     Raises:
         InvalidCheckpoint: there is no kernel for the format.
     """
+    return _kernel("low_bit_gemm", kind, form, tile)
+
+
+def wgmma_kernel(kind: str, form: WeightFormat, tile: int) -> Kernel:
+    """As `gemm_kernel`, by wgmma: for compute capability 9.0 alone.
+
+    Raises:
+        InvalidCheckpoint: there is no kernel for the format.
+    """
+    return _kernel("sm90_low_bit_gemm", kind, form, tile)
+
+
+def _kernel(source: str, kind: str, form: WeightFormat, tile: int) -> Kernel:
     codes = code_name(form)
-    return Kernel(
-        source="low_bit_gemm", name=f"low_bit_gemm<{kind}, {codes}<{kind}>, {form.group_size or 0}, {tile}>"
-    )
+    return Kernel(source=source, name=f"{source}<{kind}, {codes}<{kind}>, {form.group_size or 0}, {tile}>")
 
 
 def code_name(form: WeightFormat) -> str:

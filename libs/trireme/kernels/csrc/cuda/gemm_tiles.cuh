@@ -10,15 +10,15 @@
 
 constexpr int gemm_warps = 4;
 
-// Scales and zero points of a lane's eight rows, for the columns of one tile that share them.
-template <class T, class Codes>
+// Scales and zero points of a lane's rows, two of each block, for the columns of one tile that share them.
+template <class T, class Codes, int BLOCKS>
 struct RowFactors {
-    float scale[4][2];
-    u32 offset[4][2];
+    float scale[BLOCKS][2];
+    u32 offset[BLOCKS][2];
 
     DEVICE void load(const float* scales, const u8* zeros, i64 first_row, i64 groups, i64 group) {
 #pragma unroll
-        for (int block = 0; block < 4; ++block)
+        for (int block = 0; block < BLOCKS; ++block)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const i64 at = (first_row + 16 * block + 8 * half) * groups + group;
@@ -69,7 +69,7 @@ DEVICE void multiply_tiles(const GemmOperands<T, Rows>& operands, const float* s
         prim_copy_commit();
     }
     for (int tile = begin, stage = 0; tile < end; tile += gemm_warps, stage = (stage + 1) % Stages::count) {
-        RowFactors<T, Codes> factors[groups_a_tile];  // asked for before the wait
+        RowFactors<T, Codes, 4> factors[groups_a_tile];  // asked for before the wait
 #pragma unroll
         for (int group = 0; has_groups && group < groups_a_tile; ++group)
             factors[group].load(scales, zeros, i64(operands.row_tile) * tile_rows + lane / 4, groups,
@@ -93,8 +93,12 @@ DEVICE void multiply_tiles(const GemmOperands<T, Rows>& operands, const float* s
                     stages.read_codes(stage, 2 * half + side, codes);
 #pragma unroll
                     for (int block = 0; block < 4; ++block) {
-                        u32 a[4];
-                        Codes::decode(codes, block, factors[group].offset[block], a);
+                        u32 tail[Codes::block_words], a[4];
+#pragma unroll
+                        for (int i = 0; i < Codes::block_words; ++i)
+                            tail[i] = codes[Codes::head_words + block * Codes::block_words + i];
+                        const u32 head = Codes::head_words ? codes[Codes::head_of(block)] : 0;
+                        Codes::decode(head, tail, block, factors[group].offset[block], a);
 #pragma unroll
                         for (int n = 0; n < TILE_N / 8; ++n)
                             prim_mma(target[block][n], a, b[n][2 * side], b[n][2 * side + 1], T{});

@@ -22,6 +22,7 @@
 // Source      Xia et al., Quant-LLM, USENIX ATC 2024 (decoding beside the tensor cores); DeepSpeed-Inference, SC 2022
 //             (small batches: split over outputs first, over inputs second).
 
+#include "gemm_results.cuh"
 #include "gemm_tiles.cuh"
 
 template <class T, class Codes, int GROUP, int TILE_N>
@@ -36,35 +37,7 @@ __global__ void __launch_bounds__(gemm_warps* warp_lanes)
         {first_token, tokens}};
     multiply_tiles<T, Codes, GROUP, TILE_N>(operands, scales, zeros, begin, end);
 
-    const i64 tile_at = i64(blockIdx.y) * gridDim.x + blockIdx.x, all_tiles = i64(gridDim.x) * gridDim.y;
-    const auto finish = [&](int at, float total) {
-        const int row = blockIdx.x * tile_rows + at % tile_rows, token = first_token + at / tile_rows;
-        if (row >= rows || token >= tokens) return;
-        if constexpr (Codes::has_scales && GROUP == 0) total *= scales[row] * Codes::unit(T{});
-        if (bias) total += to_float(bias[row]);
-        if (residual) total += to_float(residual[i64(token) * rows + row]);
-        out[i64(token) * rows + row] = rounded<T>(total);
-    };
-    for (int at = threadIdx.x; at < TILE_N * tile_rows; at += blockDim.x) {
-        const float total = WarpSums<TILE_N>::total(at);
-        if (gridDim.z == 1) finish(at, total);
-        else partial[(blockIdx.z * all_tiles + tile_at) * TILE_N * tile_rows + at] = total;
-    }
-    if (gridDim.z == 1) return;
-
-    // Whoever comes last sums the splits. The fence makes this block's part visible before it counts itself.
-    prim_fence();
-    prim_sync_block();
-    u32* arrived = reinterpret_cast<u32*>(prim_shared());
-    if (threadIdx.x == 0) *arrived = prim_atomic_add(counters + tile_at, 1u);
-    prim_sync_block();
-    if (*arrived != gridDim.z - 1) return;
-    prim_fence();
-    for (int at = threadIdx.x; at < TILE_N * tile_rows; at += blockDim.x) {
-        float total = 0.0f;
-        for (unsigned split = 0; split < gridDim.z; ++split)
-            total += prim_load_past_l1(partial + (split * all_tiles + tile_at) * TILE_N * tile_rows + at);
-        finish(at, total);
-    }
-    if (threadIdx.x == 0) counters[tile_at] = 0;
+    write_results<T, Codes, GROUP, TILE_N, tile_rows>({scales, bias, residual, out, partial, counters, tokens, rows},
+                                                      blockIdx.x * tile_rows, first_token,
+                                                      [](int at) { return WarpSums<TILE_N>::total(at); });
 }

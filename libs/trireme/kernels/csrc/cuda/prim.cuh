@@ -34,7 +34,7 @@ constexpr int warp_lanes = 32;
 #define DEVICE __device__ __forceinline__
 
 DEVICE u8* prim_shared() {
-    extern __shared__ __align__(128) u8 prim_shared_bytes[];
+    extern __shared__ __align__(1024) u8 prim_shared_bytes[];
     return prim_shared_bytes;
 }
 

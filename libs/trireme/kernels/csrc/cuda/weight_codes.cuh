@@ -1,8 +1,9 @@
 // Codes of low-bit weights to the fragments of mma: one struct a format, of layout direct_v1.
 //
 // A slice is 64 rows by 16 columns: 4 blocks of 16 rows, 4 registers a lane and block. A lane's words of a slice are
-// its head_words, which all lie before the matrix's first tail_words, and then these. What decode gives times `unit`
-// is the weight without its scale.
+// its head_words, which all lie before the matrix's first tail_words, and then these. A block has block_words of the
+// tail, and reads head word `head_of(block)`, if there are any. What decode gives times `unit` is the weight without
+// its scale; `block` may be known when the kernel is compiled, or only to the warp.
 //
 // Source: libs/trireme/quant/direct_layout.py and integer_layout.py; Kim et al., Who Says Elephants Can't Run,
 // 2022 (integers or-ed into the mantissa of a float).
@@ -12,6 +13,15 @@
 #include "prim.cuh"
 
 DEVICE u32 both_halves(u32 half) { return half | half << 16; }
+
+// How many words of each kind a lane has of a slice.
+template <int HEAD_WORDS, int TAIL_WORDS>
+struct LaneWords {
+    static constexpr int head_words = HEAD_WORDS, tail_words = TAIL_WORDS, lane_words = HEAD_WORDS + TAIL_WORDS;
+    static constexpr int block_words = TAIL_WORDS / 4;
+
+    static DEVICE int head_of(int block) { return block * HEAD_WORDS / 4; }
+};
 
 // Floats of a few bits: shifts and masks bring a code to where a float16 has its sign, exponent and mantissa. That
 // float16 is 2**-12 (3 exponent bits) or 2**-14 (2) times the value; no rounding, subnormals included.
@@ -32,20 +42,18 @@ struct MinifloatHalves {
 
 // Sign, 3 exponent and 2 mantissa bits.
 template <class T>
-struct Fp6E3M2 : MinifloatHalves<3> {
-    static constexpr int head_words = 2, tail_words = 4, lane_words = head_words + tail_words;
+struct Fp6E3M2 : MinifloatHalves<3>, LaneWords<2, 4> {
     static constexpr bool has_zeros = false, has_scales = true;
 
-    static DEVICE void decode(const u32 (&words)[lane_words], int block, const u32 (&)[2], u32 (&out)[4]) {
-        // Left shifts that bring sign and top exponent bit to bits 15 and 12; the last register's differ.
-        constexpr int top_shift[8] = {0, 1, 2, 6, 7, 8, 12, 13};
-        const u32 top = words[block / 2], low = words[head_words + block];
-        const u32 nibbles[4] = {low, low >> 4, low << 4, low << 8};
+    static DEVICE void decode(u32 top, const u32 (&tail)[block_words], int block, const u32 (&)[2], u32 (&out)[4]) {
+        // Left shifts that bring sign and top exponent bit to bits 15 and 12; the last register's may differ.
+        const bool is_odd = block % 2 != 0;
+        const int top_shift[4] = {is_odd ? 7 : 0, is_odd ? 8 : 1, is_odd ? 12 : 2, is_odd ? 13 : 6};
+        const u32 last = (top << top_shift[3] & 0x80008000u) | (top << (is_odd ? 11 : 6) & 0x10001000u);
+        const u32 low = tail[0], nibbles[4] = {low, low >> 4, low << 4, low << 8};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int place = block % 2 * 4 + i;
-            const u32 head = place < 7 ? top << top_shift[place] & 0x90009000u
-                                       : (top << 13 & 0x80008000u) | (top << 11 & 0x10001000u);
+            const u32 head = i < 3 ? top << top_shift[i] & 0x90009000u : last;
             out[i] = place_in((nibbles[i] & 0x0F000F00u) | head, T{});
         }
     }
@@ -53,17 +61,14 @@ struct Fp6E3M2 : MinifloatHalves<3> {
 
 // Sign, 2 exponent and 3 mantissa bits.
 template <class T>
-struct Fp6E2M3 : MinifloatHalves<2> {
-    static constexpr int head_words = 2, tail_words = 4, lane_words = head_words + tail_words;
+struct Fp6E2M3 : MinifloatHalves<2>, LaneWords<2, 4> {
     static constexpr bool has_zeros = false, has_scales = true;
 
-    static DEVICE void decode(const u32 (&words)[lane_words], int block, const u32 (&)[2], u32 (&out)[4]) {
-        constexpr int top_shift[8] = {0, 1, 2, 3, 8, 9, 10, 11};  // to bits 15 and 11
-        const u32 top = words[block / 2], low = words[head_words + block];
-        const u32 nibbles[4] = {low >> 1, low >> 5, low << 3, low << 7};
+    static DEVICE void decode(u32 top, const u32 (&tail)[block_words], int block, const u32 (&)[2], u32 (&out)[4]) {
+        const u32 low = tail[0], nibbles[4] = {low >> 1, low >> 5, low << 3, low << 7};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const u32 head = top << top_shift[block % 2 * 4 + i] & 0x88008800u;
+            const u32 head = top << (block % 2 * 8 + i) & 0x88008800u;
             out[i] = place_in((nibbles[i] & 0x07800780u) | head, T{});
         }
     }
@@ -71,16 +76,14 @@ struct Fp6E2M3 : MinifloatHalves<2> {
 
 // Sign, 2 exponent and 2 mantissa bits.
 template <class T>
-struct Fp5E2M2 : MinifloatHalves<2> {
-    static constexpr int head_words = 1, tail_words = 4, lane_words = head_words + tail_words;
+struct Fp5E2M2 : MinifloatHalves<2>, LaneWords<1, 4> {
     static constexpr bool has_zeros = false, has_scales = true;
 
-    static DEVICE void decode(const u32 (&words)[lane_words], int block, const u32 (&)[2], u32 (&out)[4]) {
-        const u32 low = words[head_words + block];
-        const u32 nibbles[4] = {low, low >> 4, low << 4, low << 8};
+    static DEVICE void decode(u32 top, const u32 (&tail)[block_words], int block, const u32 (&)[2], u32 (&out)[4]) {
+        const u32 low = tail[0], nibbles[4] = {low, low >> 4, low << 4, low << 8};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const u32 sign = words[0] << (4 * block + i) & 0x80008000u;
+            const u32 sign = top << (4 * block + i) & 0x80008000u;
             out[i] = place_in((nibbles[i] & 0x0F000F00u) | sign, T{});
         }
     }
@@ -88,20 +91,18 @@ struct Fp5E2M2 : MinifloatHalves<2> {
 
 // The weights themselves, in 16 bits.
 template <class T>
-struct Plain {
-    static constexpr int head_words = 0, tail_words = 16, lane_words = head_words + tail_words;
+struct Plain : LaneWords<0, 16> {
     static constexpr bool has_zeros = false, has_scales = false;
 
-    static DEVICE void decode(const u32 (&words)[lane_words], int block, const u32 (&)[2], u32 (&out)[4]) {
+    static DEVICE void decode(u32, const u32 (&tail)[block_words], int, const u32 (&)[2], u32 (&out)[4]) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) out[i] = words[4 * block + i];
+        for (int i = 0; i < 4; ++i) out[i] = tail[i];
     }
 };
 
 // 0 to 15 less a zero point.
 template <class T>
-struct Int4 {
-    static constexpr int head_words = 0, tail_words = 4, lane_words = head_words + tail_words;
+struct Int4 : LaneWords<0, 4> {
     static constexpr bool has_zeros = true, has_scales = true;
     static DEVICE float unit(T) { return 1.0f; }
 
@@ -110,10 +111,9 @@ struct Int4 {
     static DEVICE u32 offset(u32 zero, bf16) { return both_halves(0xC300 + zero); }
 
     // offsets: of the fragment's upper and lower eight rows.
-    static DEVICE void decode(const u32 (&words)[lane_words], int block, const u32 (&offsets)[2], u32 (&out)[4]) {
-        const u32 word = words[block];
+    static DEVICE void decode(u32, const u32 (&tail)[block_words], int, const u32 (&offsets)[2], u32 (&out)[4]) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) out[i] = minus((word >> 4 * i & 0x000F000Fu), offsets[i % 2], T{});
+        for (int i = 0; i < 4; ++i) out[i] = minus((tail[0] >> 4 * i & 0x000F000Fu), offsets[i % 2], T{});
     }
 
 private:
@@ -127,14 +127,13 @@ private:
 
 // 0 to 255 less 128.
 template <class T>
-struct Int8 {
-    static constexpr int head_words = 0, tail_words = 8, lane_words = head_words + tail_words;
+struct Int8 : LaneWords<0, 8> {
     static constexpr bool has_zeros = false, has_scales = true;
     static DEVICE float unit(T) { return 1.0f; }
 
-    static DEVICE void decode(const u32 (&words)[lane_words], int block, const u32 (&)[2], u32 (&out)[4]) {
+    static DEVICE void decode(u32, const u32 (&tail)[block_words], int, const u32 (&)[2], u32 (&out)[4]) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) out[i] = signed_pair(words[2 * block + i / 2], i % 2, T{});
+        for (int i = 0; i < 4; ++i) out[i] = signed_pair(tail[i / 2], i % 2, T{});
     }
 
 private:

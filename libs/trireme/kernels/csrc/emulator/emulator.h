@@ -22,7 +22,7 @@ struct Index3 {
     unsigned x, y, z;
 };
 
-// The collectives of a warp, and the barrier of a block.
+// The collectives of a warp, those of a warpgroup, and the barrier of a block.
 enum class Collective : int {
     block_barrier,
     warp_barrier,
@@ -31,14 +31,22 @@ enum class Collective : int {
     ldmatrix,
     ldmatrix_transposed,
     mma_f16,
-    mma_bf16
+    mma_bf16,
+    wgmma_fence,
+    wgmma_f16,
+    wgmma_bf16,
+    wgmma_commit,
+    wgmma_wait
 };
 
 // What a lane brings to a collective and what it takes away.
 struct Exchange {
     unsigned words[12];
-    int argument;         // of a shuffle: the lane to read; of ldmatrix: the number of matrices
-    const void* pointer;  // of ldmatrix: the row that this lane names
+    int argument;         // of a shuffle: the lane to read; of ldmatrix: the number of matrices; of wgmma: N, or the
+                          // groups left to a wait
+    const void* pointer;  // of ldmatrix: the row that this lane names; of wgmma: the registers of A
+    float* sums;          // of wgmma: the accumulators; words[0] says whether it adds to them
+    unsigned long long descriptor;
 };
 
 }  // namespace emulator
@@ -53,6 +61,7 @@ void emulator_meet(emulator::Collective kind, emulator::Exchange* exchange, cons
 void emulator_copy_async(void* shared, const void* global, bool is_valid);
 void emulator_copy_commit();
 void emulator_copy_wait(int groups_left);
+void emulator_fence_proxy();
 unsigned emulator_atomic_add_u32(unsigned* address, unsigned value);
 unsigned long long emulator_atomic_add_u64(unsigned long long* address, unsigned long long value);
 unsigned long long emulator_atomic_min_u64(unsigned long long* address, unsigned long long value);

@@ -14,6 +14,7 @@
 
 #include "fiber.h"
 #include "warp_operations.h"
+#include "warpgroup_operations.h"
 
 namespace emulator {
 
@@ -43,6 +44,8 @@ void thread_main() {
     bool has_copies = !thread.open_group.empty();
     for (const auto& group : thread.copy_groups) has_copies |= !group.empty();
     if (has_copies) machine.fail("leaves the kernel with a cp.async that it has not waited for");
+    if (!machine.warpgroups[machine.current / warpgroup_threads].is_idle())
+        machine.fail("leaves the kernel with a wgmma that it has not waited for");
     thread.wait = Wait::done;
     to_scheduler();
     __builtin_unreachable();
@@ -95,9 +98,10 @@ void run_warp(std::size_t warp, bool is_reversed) {
         }
         Thread* lanes = &machine.threads[first];
         const auto* leader = std::find_if(lanes, lanes + warp_lanes, [](const Thread& lane) {
-            return lane.wait == Wait::collective && lane.kind != Collective::block_barrier;
+            return lane.wait == Wait::collective && lane.kind != Collective::block_barrier &&
+                   !is_of_warpgroup(lane.kind);
         });
-        if (leader == lanes + warp_lanes) return;  // all wait for the block, or have left
+        if (leader == lanes + warp_lanes) return;  // all wait for the block or the warpgroup, or have left
         for (int lane = 0; lane < warp_lanes; ++lane)
             if (!meet(lanes[lane], *leader)) return blame(leader - machine.threads.data(), first + lane);
         const std::string wrong = operate(lanes, first);
@@ -110,16 +114,43 @@ void run_warp(std::size_t warp, bool is_reversed) {
     }
 }
 
+// Run the collectives for which warpgroups have met; says whether there were any.
+bool run_warpgroups() {
+    bool any = false;
+    for (std::size_t group = 0; group < machine.warpgroups.size(); ++group) {
+        const std::size_t first = group * warpgroup_threads;
+        const std::size_t count = std::min<std::size_t>(warpgroup_threads, machine.threads.size() - first);
+        Thread* threads = &machine.threads[first];
+        const auto* leader = std::find_if(threads, threads + count, [](const Thread& thread) {
+            return thread.wait == Wait::collective && is_of_warpgroup(thread.kind);
+        });
+        if (leader == threads + count) continue;
+        for (std::size_t thread = 0; thread < count; ++thread)
+            if (!meet(threads[thread], *leader)) {
+                blame(leader - machine.threads.data(), first + thread);
+                return true;
+            }
+        if (count < warpgroup_threads) machine.error = "a warpgroup has 128 threads, not " + std::to_string(count);
+        else machine.error = operate_together(threads, first, machine.warpgroups[group]);
+        if (!machine.error.empty()) return true;
+        release(first, count);
+        any = true;
+    }
+    return any;
+}
+
 void run_block(std::size_t shared_bytes, bool is_reversed) {
     const std::size_t count = machine.block.x, warps = count / warp_lanes;
     machine.shared.reset(shared_bytes);
     machine.warp_epochs.assign(warps, 0);
+    machine.warpgroups.assign((count + warpgroup_threads - 1) / warpgroup_threads, Warpgroup{});
     machine.block_epoch = 0;
     start_threads(count);
     while (machine.error.empty()) {
         for (std::size_t step = 0; step < warps && machine.error.empty(); ++step)
             run_warp(is_reversed ? warps - 1 - step : step, is_reversed);
         if (!machine.error.empty()) return;
+        if (run_warpgroups()) continue;
         const auto waiting = std::find_if(machine.threads.begin(), machine.threads.end(),
                                           [](const Thread& thread) { return thread.wait == Wait::collective; });
         if (waiting == machine.threads.end()) return;

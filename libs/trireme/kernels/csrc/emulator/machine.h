@@ -11,6 +11,7 @@
 #include "emulator.h"
 #include "global_memory.h"
 #include "shared_memory.h"
+#include "warpgroup.h"
 
 namespace emulator {
 
@@ -30,6 +31,7 @@ struct Thread {
     int line = 0;
     std::deque<std::vector<PendingCopy>> copy_groups;
     std::vector<PendingCopy> open_group;
+    std::uint32_t proxy_fences = 0;
 };
 
 struct Machine {
@@ -41,6 +43,7 @@ struct Machine {
     std::uint32_t block_number = 0;
     SharedMemory shared;
     std::vector<Thread> threads;
+    std::vector<Warpgroup> warpgroups;
     std::vector<std::uint32_t> warp_epochs;
     std::uint32_t block_epoch = 0;
     std::uint16_t current = 0;
@@ -48,7 +51,7 @@ struct Machine {
     std::string error;
 
     bool is_running() const { return entry != nullptr; }
-    Moment now() const { return {current, block_epoch, warp_epochs[current / 32]}; }
+    Moment now() const { return {current, block_epoch, warp_epochs[current / 32], threads[current].proxy_fences}; }
     bool on_stack(const void* address) const;
 
     // Check an access of the current thread to `size` bytes and note it. Does not return if it is wrong.

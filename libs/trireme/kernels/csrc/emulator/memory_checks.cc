@@ -7,7 +7,13 @@
 namespace emulator {
 
 void Machine::touch(const void* address, std::size_t size, Access access) {
-    if (!is_running() || on_stack(address)) return;
+    if (!is_running()) return;
+    if (on_stack(address)) {
+        const std::string wrong =
+            warpgroups[current / warpgroup_threads].touch(current % warpgroup_threads, address, size, access != Access::read);
+        if (!wrong.empty()) fail(wrong);
+        return;
+    }
     const auto* first = static_cast<const std::uint8_t*>(address);
     const char* verb = access == Access::read ? "reads " : "writes ";
     if (size <= 16 && reinterpret_cast<std::uintptr_t>(address) % size)

@@ -43,6 +43,11 @@ DEVICE u32 prim_ballot(bool vote, EMULATOR_CALLER) {
     return exchange.words[0];
 }
 
+// Shared memory begins at 0.
+DEVICE u32 prim_shared_address(const void* pointer) {
+    return static_cast<u32>(static_cast<const u8*>(pointer) - emulator_shared());
+}
+
 DEVICE void prim_copy_async(void* shared, const void* global, bool is_valid) {
     emulator_copy_async(shared, global, is_valid);
 }

@@ -17,11 +17,12 @@ namespace emulator {
 
 enum class Access { read, write, atomic };
 
-// When a thread acts: barriers that its block has passed, and __syncwarps of its warp.
+// When a thread acts: barriers that its block has passed, __syncwarps of its warp, and its own proxy fences.
 struct Moment {
     std::uint16_t thread = 0;
     std::uint32_t block_epoch = 0;
     std::uint32_t warp_epoch = 0;
+    std::uint32_t proxy_fences = 0;
 };
 
 // Whether nothing orders two accesses of one block: no barrier of the block, no __syncwarp of a warp both are of.
@@ -33,12 +34,13 @@ inline bool races(const Moment& then, const Moment& now) {
 class SharedMemory {
 public:
     static constexpr std::uint8_t poison = 0xFF;  // NaN in float16, bfloat16 and float32
+    static constexpr std::size_t alignment = 1024;
 
     // A fresh block: everything is poison and belongs to nobody.
     void reset(std::size_t bytes) {
-        bytes_.resize((bytes + 127 + 128) / 16);
+        bytes_.resize((bytes + 2 * alignment) / sizeof(Line));
         const auto address = reinterpret_cast<std::uintptr_t>(bytes_.data());
-        base_ = reinterpret_cast<std::uint8_t*>((address + 127) & ~std::uintptr_t{127});
+        base_ = reinterpret_cast<std::uint8_t*>((address + alignment - 1) / alignment * alignment);
         size_ = bytes;
         std::memset(base_, poison, bytes);
         shadow_.assign(bytes, Shadow{});
@@ -64,6 +66,7 @@ public:
                 note_read(byte, now);
                 continue;
             }
+            if (byte.wgmma_reads) return describe(at, "is still being read by a wgmma", -1);
             if (byte.is_read && reader_races(byte, now))
                 return describe(at, "was read, with no barrier since, by thread ", byte.reader.thread);
             byte.is_written = true;
@@ -72,6 +75,30 @@ public:
             byte.writer = now;
         }
         return {};
+    }
+
+    // A wgmma of a warp starts to read; returns what is wrong with that. `fences` has the proxy fences of each thread.
+    template <class Fences>
+    std::string start_wgmma_read(const void* address, std::size_t size, const Moment& now, const Fences& fences) {
+        const std::string wrong = touch(address, size, Access::read, now);
+        if (!wrong.empty()) return wrong;
+        const std::size_t first = static_cast<const std::uint8_t*>(address) - base_;
+        for (std::size_t at = first; at < first + size; ++at) {
+            Shadow& byte = shadow_[at];
+            if (fences(byte.writer.thread) <= byte.writer.proxy_fences)
+                return describe(at, "was written, with no proxy fence since, by thread ", byte.writer.thread);
+            ++byte.wgmma_reads;
+        }
+        return {};
+    }
+
+    // It has finished: the last moment at which it may have read.
+    void end_wgmma_read(const void* address, std::size_t size, const Moment& now) {
+        const std::size_t first = static_cast<const std::uint8_t*>(address) - base_;
+        for (std::size_t at = first; at < first + size; ++at) {
+            --shadow_[at].wgmma_reads;
+            note_read(shadow_[at], now);
+        }
     }
 
     // A cp.async starts: until it lands its bytes hold poison.
@@ -93,6 +120,7 @@ private:
         Moment writer, reader;
         bool is_written = false, is_read = false, is_atomic = false, in_flight = false;
         bool many_readers = false, many_warps = false;
+        std::uint16_t wgmma_reads = 0;
     };
 
     static bool reader_races(const Shadow& byte, const Moment& now) {

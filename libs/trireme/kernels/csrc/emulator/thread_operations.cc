@@ -49,6 +49,8 @@ void emulator_copy_wait(int groups_left) {
     }
 }
 
+void emulator_fence_proxy() { ++machine.threads[machine.current].proxy_fences; }
+
 unsigned emulator_atomic_add_u32(unsigned* address, unsigned value) {
     return atomic(address, [value](unsigned old) { return old + value; });
 }

@@ -85,8 +85,7 @@ inline std::string operate(Thread* lanes, std::size_t first_thread) {
         case Collective::ldmatrix_transposed: return ldmatrix(lanes, first_thread, true);
         case Collective::mma_f16: mma(lanes, f16_to_float); break;
         case Collective::mma_bf16: mma(lanes, bf16_to_float); break;
-        case Collective::warp_barrier:
-        case Collective::block_barrier: break;
+        default: break;  // barriers; those of a warpgroup do not come here
     }
     return {};
 }
