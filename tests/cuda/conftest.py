@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from trireme.kernels import cuda_emulator
 from trireme.kernels.cuda_emulator import Emulator
+from trireme.kernels.cuda_launch import Argument, Geometry, Kernel
 
 TYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 BUILD = Path(__file__).resolve().parents[2] / "build" / "emulator"
@@ -25,6 +27,24 @@ def emulator() -> Emulator:
     if not cuda_emulator.is_available():
         pytest.skip("the CUDA emulator needs g++ on x86-64")
     return Emulator(BUILD)
+
+
+class Hopper:
+    """The emulator as a GPU of compute capability 9.0, with what it has compiled."""
+
+    has_wgmma = True
+
+    def __init__(self, emulator: Emulator) -> None:
+        self._emulator = emulator
+        self.multiprocessors = emulator.multiprocessors
+
+    def launch(self, kernel: Kernel, geometry: Geometry, arguments: Sequence[Argument]) -> None:
+        self._emulator.launch(kernel, geometry, arguments)
+
+
+@pytest.fixture(scope="session")
+def hopper(emulator: Emulator) -> Hopper:
+    return Hopper(emulator)
 
 
 def assert_rounded(actual: Tensor, exact: Tensor, *, slack: float = 0.05) -> None:

@@ -24,6 +24,7 @@ from trireme.kernels.cuda_compile import (
     compile_with_nvcc,
     compile_with_nvrtc,
     has_nvrtc,
+    has_wgmma,
     instantiating_text,
     symbol_of,
 )
@@ -284,6 +285,13 @@ def test_an_architecture_is_named_after_the_compute_capability() -> None:
         "sm_89",
         "sm_90a",
         "sm_100a",
+    ]
+    assert [has_wgmma(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0))] == [
+        False,
+        False,
+        True,
+        False,
+        False,
     ]
     with pytest.raises(UnsupportedGpu, match=r"compute capability 7\.5; the kernels need 8\.0"):
         architecture((7, 5))

@@ -25,8 +25,7 @@ from trireme.kernels.cuda_launch import SOURCES, Kernel
 
 LOWEST_CAPABILITY: Final = (8, 0)
 """cp.async, and mma with bfloat16, begin here."""
-WGMMA_CAPABILITY: Final = (9, 0)
-"""wgmma is here alone."""
+_WGMMA_CAPABILITY: Final = (9, 0)
 _STANDARD: Final = "-std=c++17"
 
 
@@ -66,6 +65,11 @@ def architecture(capability: tuple[int, int]) -> str:
             f"the GPU has compute capability {major}.{minor}; the kernels need 8.0 (Ampere) or newer"
         )
     return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+
+
+def has_wgmma(capability: tuple[int, int]) -> bool:
+    """Whether a GPU runs kernels named `sm90_...`: newer ones have no wgmma any more."""
+    return capability == _WGMMA_CAPABILITY
 
 
 def default_cache() -> Path:

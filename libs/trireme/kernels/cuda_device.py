@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from trireme.errors import Kind, TriremeError
-from trireme.kernels.cuda_compile import WGMMA_CAPABILITY, CubinCache, architecture, default_cache
+from trireme.kernels.cuda_compile import CubinCache, architecture, default_cache, has_wgmma
 from trireme.kernels.cuda_launch import Argument, Geometry, Kernel, PackedArguments
 
 
@@ -49,9 +49,9 @@ class CudaDevice:
         properties = torch.cuda.get_device_properties(device)
         self._device = device
         self._multiprocessors: int = properties.multi_processor_count
-        self._has_wgmma = (properties.major, properties.minor) == WGMMA_CAPABILITY
-        target = architecture((properties.major, properties.minor))
-        self._cubins = CubinCache(cache or default_cache(), target)
+        capability = (properties.major, properties.minor)
+        self._has_wgmma = has_wgmma(capability)
+        self._cubins = CubinCache(cache or default_cache(), architecture(capability))
         try:
             self._driver: Any = importlib.import_module("cuda.bindings.driver")
         except ModuleNotFoundError as error:

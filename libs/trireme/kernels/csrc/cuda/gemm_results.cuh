@@ -23,9 +23,11 @@ struct GemmResults {
 template <class T, class Codes, int GROUP, int TILE_N, int ROWS, class Sums>
 DEVICE void write_results(const GemmResults<T>& to, int first_row, int first_token, const Sums& sum_of) {
     const i64 tile_at = i64(blockIdx.y) * gridDim.x + blockIdx.x, all_tiles = i64(gridDim.x) * gridDim.y;
-    const auto is_there = [&](int at) { return first_row + at % ROWS < to.rows && first_token + at / ROWS < to.tokens; };
+    const auto row_of = [first_row](int at) { return first_row + at % ROWS; };
+    const auto token_of = [first_token](int at) { return first_token + at / ROWS; };
+    const auto is_there = [&](int at) { return row_of(at) < to.rows && token_of(at) < to.tokens; };
     const auto finish = [&](int at, float total) {
-        const int row = first_row + at % ROWS, token = first_token + at / ROWS;
+        const int row = row_of(at), token = token_of(at);
         if constexpr (Codes::has_scales && GROUP == 0) total *= to.scales[row] * Codes::unit(T{});
         if (to.bias) total += to_float(to.bias[row]);
         if (to.residual) total += to_float(to.residual[i64(token) * to.rows + row]);

@@ -9,8 +9,8 @@ namespace emulator {
 void Machine::touch(const void* address, std::size_t size, Access access) {
     if (!is_running()) return;
     if (on_stack(address)) {
-        const std::string wrong =
-            warpgroups[current / warpgroup_threads].touch(current % warpgroup_threads, address, size, access != Access::read);
+        Warpgroup& group = warpgroups[current / warpgroup_threads];
+        const std::string wrong = group.touch(current % warpgroup_threads, address, size, access != Access::read);
         if (!wrong.empty()) fail(wrong);
         return;
     }
