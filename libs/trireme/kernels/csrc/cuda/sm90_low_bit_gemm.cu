@@ -11,9 +11,10 @@
 // Invariant   a token's sums are added in the order of low_bit_gemm with the same grid.z.
 // Cost        2 * tokens * rows * columns FLOP, and b / 8 * rows * columns bytes of weights of b bits. At an H200's 990
 //             TFLOP/s and 4.8 TB/s the product takes longer than reading from 52 tokens on with 4 bits, 77 with 6, 103
-//             with 8; by mma.sync, at 60 % of that rate, from 31, 46 and 62 (cuda_linear.WGMMA_TOKENS). To read a tile of codes of b bits and TILE_N tokens takes 3 * 512 * b +
-//             TILE_N * 128 bytes of L2 for 3 * 8192 * TILE_N FLOP: with 6 bits 33 bytes a cycle and multiprocessor at
-//             the full rate, where low_bit_gemm with its 32 tokens a block would ask for 112.
+//             with 8; by mma.sync, at 60 % of that rate, from 31, 46 and 62 (cuda_linear.WGMMA_TOKENS).
+//             To read a tile of codes and TILE_N tokens takes 3 * 512 * b + TILE_N * 128 bytes of L2 for 3 * 8192 *
+//             TILE_N FLOP: with 6 bits 33 bytes a cycle and multiprocessor at the full rate, where low_bit_gemm with
+//             its 32 tokens a block would ask for 112.
 // Registers   of 168: 64 accumulators with TILE_N 128, 32 of a group and 32 of the columns so far with TILE_N 64.
 //             TILE_N 256 would take 128 accumulators and leave no room for a third warpgroup, which saves more bytes.
 //             The sums of earlier turns are in shared memory, touched four times a split.
