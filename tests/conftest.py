@@ -80,3 +80,14 @@ def redis_url(tmp_path: Path) -> Iterator[str]:
                 time.sleep(0.02)
         yield f"redis://127.0.0.1:{port}/0"
         server.kill()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Function, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """A failed test shows the last words of the processes that it started."""
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    folder = item.funcargs.get("tmp_path")
+    if report.failed and folder is not None:
+        for log in sorted(folder.rglob("*.log")):
+            report.sections.append((f"end of {log.name}", log.read_text(errors="replace")[-3000:]))

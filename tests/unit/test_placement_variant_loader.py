@@ -23,7 +23,12 @@ models:
       drafting: {checkpoint: here, speculate: auto, draft: small, draft_beside: true, max_sequences: 5}
       repeating: {checkpoint: here, speculate: 4, draft_branches: 3}
       plain: {checkpoint: here}
-workers: [{variants: [few_bits, drafting, repeating, plain], policy: mlfq, mlfq_levels: demand, swap_mib: 7}]
+workers:
+  - variants: [few_bits, drafting, repeating, plain]
+    policy: mlfq
+    mlfq_levels: demand
+    swap_mib: 7
+    decode_graphs: false
 """
 
 
@@ -57,6 +62,7 @@ async def test_a_variant_that_is_loaded_later_is_the_one_of_the_start(tmp_path: 
     assert drafting.max_sequences == 5
     assert (repeating.speculate, repeating.draft, repeating.draft_branches) == (4, None, 3)
     assert (plain.speculate, plain.draft, plain.draft_beside) == ("off", None, False)
+    assert not plain.decode_graphs
 
 
 @pytest.mark.parametrize(

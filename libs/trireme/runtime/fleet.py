@@ -156,6 +156,8 @@ class WorkerGroup(_Section):
     mlfq_levels: Literal["doubling", "demand"] = "doubling"
     """Quanta of mlfq: each twice the one above, which favours first tokens; or where finished requests say
     that levels pay, which favours ends where answers are of similar length."""
+    decode_graphs: bool = True
+    """On GPUs, steps that only decode are replayed from CUDA graphs."""
 
 
 class SloGoal(_Section):

@@ -72,7 +72,8 @@ class Peers:
         self._fleet = fleet
         self._peers: dict[str, Peer] = {}
         self._answers: dict[bytes, _Answer] = {}
-        self._pulls: dict[bytes, asyncio.Task[int]] = {}
+        self._pulls: dict[asyncio.Task[int], frozenset[BlockKey]] = {}
+        """Those under way, and what they want."""
         self._random = random.Random(process_id)
         self._closing: set[asyncio.Task[None]] = set()
         self.counters = TransferCounters()
@@ -118,14 +119,24 @@ class Peers:
 
         What has not come by the deadline goes on coming, for the next reader.
         """
-        key = block_keys(namespace, block_hashes[:HASH_BYTES])[0]
-        task = self._pulls.get(key)
-        if task is None:
-            task = asyncio.create_task(self._pull(namespace, block_hashes, deadline_s=max(1.0, deadline_s)))
-            self._pulls[key] = task
-            task.add_done_callback(lambda _: self._pulls.pop(key, None))
-        await asyncio.wait({task}, timeout=deadline_s)
-        return task.result() if task.done() and not task.cancelled() else 0
+        end_s = time.monotonic() + deadline_s
+        keys = block_keys(namespace, block_hashes)
+        here = 0
+        # What another pull is receiving is neither here yet nor to be had a second time.
+        while under_way := [task for task, wanted in self._pulls.items() if not wanted.isdisjoint(keys)]:
+            is_next_asked = any(keys[here] in self._pulls[task] for task in under_way)
+            await asyncio.wait(under_way, timeout=max(0.0, end_s - time.monotonic()))
+            before, here = here, len(self._store.leading(keys))
+            is_in_vain = is_next_asked and here == before
+            if is_in_vain or here == len(keys) or time.monotonic() >= end_s:
+                return here
+        left_s = end_s - time.monotonic()
+        rest = block_hashes[here * HASH_BYTES :]
+        task = asyncio.create_task(self._pull(namespace, rest, deadline_s=max(1.0, left_s)))
+        self._pulls[task] = frozenset(keys[here:])
+        task.add_done_callback(self._pulls.pop)
+        await asyncio.wait({task}, timeout=left_s)
+        return here + (task.result() if task.done() and not task.cancelled() else 0)
 
     async def push(self, runs: Sequence[Run], *, deadline_s: float) -> int:
         """Give runs in DRAM to a peer; returns how many blocks it has then."""

@@ -170,6 +170,7 @@ def _settings(
         max_model_len=max_model_len,
         policy=plan.policy,  # type: ignore[arg-type]  # the settings refuse what they do not know
         mlfq=MlfqSettings(learns_quanta=plan.learns_quanta),
+        decode_graphs=plan.decode_graphs,
         speculation=_speculation(plan),
     )
 

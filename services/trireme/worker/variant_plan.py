@@ -48,6 +48,8 @@ class VariantPlan:
     """Continuations of one token that are drafted."""
     kv_dtype: str = AUTO
     """What keys and values are stored as: one of `KV_DTYPES`."""
+    decode_graphs: bool = True
+    """Steps that only decode are replayed from CUDA graphs."""
 
     @property
     def queue_limit(self) -> int:
@@ -129,4 +131,5 @@ def _plan(name: str, model: str, variant: Variant, group: WorkerGroup, *, block_
         policy=group.policy,
         learns_quanta=group.mlfq_levels == "demand",
         swap_bytes=group.swap_mib * 2**20,
+        decode_graphs=group.decode_graphs,
     )
