@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.fleet import REPOSITORY
 from trireme.kernels.cpu_library import cpu_library
+from trireme.worker.engine_process import THREADS_SLEEP
 
 PROMPT = 32
 """Tokens of each sequence before decoding is measured; 16 such prompts are one step of our engine."""
@@ -35,6 +36,8 @@ class Running:
         self._log = log
         command = [str(python), "-m", f"benchmarks.cpu_models.{module}", *words]
         environ = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        if module == "ours":
+            environ |= THREADS_SLEEP  # as where it serves
         with log.open("ab") as errors:
             self._process = subprocess.Popen(
                 command,

@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 
 EXIT_ENGINE_BROKEN = 70
 """Exit status after an error that no fault barrier caught: what was in flight counts a crash."""
+THREADS_SLEEP = {"OMP_WAIT_POLICY": "passive"}
+"""For the environment, before torch is loaded: else its threads go on spinning for milliseconds when they have
+nothing to do, on the cores that the kernels' own threads need."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -55,6 +58,8 @@ def main() -> None:
     arguments = parser.parse_args()
     die_with(arguments.parent)
     configure_logging("engine", level=arguments.log_level)
+    for name, value in THREADS_SLEEP.items():
+        os.environ.setdefault(name, value)
     try:
         # Importing torch takes seconds: not before the worker's death would be noticed.
         from trireme.worker.engine_loop import EngineLoop
