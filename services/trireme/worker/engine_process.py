@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 EXIT_ENGINE_BROKEN = 70
 """Exit status after an error that no fault barrier caught: what was in flight counts a crash."""
 THREADS_SLEEP = {"OMP_WAIT_POLICY": "passive"}
-"""For the environment, before torch is loaded: else its threads go on spinning for milliseconds when they have
-nothing to do, on the cores that the kernels' own threads need."""
+"""For the environment, before torch is loaded: else its threads go on spinning for milliseconds when they
+have nothing to do, on the cores that the kernels' own threads need."""
 _PR_SET_PDEATHSIG = 1
 
 
