@@ -113,9 +113,44 @@ def test_many_tokens_take_wgmma_where_there_is_some(hopper: Hopper) -> None:
     x = torch.randn(WGMMA_TOKENS, 64, dtype=torch.bfloat16)
     for has_wgmma in (False, True):
         noting = Noting(hopper, has_wgmma=has_wgmma)
-        fewer, enough = (low_bit_linear(noting, each, packed) for each in (x[1:], x))
-        assert noting.sources == ["low_bit_gemm", "sm90_low_bit_gemm" if has_wgmma else "low_bit_gemm"]
-        assert torch.equal(enough[1:], fewer)
+        fewer, enough, again = (low_bit_linear(noting, each, packed) for each in (x[1:], x, x))
+        special = "sm90_low_bit_gemm" if has_wgmma else "low_bit_gemm"
+        # The first time it is held against the other.
+        first = ["low_bit_gemm", "sm90_low_bit_gemm", special] if has_wgmma else ["low_bit_gemm"]
+        assert noting.sources == ["low_bit_gemm", *first, special]
+        assert torch.equal(enough[1:], fewer) and torch.equal(enough, again)
+
+
+class Wrong(Noting):
+    """A GPU whose wgmma does something else, once it is told so, or does nothing but fail."""
+
+    fails = False
+
+    def launch(self, kernel: Kernel, geometry: Geometry, arguments: Sequence[Argument]) -> None:
+        is_special = kernel.source == "sm90_low_bit_gemm"
+        if is_special and self.fails:
+            raise RuntimeError("no such instruction")
+        super().launch(kernel, geometry, arguments)
+        if is_special:
+            out = next(each for each in arguments if isinstance(each, Tensor) and each.shape == (64, 64))
+            out[3, 5] += 2 * out.abs().max()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_wgmma_is_not_used_where_it_is_wrong(
+    hopper: Hopper, caplog: pytest.LogCaptureFixture, fails: bool
+) -> None:
+    packed, weight = weight_of("fp6_e3m2", 64, 128)
+    wrong = Wrong(hopper, has_wgmma=True)
+    wrong.fails = fails
+    x = torch.randn(64, 128, dtype=torch.bfloat16)
+    hidden = torch.where(torch.arange(64)[:, None] == 9, torch.nan, x)
+    low_bit_linear(wrong, hidden, packed)  # what is no number shows nothing
+    assert not caplog.records
+    for _ in range(2):
+        assert_close(low_bit_linear(wrong, x, packed), x, weight)
+    assert [record.message for record in caplog.records] == ["kernel_not_used"]
+    assert wrong.sources.count("sm90_low_bit_gemm") == (0 if fails else 1)
 
 
 def test_nobody_reaches_wgmma_on_a_gpu_without_it(emulator: Emulator) -> None:

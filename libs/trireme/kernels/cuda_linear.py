@@ -14,6 +14,7 @@ from torch import Tensor
 from trireme.errors import InvalidCheckpoint
 from trireme.kernels.cuda_compile import UnsupportedGpu
 from trireme.kernels.cuda_launch import Geometry, Kernel, Launcher, ShapeMismatch, ceil_div, check, type_name
+from trireme.kernels.proven_kernels import is_proven
 from trireme.quant.device_layouts import DIRECT, PackedWeight
 from trireme.quant.formats import WeightFormat
 from trireme.quant.minifloat import FP5_E2M2, FP6_E2M3, FP6_E3M2, Minifloat
@@ -74,7 +75,7 @@ def low_bit_linear(
         residual: (tokens, outputs) of x's type, contiguous.
         splits: parts that the inputs are cut into, for different blocks; None: what keeps the device busy.
         uses_wgmma: whether wgmma multiplies, which adds in the same order; None: if the device has it and
-            there are at least `WGMMA_TOKENS`.
+            there are at least `WGMMA_TOKENS`, once it has shown that it is right there (`is_proven`).
 
     Returns:
         (tokens, outputs) of x's type.
@@ -90,13 +91,23 @@ def low_bit_linear(
     out = torch.empty((tokens, outputs), dtype=x.dtype, device=x.device)
     if tokens == 0:
         return out
+    kind = type_name(x, "x")
     if uses_wgmma is None:
-        uses_wgmma = launcher.has_wgmma and tokens >= WGMMA_TOKENS
+        by = functools.partial(low_bit_linear, launcher, x, weight, bias, residual, splits=splits)
+        uses_wgmma = (
+            launcher.has_wgmma
+            and tokens >= WGMMA_TOKENS
+            and is_proven(
+                launcher,
+                wgmma_block(kind, weight.form, tokens).kernel,
+                special=lambda: by(uses_wgmma=True),
+                general=lambda: by(uses_wgmma=False),
+            )
+        )
     if uses_wgmma and not launcher.has_wgmma:
         raise UnsupportedGpu(
             "wgmma takes a GPU of compute capability 9.0; leave the choice to low_bit_linear"
         )
-    kind = type_name(x, "x")
     block = wgmma_block(kind, weight.form, tokens) if uses_wgmma else mma_block(kind, weight.form, tokens)
     row_blocks, token_blocks = ceil_div(outputs, block.rows), ceil_div(tokens, block.tokens)
     num_splits = splits or splits_for(outputs, inputs, multiprocessors=launcher.multiprocessors)
